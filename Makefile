@@ -1,0 +1,60 @@
+# Two commands to begin with: `make demo` and `make test`. `make help` lists all.
+
+CC ?= cc
+PYTHON ?= python3
+PY = .venv/bin/python
+DEMO = out/quickstart
+.PHONY: help demo test lint runfast runomp rundebug clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*##/  make \1 |/' | column -t -s '|'
+
+demo: run $(DEMO)/model.bin ## stories, vocabulary, a 260K model trained for three minutes, and a story told in C
+	@echo
+	@echo "Next: make test; real stories and the four set-ups of the README; or this model again:"
+	@echo "  ./run $(DEMO)/model.bin -t 0.8 -i \"One day, Mia lost her\""
+	@echo
+	@echo "A story by the model in $(DEMO):"
+	@echo
+	@./run $(DEMO)/model.bin -t 0.7 -s 1
+
+test: .venv/test-ready ## the whole test suite
+	$(PY) -m pytest
+
+lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
+	$(PY) -m ruff check
+	$(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -O2 -o /dev/null run.c -lm
+
+run: run.c ## build run: inference in C
+	$(CC) -O3 -o run run.c -lm
+
+runfast: run.c ## build run for this machine's processor, with relaxed floating point
+	$(CC) -O3 -ffast-math -march=native -o run run.c -lm
+
+runomp: run.c ## like runfast, on several cores (OMP_NUM_THREADS=4 ./run ...); pays from 15M parameters on
+	$(CC) -O3 -ffast-math -march=native -fopenmp -o run run.c -lm
+
+rundebug: run.c ## build run with address and undefined-behaviour sanitizers
+	$(CC) -g -O1 -Wall -Wextra -fsanitize=address,undefined -o run run.c -lm
+
+clean: ## remove what was built; data, runs and .venv stay
+	rm -rf run __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache
+
+# --- what the above are made of; each is made once ---
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found %s" % sys.version)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/test-ready: .venv/ready requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+data/toy/tok512/val.bin: | .venv/ready
+	$(PY) tinystories.py toy --vocab_size=512
+
+$(DEMO)/model.bin: | .venv/ready data/toy/tok512/val.bin
+	$(PY) train.py config/quickstart.py --init_from=$$(test -f $(DEMO)/last.pt && echo resume || echo scratch)
+	$(PY) export.py $(DEMO)/ckpt.pt $@

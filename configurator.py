@@ -1,0 +1,212 @@
+"""Settings from a config file and the command line, checked against a typed dataclass.
+
+    python train.py [config/x.py] [--key=value ...]
+
+A config file is a list of plain assignments, in Python's notation. It is read, not executed:
+values are literals, arithmetic on them, and names assigned further up (`max_iters = 10 * 100`).
+Later words on the command line win over earlier ones. Every setting is a field of one dataclass;
+its annotation says which values it takes and the comment behind it is its help text:
+
+    @dataclass
+    class Settings:
+        batch_size: AtLeast1 = 32  # sequences in one micro-batch
+        dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
+
+What this leaves out on purpose: nested settings, environment variables, and config files that run code.
+"""
+
+import ast
+import difflib
+import inspect
+import io
+import math
+import operator
+import textwrap
+import tokenize
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers a setting may take, from `low` to `high`; an open end leaves the bound itself out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        above = x > self.low if self.low_open else x >= self.low
+        below = x < self.high if self.high_open else x <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>' if self.low_open else '>='} {self.low:g}"
+        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+
+
+# The ranges that settings of this project use, by name, so that a list of settings stays readable.
+AtLeast0 = Annotated[int, Range(0)]
+AtLeast1 = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(0, low_open=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+FractionBelow1 = Annotated[float, Range(0, 1, high_open=True)]
+
+
+def configure(settings_class: type, argv: list[str]) -> Any:
+    """Return a `settings_class` made of its defaults, at most one config file, and `--key=value` words.
+
+    Errors: ValueError that names the word or the file and line, what was found and what was expected.
+    """
+    values, config_file = {}, None
+    for word in argv:
+        if not word.startswith("-"):
+            if config_file is not None:
+                raise ValueError(f"{word}: a second config file after {config_file}; a run takes one, then --key=value")
+            config_file = word
+            values |= read_config_file(settings_class, word)
+    for word in argv:
+        if word.startswith("-"):
+            if not word.startswith("--") or word == "--":
+                raise ValueError(f"{word}: expected config/file.py or --key=value (try --help)")
+            key, equals, text = word[2:].partition("=")  # the first '=' only: values may hold more
+            key = key.replace("-", "_")
+            values[key] = parse(settings_class, key, text if equals else None, f"--{key}")
+    return settings_class(**values)
+
+
+def parse(settings_class: type, key: str, text: str | None, where: str) -> Any:
+    """The value that a word of the command line stands for; `text` is None for a bare `--key`."""
+    kind = kind_of(settings_class, key, where)[0]
+    if text is None:
+        if kind is not bool:
+            raise ValueError(f"{where}: expected a value, as in {where}={getattr(settings_class, key)}")
+        return True
+    value: Any = text
+    if kind is bool:
+        value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    elif kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            pass  # checked() words the complaint
+    return checked(settings_class, key, value, where)
+
+
+def checked(settings_class: type, key: str, value: Any, where: str) -> Any:
+    """`value` in the type of setting `key`, or a ValueError that says what `key` takes."""
+    kind, limit = kind_of(settings_class, key, where)
+    if kind is float and type(value) is int:
+        value = float(value)  # --learning_rate=1 is a fine float
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if type(value) is not kind or not finite or (limit is not None and value not in limit):
+        raise ValueError(f"{where}: expected {describe(kind, limit)}, found {value!r}")
+    return value
+
+
+def kind_of(settings_class: type, key: str, where: str) -> tuple[type, Range | tuple | None]:
+    """The type of setting `key` and what limits it: a Range, a tuple of choices, or None."""
+    hints = get_type_hints(settings_class, include_extras=True)
+    if key not in hints:
+        near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        raise ValueError(f"{where}: no such setting; {hint}")
+    hint = hints[key]
+    if get_origin(hint) is Annotated:
+        return get_args(hint)[:2]
+    if get_origin(hint) is Literal:
+        return type(get_args(hint)[0]), get_args(hint)
+    return hint, None
+
+
+def describe(kind: type, limit: Range | tuple | None) -> str:
+    """What a setting takes, in words: 'int >= 1', 'float in [0, 1]', 'one of linear, cosine'."""
+    if isinstance(limit, tuple):
+        return "one of " + ", ".join(map(str, limit))
+    return kind.__name__ + (f" {limit}" if limit else "")
+
+
+# ---------------------------------------------------------------------------------------------
+# config files
+
+BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+          ast.FloorDiv: operator.floordiv}
+
+
+def read_config_file(settings_class: type, path: str) -> dict[str, Any]:
+    """The assignments of a config file, checked: {setting: value}."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            source = f.read()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read this config file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
+    try:
+        statements = ast.parse(source, filename=path).body
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte in the source
+        line = getattr(error, "lineno", None)
+        raise ValueError(f"{path}{f':{line}' if line else ''}: not plain assignments: {error.args[0]}") from error
+    values: dict[str, Any] = {}
+    for i, statement in enumerate(statements):
+        where = f"{path}:{statement.lineno}"
+        if i == 0 and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # the file's docstring
+        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
+                and isinstance(statement.targets[0], ast.Name)):
+            raise ValueError(f"{where}: expected `setting = value`, found `{ast.unparse(statement).splitlines()[0]}`")
+        key = statement.targets[0].id
+        values[key] = checked(settings_class, key, evaluate(statement.value, values, where), f"{where}: {key}")
+    return values
+
+
+def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
+    """The value of a literal, arithmetic on numbers, or a name assigned further up."""
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.Name(id) if id in names:
+            return names[id]
+        case ast.UnaryOp(ast.USub(), operand):
+            value = evaluate(operand, names, where)
+            if isinstance(value, (int, float)):
+                return -value
+        case ast.BinOp(left, op, right) if type(op) in BINARY:
+            a, b = evaluate(left, names, where), evaluate(right, names, where)
+            if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+                try:
+                    return BINARY[type(op)](a, b)
+                except (ZeroDivisionError, OverflowError) as error:
+                    raise ValueError(f"{where}: `{ast.unparse(node)}`: {error}") from error
+    raise ValueError(f"{where}: expected a number, a text, True/False, arithmetic on them or a setting assigned "
+                     f"further up, found `{ast.unparse(node)}`")
+
+
+# ---------------------------------------------------------------------------------------------
+# --help
+
+def comments(settings_class: type) -> dict[str, str]:
+    """{setting: the comment behind it}, read from the class's source; {'': ...} never appears."""
+    source = textwrap.dedent(inspect.getsource(settings_class))
+    lines = source.splitlines()
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            name, colon, _ = lines[token.start[0] - 1].strip().partition(":")
+            if colon and name.isidentifier():
+                found[name] = token.string.lstrip("# ")
+    return found
+
+
+def help_text(settings_class: type, usage: str) -> str:
+    """Every setting with its default, what it takes, and its comment."""
+    texts = comments(settings_class)
+    lines = [usage.strip(), "", "settings (default; what it takes; meaning):"]
+    for field in fields(settings_class):
+        takes = describe(*kind_of(settings_class, field.name, field.name))
+        shown = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        lines += [f"  --{field.name}={shown}", f"        {takes}; {texts.get(field.name, '')}"]
+    return "\n".join(lines)

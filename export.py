@@ -1,0 +1,159 @@
+"""A trained checkpoint becomes a file that run.c, and every other llama2.c port, reads.
+
+    python export.py out/ckpt.pt out/model.bin
+
+writes the trunk and the NTP head in llama2.c's version 0 format (float32, doc/formats.md), never a
+future head, and puts the run's `tokenizer.bin` beside it. Reading checkpoints lives here too: ours
+and llama2.c's `ckpt.pt`, as tensors and plain values only, so nothing in the file is executed.
+
+What this leaves out on purpose: versions 1 and 2 of the format, and other programs' formats.
+"""
+
+import argparse
+import pickle
+import shutil
+import struct
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from files import atomic_write
+from model import ModelArgs, Transformer
+from tokenizer import vocab_folder
+
+HEAD_PREFIX = "future_heads."
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The checkpoint in `path`: at least `model` (name -> tensor) and `model_args` (a dict).
+
+    Errors: ValueError naming the file if it is missing, broken, or something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read this checkpoint: {error.strerror or error}") from error
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint, or a broken one: {reason}") from error
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    if not all(isinstance(parts.get(k), dict) for k in ("model", "model_args")):
+        found = ", ".join(map(str, parts)) or f"a {type(checkpoint).__name__}"
+        raise ValueError(f"{path}: expected a checkpoint with `model` and `model_args`, found {found[:200]}")
+    # llama2.c saves the module that torch.compile wraps; ours never does.
+    checkpoint["model"] = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
+    return checkpoint
+
+
+def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
+    """The shape of a checkpoint's model; what llama2.c leaves out of `model_args` is read off the tensors."""
+    known = {f.name for f in fields(ModelArgs)}
+    args = {k: v for k, v in checkpoint["model_args"].items() if k in known and v is not None}
+    args.setdefault("n_kv_heads", args.get("n_heads"))
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+        if type(args.get(name)) is not int or args[name] < 1:
+            raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)!r}")
+    state = checkpoint["model"]
+    w1, embedding, output = (state.get(name) for name in
+                             ("layers.0.feed_forward.w1.weight", "tok_embeddings.weight", "output.weight"))
+    if w1 is not None:
+        args["hidden_dim"] = w1.shape[0]
+    if "tie_embeddings" not in args:
+        args["tie_embeddings"] = output is None or (embedding is not None and torch.equal(output, embedding))
+    try:
+        return ModelArgs(**args)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: model_args: {error}") from error
+
+
+def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Copy a checkpoint's tensors into `model`; returns the future heads' parameters it did not have.
+
+    The trunk must be there, whole and of the same shape. Future heads of the checkpoint that the
+    model has not are left out. Errors: ValueError naming the file and tensor, found and expected.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    if "output.weight" in missing and model.args.tie_embeddings:
+        missing.remove("output.weight")
+    fresh = [name for name in missing if name.startswith(HEAD_PREFIX)]
+    if len(fresh) < len(missing):
+        raise ValueError(f"{path}: has no tensor {next(n for n in missing if n not in fresh)}")
+    for name, tensor in state.items():
+        if name not in own:
+            if name.startswith(HEAD_PREFIX) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
+                continue
+            raise ValueError(f"{path}: holds a tensor that this model has not: {name}")
+        if not isinstance(tensor, Tensor) or tensor.shape != own[name].shape:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: {name}: expected shape {tuple(own[name].shape)}, found {found}")
+        own[name].copy_(tensor)
+    return fresh
+
+
+def load_model(path: str | Path) -> Transformer:
+    """The model of a checkpoint, future heads included, in eval mode on the CPU."""
+    checkpoint = read_checkpoint(path)
+    model = Transformer(model_args_of(checkpoint, path))
+    load_weights(model, checkpoint["model"], path)
+    return model.eval()
+
+
+def write_version0(model: Transformer, path: str | Path) -> None:
+    """Write trunk and NTP head as llama2.c's version 0: seven int32, then float32 matrices kind by kind."""
+    args, layers = model.args, model.layers
+    kinds = [
+        [model.tok_embeddings.weight],
+        [layer.attention_norm.weight for layer in layers],
+        *([getattr(layer.attention, w).weight for layer in layers] for w in ("wq", "wk", "wv", "wo")),
+        [layer.ffn_norm.weight for layer in layers],
+        *([getattr(layer.feed_forward, w).weight for layer in layers] for w in ("w1", "w2", "w3")),
+        [model.norm.weight],
+        [model.rope_cos, model.rope_sin],  # readers skip these, but count on their space
+        [] if args.tie_embeddings else [model.output.weight],
+    ]
+    # A negative vocabulary size says that an unembedding of its own follows at the end.
+    vocab_size = args.vocab_size if args.tie_embeddings else -args.vocab_size
+    with atomic_write(path) as f:
+        f.write(struct.pack("<7i", args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads,
+                            vocab_size, args.max_seq_len))
+        for tensor in (t for kind in kinds for t in kind):
+            f.write(tensor.detach().float().contiguous().numpy().astype("<f4").tobytes())
+
+
+def copy_tokenizer(config: dict, out: Path) -> None:
+    """Put the tokenizer.bin of the run's data set beside the model file, where run.c looks first."""
+    source = vocab_folder(Path(config["data_dir"]) / config["dataset"], config["vocab_size"]) / "tokenizer.bin"
+    target = out.parent / "tokenizer.bin"
+    if not source.exists():
+        print(f"{source}: not found; give run a tokenizer with -z", file=sys.stderr)
+        return
+    with open(source, "rb") as f, atomic_write(target) as g:
+        shutil.copyfileobj(f, g)
+    print(f"wrote {target}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a ckpt.pt or last.pt, ours or llama2.c's")
+    parser.add_argument("out", type=Path, help="the .bin file to write")
+    args = parser.parse_args(argv)
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = Transformer(model_args_of(checkpoint, args.checkpoint))
+    load_weights(model, checkpoint["model"], args.checkpoint)
+    write_version0(model, args.out)
+    print(f"wrote {args.out}: {args.out.stat().st_size:,} bytes, {model.parameter_counts()['trunk']:,} parameters",
+          file=sys.stderr)
+    config = checkpoint.get("config")
+    if isinstance(config, dict) and {"data_dir", "dataset", "vocab_size"} <= config.keys():
+        copy_tokenizer(config, args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"export.py: {error}")

@@ -1,0 +1,49 @@
+"""A tiny data set and ways to run train.py on it, for the tests that need them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tinystories
+import toystories
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["WANDB_SILENT"] = "true"  # no advertisement in the tests' output
+torch.set_num_threads(1)  # tiny models: a second thread would only wait for the first
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """data/toy with 300 + 60 stories, tok512 and tok259."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 300), ("val", 60)):
+        tinystories.write_stories(toystories.stories(split, count), folder / "toy" / f"{split}.txt")
+    for vocab_size in (512, 259):
+        tinystories.train_vocab(folder / "toy", vocab_size)
+        tinystories.pretokenize(folder / "toy", vocab_size, workers=1)
+    return folder
+
+
+@pytest.fixture
+def words(data_dir, tmp_path):
+    """words(max_iters=4, ...): the command line of a run of a tiny model that takes about a second."""
+
+    def make(**changes) -> list[str]:
+        settings = {"data_dir": data_dir, "dataset": "toy", "vocab_size": 512, "out_dir": tmp_path / "out",
+                    "max_seq_len": 32, "batch_size": 4, "dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2,
+                    "learning_rate": 1e-2, "max_iters": 8, "warmup_iters": 2, "eval_interval": 4, "eval_iters": 1,
+                    "device": "cpu"} | changes
+        return [f"--{key}={value}" for key, value in settings.items()]
+
+    return make
+
+
+def start(*argv, **options) -> subprocess.Popen:
+    """A Python program of the project as its own process, output captured."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)

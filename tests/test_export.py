@@ -1,0 +1,212 @@
+"""Checkpoints in, model files out: the same function in Python and in C."""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import export
+from export import load_model, write_version0
+from model import ModelArgs, Transformer
+from tokenizer import BOS, load_tokenizer, write_bin
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "max_seq_len": 256}
+TEXT = "Once upon a time, there was a kind girl named Mia.\nShe had a red ball. " * 4
+
+
+def random_model(seed=0, scale=5.0, **changes) -> Transformer:
+    """Weights large enough that predictions differ from each other by more than rounding."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelArgs(**SHAPE | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale).add_(torch.randn_like(p) * 0.02)
+        model.norm.weight.copy_(1 + 0.3 * torch.randn(model.args.dim))
+    return model
+
+
+def save(model: Transformer, path: Path, **extra) -> Path:
+    torch.save({"model": model.state_dict(), "model_args": model.args.as_dict()} | extra, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    binary = tmp_path_factory.mktemp("bin") / "run"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    subprocess.run([compiler, "-O3", "-o", binary, ROOT / "run.c", "-lm"], check=True)
+    return binary
+
+
+def tell(run: Path, *flags, stdin: str = "") -> bytes:
+    done = subprocess.run([run, *map(str, flags)], input=stdin.encode(), capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@torch.no_grad()
+def greedy(model: Transformer, n: int) -> list[int]:
+    """n tokens after BOS, each from the whole context: no cache."""
+    ids = [BOS]
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == BOS:
+            break
+    return ids
+
+
+def shown(tokenizer, ids: list[int]) -> bytes:
+    """What run.c prints for ids: pieces joined, no leading space, unprintable bytes left out."""
+    pieces = [piece for piece, _ in tokenizer.pieces()]
+    out = b""
+    for k, i in enumerate(ids):
+        if 3 <= i < 259:
+            out += bytes([i - 3]) if 32 <= i - 3 < 127 or 9 <= i - 3 <= 13 else b""
+        elif i != BOS:
+            out += pieces[i].removeprefix(b" ") if k == 0 else pieces[i]
+    return out
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"tie_embeddings": False}, {"n_future_heads": 2}])
+def test_c_and_python_tell_the_same_story_and_score_the_same_loss(run, data_dir, tmp_path, changes):
+    model = random_model(**changes)
+    tokenizer = load_tokenizer(data_dir / "toy" / "tok512", 512)
+    write_bin(tokenizer, tmp_path / "tokenizer.bin")
+    export.main([str(save(model, tmp_path / "ckpt.pt")), str(tmp_path / "model.bin")])
+
+    ids = greedy(model, 200)
+    told = tell(run, tmp_path / "model.bin", "-t", 0, "-n", 200)
+    assert len(set(ids)) > 20  # a model that repeats itself would test little
+    assert told == shown(tokenizer, ids[1:201]) + b"\n"
+
+    ids = torch.tensor([BOS, *tokenizer.encode(TEXT)])
+    with torch.no_grad():
+        loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:])
+    assert float(tell(run, tmp_path / "model.bin", "-m", "score", stdin=TEXT)) == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_a_byte_model_runs_in_c(run, tmp_path):
+    model, tokenizer = random_model(vocab_size=259), load_tokenizer(tmp_path, 259)
+    write_bin(tokenizer, tmp_path / "tokenizer.bin")
+    write_version0(model, tmp_path / "model.bin")
+    ids = torch.tensor([BOS, *tokenizer.encode("A café.")])
+    with torch.no_grad():
+        loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:])
+    scored = float(tell(run, tmp_path / "model.bin", "-m", "score", stdin="A café."))
+    assert scored == pytest.approx(loss.item(), abs=1e-4)
+    assert tell(run, tmp_path / "model.bin", "-t", 0, "-i", "A dog", "-n", 30).startswith(b"A dog")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layout_of_version_0(tmp_path, tied):
+    model = random_model(tie_embeddings=tied, n_future_heads=1)
+    write_version0(model, tmp_path / "m.bin")
+    data, state = (tmp_path / "m.bin").read_bytes(), model.state_dict()
+    assert struct.unpack_from("<7i", data) == (32, 88, 3, 4, 2, 512 if tied else -512, 256)
+    floats = torch.frombuffer(bytearray(data[28:]), dtype=torch.float32)
+    at = 0
+    in_layers = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
+                 "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    names = ["tok_embeddings", *(f"layers.{i}.{name}" for name in in_layers for i in range(3)), "norm"]
+    for name in names:
+        tensor = state[f"{name}.weight"]
+        assert torch.equal(floats[at : at + tensor.numel()].view_as(tensor), tensor), name
+        at += tensor.numel()
+    at += 256 * 8  # cos and sin
+    if not tied:
+        assert torch.equal(floats[at:].view(512, 32), state["output.weight"])
+        at += 512 * 32
+    assert at == len(floats)  # and no future head
+
+
+def test_heads_do_not_change_the_file(tmp_path):
+    one, two = random_model(), random_model(n_future_heads=2)
+    two.load_state_dict(one.state_dict(), strict=False)
+    write_version0(one, tmp_path / "one.bin")
+    write_version0(two, tmp_path / "two.bin")
+    assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
+
+
+def test_the_runs_tokenizer_lands_beside_the_model(data_dir, tmp_path, capsys):
+    config = {"data_dir": str(data_dir), "dataset": "toy", "vocab_size": 512}
+    path = save(random_model(), tmp_path / "ckpt.pt", config=config)
+    export.main([str(path), str(tmp_path / "new" / "model.bin")])
+    source = data_dir / "toy" / "tok512" / "tokenizer.bin"
+    assert (tmp_path / "new" / "tokenizer.bin").read_bytes() == source.read_bytes()
+    path = save(random_model(), tmp_path / "ckpt.pt", config=config | {"dataset": "gone"})
+    export.main([str(path), str(tmp_path / "other" / "model.bin")])
+    assert "-z" in capsys.readouterr().err and not (tmp_path / "other" / "tokenizer.bin").exists()
+
+
+def test_a_checkpoint_of_llama2c_loads(tmp_path):
+    """As its train.py writes them: compiled names, fewer model_args, loss as a tensor, always tied."""
+    model = random_model()
+    args = {k: SHAPE[k] for k in SHAPE} | {"multiple_of": 32, "dropout": 0.0}
+    compiled = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
+    rest = {"optimizer": {}, "iter_num": 3, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "tinystories"}}
+    torch.save({"model": compiled, "model_args": args} | rest, tmp_path / "ckpt.pt")
+    loaded = load_model(tmp_path / "ckpt.pt")
+    assert loaded.args.tie_embeddings and loaded.args.hidden_dim == 88
+    x = torch.arange(20)[None]
+    assert torch.equal(loaded(x), model(x))
+    untied = random_model(tie_embeddings=False)
+    torch.save({"model": untied.state_dict(), "model_args": args}, tmp_path / "ckpt.pt")
+    assert torch.equal(load_model(tmp_path / "ckpt.pt")(x), untied(x))
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil-was-run"),))
+
+
+def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, model = tmp_path / "ckpt.pt", random_model()
+    state, args = model.state_dict(), model.args.as_dict()
+
+    def refused(says: str):
+        with pytest.raises(ValueError, match="ckpt.pt") as caught:
+            load_model(path)
+        assert says in str(caught.value)
+
+    refused("No such file")
+    whole = save(model, path).read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused("broken")
+    path.write_bytes(b"hello, this is a text" * 100)
+    refused("broken")
+    torch.save(Evil(), path)
+    refused("broken")
+    assert not Path("evil-was-run").exists()
+    torch.save([1, 2], path)
+    refused("a list")
+    torch.save({"weights": 3}, path)
+    refused("weights")
+    torch.save({"model": state, "model_args": args | {"dim": "64"}}, path)
+    refused("dim")
+    torch.save({"model": state, "model_args": args | {"n_heads": 7}}, path)
+    refused("n_heads=7")
+    torch.save({"model": state, "model_args": args | {"vocab_size": 500}}, path)
+    refused("tok_embeddings.weight: expected shape (500, 32), found (512, 32)")
+    torch.save({"model": {k: v for k, v in state.items() if "wk" not in k}, "model_args": args}, path)
+    refused("has no tensor layers.0.attention.wk.weight")
+    torch.save({"model": state | {"layers.0.bias": torch.zeros(3)}, "model_args": args}, path)
+    refused("layers.0.bias")
+    torch.save({"model": state | {"norm.weight": 3.0}, "model_args": args}, path)
+    refused("norm.weight: expected shape (32,), found float")
+
+
+def test_errors_end_the_command_without_a_file(tmp_path, capsys):
+    with pytest.raises(ValueError, match="none.pt"):
+        export.main([str(tmp_path / "none.pt"), str(tmp_path / "m.bin")])
+    path = save(random_model(), tmp_path / "ckpt.pt")
+    (tmp_path / "folder").write_text("a file where a folder is wanted")
+    with pytest.raises(ValueError, match="cannot write .*m.bin"):
+        export.main([str(path), str(tmp_path / "folder" / "m.bin")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "folder"]

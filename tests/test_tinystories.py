@@ -1,0 +1,350 @@
+"""Text in, tokens out, batches by number; downloads against a server on this machine."""
+
+import http.server
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+
+import tinystories
+from tinystories import END, TrainBatches, Windows, eval_batches, read_stories
+from tokenizer import BOS, load_tokenizer
+
+# ---------------------------------------------------------------------------------------------
+# text
+
+
+@pytest.mark.parametrize("name,text,stories", [
+    ("a.txt", f"One.\nTwo.\n\nThree.\n{END}\nFour.\n{END}\n", ["One.\nTwo.\n\nThree.", "Four."]),
+    ("a.txt", f"One.{END}Two.{END} {END}\nThree.", ["One.", "Two.", "Three."]),
+    ("a.txt", "One.\nTwo.\n\n\nThree.\n", ["One.\nTwo.", "Three."]),
+    ("a.txt", "One.\r\nTwo.\r\n\r\nThree.", ["One.\nTwo.", "Three."]),
+    ("a.jsonl", '{"text": "One.\\n\\nTwo."}\n\n{"text": " Three. ", "id": 3}\n{"text": ""}\n',
+     ["One.\n\nTwo.", "Three."]),
+    ("a.jsonl", f'{{"text": "One.{END}Two."}}\n', ["One. Two."]),
+])
+def test_text_formats(tmp_path, name, text, stories):
+    (tmp_path / name).write_bytes(text.encode())
+    assert list(read_stories(tmp_path / name)) == stories
+
+
+@pytest.mark.parametrize("name,content,says", [
+    ("a.txt", b"", "holds no story"),
+    ("a.txt", f"\n{END}\n".encode(), "holds no story"),
+    ("a.txt", b"caf\xe9", "0xe9"),
+    ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "a.jsonl:2"),
+    ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1"),
+    ("a.jsonl", b"[1]\n", "a.jsonl:1"),
+    ("a.jsonl", b"{\n", "a.jsonl:1"),
+])
+def test_bad_text_is_refused_by_name(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="a\\.") as caught:
+        list(read_stories(tmp_path / name))
+    assert says in str(caught.value)
+
+
+def test_local_with_and_without_validation_file(tmp_path):
+    stories = [f"Story {k}." for k in range(250)]
+    (tmp_path / "t.txt").write_text(f"\n{END}\n".join(stories))
+    (tmp_path / "v.txt").write_text("Other one.\n\nOther two.\n")
+    tinystories.main(["local", str(tmp_path / "t.txt"), f"--data_dir={tmp_path}/a"])
+    train, val = (list(read_stories(tmp_path / "a" / "tinystories" / f"{s}.txt")) for s in ("train", "val"))
+    assert val == ["Story 99.", "Story 199."] and sorted(train + val) == sorted(stories)
+    data = [f"--data_dir={tmp_path}/b", "--dataset=x"]
+    tinystories.main(["local", str(tmp_path / "t.txt"), f"--val={tmp_path}/v.txt", *data])
+    assert list(read_stories(tmp_path / "b" / "x" / "val.txt")) == ["Other one.", "Other two."]
+    assert list(read_stories(tmp_path / "b" / "x" / "train.txt")) == stories
+
+
+def test_text_that_is_there_is_kept_and_never_replaced(tmp_path):
+    (tmp_path / "t.txt").write_text("One.\n\nTwo.")
+    command = ["local", str(tmp_path / "t.txt"), f"--data_dir={tmp_path}"]
+    tinystories.main(command)
+    tinystories.main(command)  # the same text again is fine
+    (tmp_path / "t.txt").write_text("One.\n\nThree.")
+    with pytest.raises(ValueError, match="other text already"):
+        tinystories.main(command)
+    assert (tmp_path / "tinystories" / "val.txt").read_text() == f"Two.\n{END}\n"
+    assert sorted(p.name for p in (tmp_path / "tinystories").iterdir()) == ["train.txt", "val.txt"]
+
+
+def test_one_story_cannot_be_split(tmp_path):
+    (tmp_path / "t.txt").write_text("Only one.")
+    with pytest.raises(ValueError, match="cannot be split"):
+        tinystories.main(["local", str(tmp_path / "t.txt"), f"--data_dir={tmp_path}"])
+
+
+# ---------------------------------------------------------------------------------------------
+# vocabulary and tokens
+
+@pytest.mark.parametrize("vocab_size", [259, 512])
+def test_tokens_are_bos_and_the_story_each_time(data_dir, vocab_size):
+    folder = data_dir / "toy" / f"tok{vocab_size}"
+    tokens = np.fromfile(folder / "val.bin", dtype=np.uint16).tolist()
+    tokenizer, stories = load_tokenizer(folder, vocab_size), list(read_stories(data_dir / "toy" / "val.txt"))
+    assert tokens == [i for story in stories for i in (BOS, *tokenizer.encode(story))]
+    assert tokens.count(BOS) == 60
+    assert tokenizer.decode(tokens[1 : tokens.index(BOS, 1)]) == stories[0]
+
+
+def test_several_workers_write_what_one_writes(data_dir, tmp_path):
+    text = tmp_path / "train.txt"
+    tinystories.write_stories((f"Story number {k} of a dog." for k in range(5500)), text)
+    folder = data_dir / "toy" / "tok512"
+    for workers in (1, 3):  # more batches than the pool holds at a time
+        tinystories.tokenize_file(text, folder / f"w{workers}.bin", 512, workers)
+    assert (folder / "w1.bin").read_bytes() == (folder / "w3.bin").read_bytes()
+    assert np.fromfile(folder / "w1.bin", dtype=np.uint16).tolist().count(BOS) == 5500
+
+
+def test_large_vocabularies_take_four_bytes():
+    assert tinystories.token_type(65_536) is np.uint16 and tinystories.token_type(65_537) is np.uint32
+
+
+def fail(folder, vocab_size, stories):
+    raise ValueError("cannot encode this")
+
+
+def die(folder, vocab_size, stories):
+    os._exit(9)
+
+
+@pytest.mark.parametrize("worker,says", [(fail, "cannot encode this"), (die, "a worker process died")])
+def test_a_workers_failure_is_the_commands_failure(data_dir, tmp_path, monkeypatch, worker, says):
+    monkeypatch.setattr(tinystories, "encode_stories", worker)
+    with pytest.raises(ValueError, match=says):
+        tinystories.tokenize_file(data_dir / "toy" / "train.txt", tmp_path / "train.bin", 512, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vocabularies_that_cannot_be_made(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="vocab_size=100000"):
+        tinystories.train_vocab(data_dir / "toy", 100_000)
+    with pytest.raises(ValueError, match="no such text"):
+        tinystories.train_vocab(tmp_path / "nothing", 512)
+    with pytest.raises(ValueError, match="train_vocab"):
+        tinystories.pretokenize(data_dir / "toy", 700)
+    with pytest.raises(SystemExit):
+        tinystories.main(["train_vocab", "--vocab_size=100"])
+
+
+def test_one_command_makes_a_data_set_and_a_second_call_keeps_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tinystories.toystories, "TRAIN_STORIES", 120)
+    monkeypatch.setattr(tinystories.toystories, "VAL_STORIES", 20)
+    command = ["toy", f"--data_dir={tmp_path}", "--vocab_size=400"]
+    tinystories.main(command)
+    files = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "toy" / "tok400").iterdir()}
+    assert set(files) == {"tokenizer.model", "tokenizer.bin", "train.bin", "val.bin"}
+    tinystories.main(command)
+    for name in ("tokenizer.model", "train.bin", "val.bin"):
+        assert (tmp_path / "toy" / "tok400" / name).stat().st_mtime_ns == files[name][0]
+    assert (tmp_path / "toy" / "tok400" / "tokenizer.bin").read_bytes() == files["tokenizer.bin"][1]
+    assert "already there" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# batches
+
+@pytest.fixture
+def counting(tmp_path) -> Windows:
+    """Tokens 0, 1, 2, ... 102: ten windows of T = 10, the last with its next token."""
+    np.arange(103, dtype=np.uint16).tofile(tmp_path / "t.bin")
+    return Windows(tmp_path / "t.bin", 512, 10)
+
+
+def test_windows_are_contiguous_and_shifted_by_one(counting):
+    assert len(counting) == 10
+    x, y = counting.rows([0, 9])
+    assert x.tolist() == [list(range(10)), list(range(90, 100))]
+    assert y.tolist() == [list(range(1, 11)), list(range(91, 101))]
+
+
+def rows_of(batches, k):
+    return [int(row[0]) // 10 for row in batches[k][0]]
+
+
+def test_every_window_once_an_epoch_in_a_fresh_order(counting):
+    batches = TrainBatches(counting, 3, seed=1)  # 10 windows, 3 a batch: batches straddle epochs
+    drawn = [w for k in range(10) for w in rows_of(batches, k)]
+    epochs = [drawn[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_batch_k_needs_nothing_but_k(counting):
+    batches, again = TrainBatches(counting, 3, seed=1), TrainBatches(counting, 3, seed=1)
+    expected = {k: rows_of(batches, k) for k in range(30)}
+    for k in (29, 0, 17, 3, 16):
+        assert rows_of(again, k) == expected[k]
+    assert [rows_of(TrainBatches(counting, 3, seed=2), k) for k in range(5)] != [expected[k] for k in range(5)]
+
+
+def test_ranks_share_what_one_process_would_see(counting):
+    whole = TrainBatches(counting, 4, seed=1)
+    ranks = [TrainBatches(counting, 2, seed=1, rank=r, world=2) for r in range(2)]
+    for k in range(12):
+        assert rows_of(ranks[0], k) + rows_of(ranks[1], k) == rows_of(whole, k)
+
+
+def test_a_batch_larger_than_the_data_repeats_it(tmp_path):
+    np.arange(25, dtype=np.uint16).tofile(tmp_path / "t.bin")
+    batches = TrainBatches(Windows(tmp_path / "t.bin", 512, 10), 5, seed=1)
+    assert sorted(rows_of(batches, 0) + rows_of(batches, 1)) == [0] * 5 + [1] * 5
+
+
+def test_evaluation_batches_are_fixed_and_spread(tmp_path):
+    np.arange(20_001, dtype=np.uint16).tofile(tmp_path / "t.bin")
+    windows = Windows(tmp_path / "t.bin", 65_536, 10)
+    chosen = [int(row[0]) // 10 for x, _ in eval_batches(windows, 2) for row in x]
+    assert len(chosen) == 64 and chosen[0] == 0 and chosen[-1] == 1999 and chosen == sorted(set(chosen))
+    assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
+    everything = eval_batches(windows, 1000)
+    assert sum(len(x) for x, _ in everything) == 2000 and [len(x) for x, _ in everything[-1:]] == [2000 % 32]
+
+
+def test_bad_token_files_are_refused_by_name(tmp_path):
+    folder = tmp_path / "my" / "tok512"
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="toy --dataset=my") as caught:
+        Windows(folder / "train.bin", 512, 10)
+    assert "train.bin" in str(caught.value) and f"--data_dir={tmp_path}" in str(caught.value)
+    (tmp_path / "my" / "train.txt").write_text("One.")
+    with pytest.raises(ValueError, match="pretokenize --dataset=my"):
+        Windows(folder / "train.bin", 512, 10)
+    for content, says in ((np.zeros(10, np.uint16).tobytes(), "20 bytes"), (b"", "0 bytes"), (b"abc" * 11, "33 bytes"),
+                          (np.full(20, 512, np.uint16).tobytes(), "ids below 512, found 512")):
+        (folder / "train.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            Windows(folder / "train.bin", 512, 10)
+
+
+# ---------------------------------------------------------------------------------------------
+# download
+
+STORY = b"Once upon a time.\n" * 4000
+NAMES = tinystories.DOWNLOADS["v1"]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves STORY under every TinyStories name; faults are set by the test."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.cut_after, self.claim, self.status, self.ranges = None, len(STORY), 200, True
+        self.asked = []  # (method, Range header)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(b"", self.server.claim)
+
+    def do_GET(self):
+        start, wanted = 0, self.headers.get("Range")
+        if wanted and self.server.ranges:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        body = STORY[start:]
+        self.answer(body[: self.server.cut_after], len(body), 206 if start else None)
+
+    def answer(self, body, length, status=None):
+        self.server.asked.append((self.command, self.headers.get("Range")))
+        self.send_response(self.server.status if status is None else status)
+        if self.server.claim is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        yield server
+        server.shutdown()
+
+
+def test_download_both_files(server, tmp_path):
+    tinystories.download(tmp_path, "v1", server.url)
+    assert (tmp_path / "train.txt").read_bytes() == (tmp_path / "val.txt").read_bytes() == STORY
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.txt", "val.txt"]
+    server.asked.clear()
+    tinystories.download(tmp_path, "v1", server.url)  # complete: nothing is fetched again
+    assert [method for method, _ in server.asked] == ["HEAD", "HEAD"]
+
+
+def test_a_cut_connection_is_told_and_continued(server, tmp_path):
+    server.cut_after = 30_000
+    with pytest.raises(ValueError, match="connection was cut .* bytes are kept") as caught:
+        tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert "toy" in str(caught.value) and "local" in str(caught.value)
+    assert not (tmp_path / "x.txt").exists()
+    kept = (tmp_path / "x.txt.part").stat().st_size
+    assert 0 < kept <= 30_000
+    server.cut_after = None
+    tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert (tmp_path / "x.txt").read_bytes() == STORY
+    assert server.asked[-1] == ("GET", f"bytes={kept}-")
+
+
+def test_a_server_without_ranges_starts_again(server, tmp_path):
+    (tmp_path / "x.txt.part").write_bytes(b"a stale beginning")
+    server.ranges = False
+    tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert (tmp_path / "x.txt").read_bytes() == STORY
+
+
+def test_a_part_that_is_too_long_is_thrown_away(server, tmp_path):
+    (tmp_path / "x.txt.part").write_bytes(b"z" * (len(STORY) + 1))
+    tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert (tmp_path / "x.txt").read_bytes() == STORY
+
+
+def test_a_part_that_was_complete_is_moved_into_place(server, tmp_path):
+    (tmp_path / "x.txt.part").write_bytes(STORY)
+    tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert (tmp_path / "x.txt").read_bytes() == STORY and [m for m, _ in server.asked] == ["HEAD"]
+
+
+def test_a_wrong_length_is_told(server, tmp_path):
+    server.claim = len(STORY) + 5  # the head says more than there is
+    with pytest.raises(ValueError, match=f"expected {len(STORY) + 5:,} bytes, found {len(STORY):,}"):
+        tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert not (tmp_path / "x.txt").exists()
+    server.claim = None
+    with pytest.raises(ValueError, match="does not say how long"):
+        tinystories.fetch(f"{server.url}/y", tmp_path / "y.txt")
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_refusal_is_told(server, tmp_path, status):
+    server.status = status
+    with pytest.raises(ValueError, match=str(status)) as caught:
+        tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert server.url in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_network_names_the_alternatives(tmp_path):
+    with pytest.raises(ValueError, match="no connection") as caught:
+        tinystories.fetch("http://127.0.0.1:9/x", tmp_path / "x.txt")  # the discard port: nobody listens
+    assert "tinystories.py toy" in str(caught.value) and "tinystories.py local" in str(caught.value)
+
+
+def test_other_text_is_not_overwritten_by_a_download(server, tmp_path):
+    (tmp_path / "x.txt").write_text("my own stories")
+    with pytest.raises(ValueError, match="found 14"):
+        tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
+    assert (tmp_path / "x.txt").read_text() == "my own stories"
+
+
+def test_versions_are_data_sets_of_their_own():
+    assert tinystories.parse_arguments(["download"]).dataset == "tinystories"
+    assert tinystories.parse_arguments(["download", "--version=v2"]).dataset == "tinystories_v2"
+    assert json.dumps(tinystories.DOWNLOADS).count("GPT4") == 2

@@ -1,0 +1,76 @@
+"""Both tokenizers behind one interface, and the file that run.c reads."""
+
+import struct
+
+import pytest
+import sentencepiece
+
+import tokenizer
+from tokenizer import BOS, EOS, ByteTokenizer, SentencePieceTokenizer, load_tokenizer, write_bin
+
+TEXTS = ["Once upon a time, a dog.", " two  spaces \n\nand lines\n", "café €5 😀", "12345", "", " ", "\t<s></s>"]
+
+
+@pytest.fixture(params=["bytes", "pieces"])
+def some_tokenizer(request, data_dir):
+    return load_tokenizer(data_dir / "toy" / "tok512", 512) if request.param == "pieces" else ByteTokenizer()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decode_undoes_encode(some_tokenizer, text):
+    ids = some_tokenizer.encode(text)
+    assert some_tokenizer.decode(ids) == text
+    assert some_tokenizer.decode([BOS, *ids, EOS]) == text
+    assert all(2 < i < some_tokenizer.vocab_size for i in ids)
+
+
+def test_byte_tokens():
+    assert ByteTokenizer().encode("Hi") == [3 + 0x20, 3 + ord("H"), 3 + ord("i")]
+    assert ByteTokenizer().vocab_size == 259
+    assert ByteTokenizer().decode([3 + 0x20, 3 + 0xFF]) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_bin_file_holds_every_piece_in_order(some_tokenizer, tmp_path):
+    write_bin(some_tokenizer, tmp_path / "tokenizer.bin")
+    data = (tmp_path / "tokenizer.bin").read_bytes()
+    (longest,) = struct.unpack_from("<i", data)
+    entries, at = [], 4
+    while at < len(data):
+        score, length = struct.unpack_from("<fi", data, at)
+        entries.append((data[at + 8 : at + 8 + length], score))
+        at += 8 + length
+    assert len(entries) == some_tokenizer.vocab_size and longest == max(len(piece) for piece, _ in entries)
+    assert [piece for piece, _ in entries[:3]] == [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
+    assert entries[3 + 0x41][0] == b"<0x41>" and entries[3 + 0xFF][0] == b"<0xFF>"
+    # joined pieces spell the text that was encoded, dummy prefix included
+    ids = some_tokenizer.encode("Once upon a dog")
+    spelled = b"".join(bytes([i - 3]) if 3 <= i < 259 else entries[i][0] for i in ids)
+    assert spelled == b" Once upon a dog"
+    assert b" " in [piece for piece, _ in entries]  # run.c looks the dummy prefix up
+
+
+def test_merge_scores_are_the_models_own(data_dir, tmp_path):
+    path = data_dir / "toy" / "tok512" / "tokenizer.model"
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = list(SentencePieceTokenizer(path).pieces())
+    assert [score for _, score in pieces] == [model.get_score(i) for i in range(512)]
+    assert len({score for _, score in pieces[259:]}) > 200
+
+
+def test_bad_files_are_refused_by_name(tmp_path, data_dir):
+    with pytest.raises(ValueError, match=r"none.*train_vocab"):
+        SentencePieceTokenizer(tmp_path / "none")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="tokenizer.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path, 300)
+    with pytest.raises(ValueError, match="expected 300 tokens, found 512"):
+        load_tokenizer(data_dir / "toy" / "tok512", 300)
+
+
+def test_a_model_with_other_special_ids_is_refused(tmp_path):
+    lines = iter(["a cat and a dog saw a bird"] * 50)
+    with open(tmp_path / "m", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=f, model_type="char", vocab_size=16, bos_id=-1, minloglevel=2)
+    with pytest.raises(ValueError, match="ids 0, 1, 2"):
+        tokenizer.SentencePieceTokenizer(tmp_path / "m")

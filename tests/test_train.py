@@ -1,0 +1,402 @@
+"""Whole runs of a tiny model: what is logged and saved, resuming bit for bit, stopping, refusing."""
+
+import json
+import math
+import random
+import signal
+import time
+
+import pytest
+import torch
+from conftest import start
+
+import train
+from configurator import configure
+from losses import Objective, all_losses
+from train import Settings, learning_rate
+
+HEADS = {"n_future_heads": 2, "nitp_weight": 0.3, "consistency_weight": 0.1}
+
+
+def run(argv: list[str]) -> None:
+    assert train.main(argv) == 0
+
+
+def weights(folder, name="last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log_lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tok_per_s")} for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------
+# what a run writes
+
+
+def test_log_and_checkpoints_of_a_run(words, tmp_path, capsys):
+    run(words(**HEADS))
+    lines = log_lines(tmp_path / "out")
+    assert [line["iter"] for line in lines] == list(range(9))
+    always = {"iter", "tokens", "seconds"}
+    losses = {"ntp", "nitp_1", "nitp_2", "consistency_1", "consistency_2"}
+    step = {"lr", "tok_per_s", "grad_norm", "train/total"} | {f"train/{n}" for n in losses} | {
+        f"weight/{n}" for n in losses - {"ntp"}}
+    val = {f"val/{n}" for n in losses} | {"val/acc_0", "val/acc_1", "val/acc_2"}
+    for line in lines:
+        evaluated, stepped = line["iter"] in (0, 4, 8), line["iter"] < 8
+        assert set(line) == always | (step if stepped else set()) | (val if evaluated else set()), line["iter"]
+        assert all(math.isfinite(v) for v in line.values())
+    assert lines[8]["tokens"] == 8 * 4 * 32 and lines[0]["tokens"] == 0
+    first = lines[0]
+    total = first["train/ntp"] + sum(first[f"weight/{n}"] * first[f"train/{n}"] for n in losses - {"ntp"})
+    assert first["train/total"] == pytest.approx(total)
+    assert first["weight/nitp_1"] == 0.3 and first["weight/consistency_2"] == 0.1
+    assert first["val/ntp"] == pytest.approx(math.log(512), abs=0.1)
+    assert lines[8]["val/ntp"] < first["val/ntp"] - 0.2  # it learns
+
+    checkpoint = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert {"model", "optimizer", "model_args", "iter_num", "best_val_ntp", "config", "rng"} <= set(checkpoint)
+    assert checkpoint["iter_num"] == 8 and checkpoint["best_val_ntp"] == lines[8]["val/ntp"]
+    assert checkpoint["config"]["nitp_weight"] == 0.3 and checkpoint["model_args"]["n_future_heads"] == 2
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"last.pt", "ckpt.pt", "log.jsonl"}
+    printed = capsys.readouterr().out
+    assert "14,032 in trunk" in printed and "16,384 in 2 future heads" in printed and "128 a step" in printed
+
+
+def test_the_best_checkpoint_is_chosen_by_validation_ntp(words, tmp_path, monkeypatch):
+    """Not by the total: ntp is best at iteration 4, everything else at 8."""
+    values = iter([{"ntp": 3.0, "nitp_1": 9.0}, {"ntp": 1.0, "nitp_1": 9.0}, {"ntp": 2.0, "nitp_1": 0.0}])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(values))
+    run(words(**HEADS))
+    best, last = (torch.load(tmp_path / "out" / name, weights_only=True) for name in ("ckpt.pt", "last.pt"))
+    assert best["iter_num"] == 4 and last["iter_num"] == 8 and last["best_val_ntp"] == 1.0
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers(words, tmp_path):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(words(out_dir=tmp_path / out, seed=seed))
+    a, b, c = (without_times(log_lines(tmp_path / out)) for out in "abc")
+    assert a == b and a != c
+    assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_evaluation_is_on_the_same_batches_whatever_the_run(words, tmp_path):
+    """One set of weights, other batch size, seed and objective: the same validation loss."""
+    run(words())
+    shown = []
+    for changes in ({}, {"batch_size": 7, "seed": 9, "gradient_accumulation_steps": 2}, HEADS):
+        common = {"init_from": tmp_path / "out/last.pt", "out_dir": tmp_path / "x", "max_iters": 1, "warmup_iters": 0}
+        run(words(**common, **changes))
+        shown.append(log_lines(tmp_path / "x")[0]["val/ntp"])
+        for file in (tmp_path / "x").iterdir():
+            file.unlink()
+    assert shown[0] == shown[1] == shown[2] == log_lines(tmp_path / "out")[-1]["val/ntp"]
+
+
+def test_a_weight_of_zero_leaves_the_trunk_as_if_there_were_no_head(words, tmp_path):
+    run(words(out_dir=tmp_path / "base"))
+    run(words(out_dir=tmp_path / "idle", n_future_heads=2))
+    run(words(out_dir=tmp_path / "active", n_future_heads=2, nitp_weight=0.5))
+    base, idle, active = (weights(tmp_path / out) for out in ("base", "idle", "active"))
+    assert all(torch.equal(w, idle[name]) for name, w in base.items())
+    assert not torch.equal(base["norm.weight"], active["norm.weight"])
+
+
+def test_heads_are_trained_and_the_two_weights_are_two(words, tmp_path):
+    for out, nitp, consistency in (("n", 0.3, 0.0), ("c", 0.0, 0.3), ("both", 0.3, 0.3)):
+        run(words(out_dir=tmp_path / out, n_future_heads=1, nitp_weight=nitp, consistency_weight=consistency))
+    still = {"max_iters": 1, "warmup_iters": 0, "learning_rate": 1e-9}
+    run(words(out_dir=tmp_path / "start", n_future_heads=1, nitp_weight=0.3, **still))
+    heads = [weights(tmp_path / out)["future_heads.0.weight"] for out in ("start", "n", "c", "both")]
+    for i in range(4):
+        for j in range(i):
+            assert (heads[i] - heads[j]).abs().max() > 1e-4
+    kinds = [{k for k in log_lines(tmp_path / out)[0] if k.startswith("train/")} for out in ("n", "c")]
+    assert kinds == [{"train/ntp", "train/nitp_1", "train/total"}, {"train/ntp", "train/consistency_1", "train/total"}]
+
+
+def test_a_schedule_that_ends_is_logged_and_then_free(words, tmp_path, monkeypatch):
+    asked = []
+    forward = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda self, x, y, names, accuracy=False: (
+        accuracy or asked.append(names), forward(self, x, y, names, accuracy))[1])
+    run(words(**HEADS | {"consistency_weight": 0}, aux_schedule="linear", aux_end=0.5))
+    assert [line["weight/nitp_1"] for line in log_lines(tmp_path / "out")[:-1]] == pytest.approx(
+        [0.3, 0.225, 0.15, 0.075, 0, 0, 0, 0])
+    assert asked == [("ntp", "nitp_1", "nitp_2")] * 4 + [("ntp",)] * 4
+
+
+def test_gradient_accumulation_equals_one_big_batch(words, tmp_path):
+    """Also with masked document ends, which leave micro-batches unequal numbers of targets."""
+    common = HEADS | {"mask_document_ends": True, "max_seq_len": 64, "max_iters": 3}
+    run(words(out_dir=tmp_path / "big", batch_size=8, **common))
+    run(words(out_dir=tmp_path / "parts", batch_size=2, gradient_accumulation_steps=4, **common))
+    big, parts = log_lines(tmp_path / "big"), log_lines(tmp_path / "parts")
+    for a, b in zip(big, parts, strict=True):
+        for key in a.keys() - {"seconds", "tok_per_s"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-4), key
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_the_same(words, tmp_path, dtype):
+    run(words(out_dir=tmp_path / "full"))
+    run(words(out_dir=tmp_path / "half", dtype=dtype))
+    full, half = (log_lines(tmp_path / out)[-1]["val/ntp"] for out in ("full", "half"))
+    assert half == pytest.approx(full, abs=0.05) and half != full
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "half").values())
+
+
+def test_learning_rate():
+    s = Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=4, max_iters=24)
+    assert [learning_rate(s, it) for it in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert learning_rate(s, 4) == 1.0 and learning_rate(s, 14) == pytest.approx(0.55)
+    assert learning_rate(s, 24) == pytest.approx(0.1)
+    s.decay_lr = False
+    assert learning_rate(s, 20) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------
+# resuming and stopping
+
+
+@pytest.mark.parametrize("changes", [HEADS, {"dropout": 0.2}, {"dtype": "float16"}])
+def test_resuming_is_never_having_stopped(words, tmp_path, changes):
+    """2N steps = N steps + resume + N steps, to the bit: weights, optimizer and log."""
+    common = changes | {"decay_lr": False}  # so that a run of 4 is the beginning of a run of 8
+    run(words(out_dir=tmp_path / "whole", max_iters=8, **common))
+    run(words(out_dir=tmp_path / "halves", max_iters=4, **common))
+    run(words(out_dir=tmp_path / "halves", max_iters=8, init_from="resume", **common))
+    whole, halves = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in ("whole", "halves"))
+    assert same_weights(whole["model"], halves["model"])
+    for a, b in zip(whole["optimizer"]["state"].values(), halves["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert whole["best_val_ntp"] == halves["best_val_ntp"] and whole["tokens"] == halves["tokens"]
+    assert without_times(log_lines(tmp_path / "whole")) == without_times(log_lines(tmp_path / "halves"))
+    assert [line["seconds"] for line in log_lines(tmp_path / "halves")] == sorted(
+        line["seconds"] for line in log_lines(tmp_path / "halves"))
+
+
+def wait_for(process, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text!r}: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_ends(words, tmp_path, number, code):
+    argv = words(max_iters=200, eval_interval=1000, **HEADS)
+    process = start("train.py", *argv)
+    wait_for(process, "iter 5/")
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "--init_from=resume" in error and "Traceback" not in error
+    stopped_at = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["iter_num"]
+    assert 5 < stopped_at < 200
+    assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(stopped_at))
+    process = start("train.py", *argv, "--init_from=resume")
+    process.communicate(timeout=120)
+    whole = start("train.py", *argv, f"--out_dir={tmp_path}/whole")
+    whole.communicate(timeout=120)
+    assert process.returncode == whole.returncode == 0
+    assert same_weights(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert without_times(log_lines(tmp_path / "out")) == without_times(log_lines(tmp_path / "whole"))
+
+
+def test_killed_ten_times_and_resumed_equals_never_killed(words, tmp_path):
+    argv = words(max_iters=400, eval_interval=3, log_interval=5, **HEADS)
+    rng = random.Random(0)
+    for attempt in range(10):
+        have = (tmp_path / "out" / "last.pt").exists()
+        process = start("train.py", *argv, f"--init_from={'resume' if have else 'scratch'}")
+        wait_for(process, "| val")
+        time.sleep(rng.random() * 0.6)  # the whole run takes several seconds
+        process.kill()
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, attempt
+    assert start("train.py", *argv, "--init_from=resume").wait(timeout=120) == 0
+    assert start("train.py", *argv, f"--out_dir={tmp_path}/whole").wait(timeout=120) == 0
+    assert same_weights(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert same_weights(weights(tmp_path / "out", "ckpt.pt"), weights(tmp_path / "whole", "ckpt.pt"))
+    assert without_times(log_lines(tmp_path / "out")) == without_times(log_lines(tmp_path / "whole"))
+
+
+def test_a_half_written_log_line_is_left_out_on_resume(words, tmp_path, capsys):
+    run(words())
+    log = tmp_path / "out" / "log.jsonl"
+    log.write_text(log.read_text() + '{"iter": 9, "tok')
+    run(words(init_from="resume", max_iters=10))
+    assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(11))
+    assert "broken line" in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(words, tmp_path, capsys):
+    run(words())
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    assert train.main(words()) == 1
+    assert "--init_from=resume" in capsys.readouterr().err
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(words, tmp_path, capsys, monkeypatch):
+    run(words(max_iters=4))
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert train.main(words(init_from="resume")) == 1
+    error = capsys.readouterr().err
+    assert "cannot write" in error and "No space left" in error
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.endswith(".tmp")]
+
+
+# ---------------------------------------------------------------------------------------------
+# other starts
+
+
+def test_eval_only_prints_each_loss_and_writes_nothing(words, tmp_path, capsys):
+    run(words(**HEADS))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    run([*words(**HEADS), "--init_from=resume", "--eval_only"])
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
+    logged = log_lines(tmp_path / "out")[-1]
+    assert set(shown) == {f"val/{n}" for n in all_losses(2)} | {"val/acc_0", "val/acc_1", "val/acc_2"}
+    for name, value in shown.items():
+        assert float(value) == pytest.approx(logged[name], abs=1e-6)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_starting_from_another_checkpoint_takes_its_trunk(words, tmp_path, capsys):
+    run(words(dim=32, n_layers=1))
+    run(words(init_from=tmp_path / "out" / "ckpt.pt", out_dir=tmp_path / "new", **HEADS))  # asks for dim=16, n_layers=2
+    told = capsys.readouterr().err
+    assert "dim=32" in told and "n_layers=1" in told and "future_heads.0.weight" in told
+    lines = log_lines(tmp_path / "new")
+    assert lines[0]["val/ntp"] == log_lines(tmp_path / "out")[-1]["val/ntp"] and lines[0]["iter"] == 0
+    assert weights(tmp_path / "new")["future_heads.1.weight"].shape == (512, 32)
+
+
+@pytest.mark.parametrize("changes,says", [
+    ({"init_from": "resume"}, ["last.pt", "No such file"]),
+    ({"init_from": "nowhere.pt"}, ["nowhere.pt", "No such file"]),
+    ({"dataset": "tales"}, ["tales/tok512/train.bin", "tinystories.py toy --dataset=tales"]),
+    ({"max_seq_len": 100_000}, ["tok512/train.bin", "100000"]),
+    ({"device": "abacus"}, ["device=abacus"]),
+    ({"device": "cuda:99"}, ["device=cuda:99"]),
+    ({"learning_rate": 1e9, "grad_clip": 0}, ["iter", "lower learning_rate"]),
+])
+def test_refusals_name_what_is_wrong(words, tmp_path, capsys, changes, says):
+    assert train.main(words(**changes)) == 1
+    error = capsys.readouterr().err
+    for text in says:
+        assert text in error
+    assert "Traceback" not in error
+
+
+def test_a_resumed_run_keeps_its_shape(words, capsys):
+    run(words())
+    assert train.main(words(init_from="resume", dim=32)) == 1
+    assert "dim=32" in capsys.readouterr().err
+    run(words(init_from="resume", max_iters=9, learning_rate=1e-3))
+    assert "learning_rate=0.001, was 0.01" in capsys.readouterr().err
+
+
+def test_compiled_step_learns_the_same(words, tmp_path):
+    run(words(out_dir=tmp_path / "eager", max_iters=3, **HEADS))
+    run(words(out_dir=tmp_path / "compiled", max_iters=3, compile=True, **HEADS))
+    eager, compiled = (log_lines(tmp_path / out)[-1]["val/ntp"] for out in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, abs=1e-3)
+    assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
+
+
+# ---------------------------------------------------------------------------------------------
+# several processes, and wandb
+
+
+def test_two_processes_learn_what_one_learns(words, tmp_path):
+    common = HEADS | {"mask_document_ends": True, "max_iters": 5, "aux_schedule": "linear", "aux_end": 0.6}
+    run(words(out_dir=tmp_path / "one", batch_size=4, **common))
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+                    *words(out_dir=tmp_path / "two", batch_size=2, **common))
+    _, error = process.communicate(timeout=180)
+    assert process.returncode == 0, error
+    one, two = (log_lines(tmp_path / out) for out in ("one", "two"))
+    assert [line["iter"] for line in two] == list(range(6)) and two[-1]["tokens"] == one[-1]["tokens"]
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() - {"seconds", "tok_per_s"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+
+
+def leveldb_records(data: bytes):
+    """Records of a .wandb file behind its own 7 bytes: LevelDB's log format, in blocks of 32 KiB."""
+    at, record = 0, b""
+    while at < len(data):
+        left = 32_768 - (at + 7) % 32_768  # the first block counts the file's own header
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
+def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run([*words(**HEADS), "--wandb_log", "--wandb_mode=offline", "--wandb_run_name=a=b"])
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()[7:])]
+    history = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+               for r in records if r.WhichOneof("record_type") == "history"]
+    own = [{k: v for k, v in line.items() if not k.startswith("_")} for line in history]
+    assert own == log_lines(tmp_path / "out")
+    assert {r.metric.name or r.metric.glob_name for r in records if r.WhichOneof("record_type") == "metric"} >= {
+        "iter", "tokens", "seconds", "val/ntp"}
+    assert [r.run.display_name for r in records if r.WhichOneof("record_type") == "run"][0] == "a=b"
+    run_id = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["wandb_id"]
+    assert run_id and run_id in path.name
+
+
+def test_a_run_outlives_wandb(words, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def refuse(*_, **__):
+        raise RuntimeError("no network today")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    run([*words(), "--wandb_log"])
+    assert "no network today" in capsys.readouterr().err and len(log_lines(tmp_path / "out")) == 9
+
+    class Broken:
+        id = "abc"
+
+        def define_metric(self, *_, **__):
+            pass
+
+        log = refuse
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    run([*words(out_dir=tmp_path / "out2"), "--wandb_log"])
+    assert "the run goes on without it" in capsys.readouterr().err and len(log_lines(tmp_path / "out2")) == 9
+
+
+def test_the_settings_of_every_config_are_valid():
+    for path in sorted((train.Path(train.__file__).parent / "config").glob("*.py")):
+        train.check(configure(Settings, [str(path)]))

@@ -1,0 +1,458 @@
+"""Data sets: text, vocabulary, tokens, batches.
+
+    python tinystories.py toy --vocab_size=512                # stories written by a small generator, no network
+    python tinystories.py download [--version=v1|v2]          # TinyStories from Hugging Face, resumable
+    python tinystories.py local TRAIN.txt [--val=VAL.txt]     # any text of your own
+    python tinystories.py train_vocab --dataset=NAME --vocab_size=512
+    python tinystories.py pretokenize --dataset=NAME --vocab_size=512
+
+The first three write `data/<dataset>/{train,val}.txt`, stories separated by <|endoftext|> lines, and
+go straight on to the last two where --vocab_size is given. Those write `data/<dataset>/tok<V>/`:
+`tokenizer.model`, `tokenizer.bin` (for run.c) and `{train,val}.bin`, token ids with BOS before each
+story, uint16 (uint32 above 65,535). V = 259 is the byte tokenizer. What is already there is left as
+it is: delete `data/<dataset>` or its `tok<V>` to start again.
+
+TinyStories: Eldan & Li 2023 (arXiv 2305.07759). What this leaves out on purpose: shards, and any
+cleaning of the text.
+"""
+
+import argparse
+import filecmp
+import io
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import requests
+import sentencepiece
+import torch
+from tqdm import tqdm
+
+import toystories
+from files import atomic_write
+from tokenizer import BOS, BYTE_VOCAB_SIZE, ByteTokenizer, load_tokenizer, vocab_folder, write_bin
+
+END = "<|endoftext|>"
+SPLITS = ("train", "val")
+VOCAB_TEXT_BYTES = 200_000_000  # of train.txt that train_vocab looks at; a vocabulary needs no more
+DOWNLOADS = {  # version: {split: file}
+    "v1": {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"},
+    "v2": {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"},
+}
+HUGGING_FACE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
+
+
+# ---------------------------------------------------------------------------------------------
+# text
+
+def read_stories(path: Path) -> Iterator[str]:
+    """The stories of a file: .jsonl with a `text` field, <|endoftext|> separated, or blank-line blocks.
+
+    Errors: ValueError naming the file and line if it cannot be read or holds no story.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            if path.suffix == ".jsonl":
+                pieces = jsonl_texts(f, path)
+            else:
+                marked = any(END in line for line in f)
+                f.seek(0)
+                pieces = split_at_marks(f) if marked else split_at_blank_lines(f)
+            empty = True
+            for piece in pieces:
+                # A marker inside a .jsonl text would end the story early once written out.
+                story = piece.replace("\r\n", "\n").replace(END, " ").strip()
+                if story:
+                    empty = False
+                    yield story
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}") from error
+    if empty:
+        raise ValueError(f"{path}: holds no story")
+
+
+def jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}:{number}: expected {{"text": "..."}}, found {line.strip()[:60]!r}')
+            yield text
+
+
+def split_at_marks(lines: Iterable[str]) -> Iterator[str]:
+    story = []
+    for line in lines:
+        *ended, rest = line.split(END)
+        for part in ended:
+            yield "".join(story) + part
+            story = []
+        story.append(rest)
+    yield "".join(story)
+
+
+def split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
+    story = []
+    for line in lines:
+        if line.strip():
+            story.append(line)
+        else:
+            yield "".join(story)
+            story = []
+    yield "".join(story)
+
+
+def write_stories(stories: Iterable[str], path: Path, total: int | None = None) -> None:
+    """Write the text format that the rest of the lab reads; leave an equal file alone, refuse a different one."""
+    new = path.with_name(path.name + ".new")
+    with atomic_write(new, "w", encoding="utf-8", newline="\n") as f:
+        for story in tqdm(stories, desc=str(path), total=total, unit=" stories", file=sys.stderr):
+            f.write(story + "\n" + END + "\n")
+    place(new, path)
+
+
+def place(new: Path, path: Path) -> None:
+    """Move a finished text into place, unless another one is there: tokens made from that would go stale."""
+    if path.exists() and not filecmp.cmp(new, path, shallow=False):
+        new.unlink()
+        raise ValueError(f"{path}: holds other text already; choose another --dataset, or delete {path.parent}")
+    os.replace(new, path)
+
+
+def make_toy(folder: Path) -> None:
+    """Write the generated stories of toystories.py."""
+    for split, count in (("train", toystories.TRAIN_STORIES), ("val", toystories.VAL_STORIES)):
+        write_stories(toystories.stories(split, count), folder / f"{split}.txt", total=count)
+
+
+def make_local(folder: Path, train: Path, val: Path | None) -> None:
+    """Write the stories of a user's files; without `val`, every hundredth story of `train` is held out."""
+    if val is not None:
+        write_stories(read_stories(train), folder / "train.txt")
+        write_stories(read_stories(val), folder / "val.txt")
+        return
+    count = sum(1 for _ in read_stories(train))
+    if count < 2:
+        raise ValueError(f"{train}: {count} story cannot be split; separate stories by {END} lines or name --val=FILE")
+    every = min(100, count)
+    for split in SPLITS:
+        held_out = (s for k, s in enumerate(read_stories(train)) if (k % every == every - 1) == (split == "val"))
+        write_stories(held_out, folder / f"{split}.txt")
+
+
+# ---------------------------------------------------------------------------------------------
+# download
+
+def download(folder: Path, version: str, base_url: str = HUGGING_FACE) -> None:
+    """Fetch both text files of a TinyStories version into `folder`; continues where an earlier call was cut off."""
+    for split, name in DOWNLOADS[version].items():
+        fetch(f"{base_url}/{name}", folder / f"{split}.txt")
+
+
+def fetch(url: str, path: Path) -> None:
+    """Download `url` to `path` by way of `path`.part, which a later call continues (HTTP range requests).
+
+    Errors: ValueError naming the address if the server cannot be reached, refuses, or ends early.
+    """
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        size = remote_size(url)
+        if path.exists():
+            if path.stat().st_size == size:
+                print(f"{path}: already complete", file=sys.stderr)
+                return
+            raise ValueError(f"{path}: expected the {size:,} bytes of {url}, found {path.stat().st_size:,}; "
+                             f"choose another --dataset, or delete {path.parent}")
+        have = part.stat().st_size if part.exists() else 0
+        if have > size:  # not a beginning of this file
+            part.unlink()
+            have = 0
+        if have < size:
+            append(url, part, have, size)
+    except requests.RequestException as error:
+        kept = f" ({part.stat().st_size:,} bytes are kept; the same command continues)" if part.exists() else ""
+        raise ValueError(
+            f"{url}: {explain(error)}{kept}\n"
+            "without network: `python tinystories.py toy` writes stories made here, and\n"
+            "`python tinystories.py local TRAIN.txt` takes any text file") from error
+    except OSError as error:
+        raise ValueError(f"{part}: cannot write: {error.strerror}") from error
+    if part.stat().st_size != size:
+        raise ValueError(f"{url}: expected {size:,} bytes, found {part.stat().st_size:,}; the same command continues")
+    os.replace(part, path)
+
+
+def remote_size(url: str) -> int:
+    """The length of the file behind `url`, before anything is fetched."""
+    # identity: a length of compressed bytes would not be the file's
+    answer = requests.head(url, allow_redirects=True, timeout=30, headers={"Accept-Encoding": "identity"})
+    answer.raise_for_status()
+    try:
+        return int(answer.headers["Content-Length"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{url}: the server does not say how long the file is") from None
+
+
+def append(url: str, part: Path, have: int, size: int) -> None:
+    """Fetch bytes have..size of `url` onto the end of `part`; from the start if the server ignores ranges."""
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+        answer.raise_for_status()
+        if answer.status_code != 206:
+            have = 0
+        bar = tqdm(desc=part.stem, total=size, initial=have, unit="B", unit_scale=True, file=sys.stderr)
+        with open(part, "ab" if have else "wb") as f, bar:
+            # Small blocks: when the connection is cut, the block on its way is lost.
+            for block in answer.iter_content(1 << 14):
+                f.write(block)
+                bar.update(len(block))
+
+
+def explain(error: requests.RequestException) -> str:
+    if error.response is not None:
+        return f"the server answered {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection was cut"
+    if isinstance(error, (requests.ConnectionError, requests.Timeout)):
+        return "no connection"
+    return str(error)
+
+
+# ---------------------------------------------------------------------------------------------
+# vocabulary and tokens
+
+def train_vocab(folder: Path, vocab_size: int) -> None:
+    """Train a SentencePiece BPE vocabulary on `folder`/train.txt, with the settings llama2.c uses."""
+    out = vocab_folder(folder, vocab_size)
+    if vocab_size == BYTE_VOCAB_SIZE:
+        write_bin(ByteTokenizer(), out / "tokenizer.bin")
+        return
+    if (out / "tokenizer.model").exists():
+        print(f"{out / 'tokenizer.model'}: already there", file=sys.stderr)
+    else:
+        print(f"{out / 'tokenizer.model'}: training {vocab_size} tokens", file=sys.stderr)
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=text_lines(folder / "train.txt", VOCAB_TEXT_BYTES), model_writer=model,
+                model_type="bpe", vocab_size=vocab_size, byte_fallback=True, split_digits=True,
+                normalization_rule_name="identity", character_coverage=1.0, allow_whitespace_only_pieces=True,
+                remove_extra_whitespaces=False,  # run.c leaves spaces as they are, too
+                unk_surface=r" \342\201\207 ", max_sentence_length=1 << 20,
+                num_threads=os.cpu_count(), minloglevel=2)
+        except RuntimeError as error:
+            raise ValueError(f"--vocab_size={vocab_size}: no such vocabulary can be made from "
+                             f"{folder / 'train.txt'}: {str(error).splitlines()[0]}") from error
+        with atomic_write(out / "tokenizer.model") as f:
+            f.write(model.getvalue())
+    write_bin(load_tokenizer(out, vocab_size), out / "tokenizer.bin")
+
+
+def text_lines(path: Path, limit: int) -> Iterator[str]:
+    """The lines of the stories in the first `limit` characters of a text made by write_stories."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such text; `python tinystories.py toy`, `download` or `local FILE` makes one")
+    for story in read_stories(path):
+        yield from filter(None, story.split("\n"))
+        limit -= len(story)
+        if limit < 0:
+            return
+
+
+def pretokenize(folder: Path, vocab_size: int, workers: int = 0) -> None:
+    """Write `tok<V>/{train,val}.bin`, with as many processes as there are cores unless `workers` says."""
+    out = vocab_folder(folder, vocab_size)
+    load_tokenizer(out, vocab_size)  # complains here, not in each worker
+    for split in SPLITS:
+        if (out / f"{split}.bin").exists():
+            print(f"{out / f'{split}.bin'}: already there", file=sys.stderr)
+        else:
+            tokenize_file(folder / f"{split}.txt", out / f"{split}.bin", vocab_size, workers or os.cpu_count() or 1)
+
+
+def tokenize_file(text: Path, tokens: Path, vocab_size: int, workers: int) -> None:
+    encode = partial(encode_stories, tokens.parent, vocab_size)
+    stories, bar = read_stories(text), tqdm(desc=str(tokens), unit=" stories", file=sys.stderr)
+    batches = iter(lambda: list(islice(stories, 1000)), [])
+    with atomic_write(tokens) as f, bar, ProcessPoolExecutor(workers) as pool:
+        pending: deque = deque()  # in the order of the text, and few: a large text does not fit in memory
+        try:
+            while pending or batches is not None:
+                while batches is not None and len(pending) < 2 * workers:
+                    batch = next(batches, None)
+                    if batch is None:
+                        batches = None
+                    else:
+                        pending.append((len(batch), pool.submit(encode, batch)))
+                if pending:
+                    count, future = pending.popleft()
+                    f.write(future.result())
+                    bar.update(count)
+        except BrokenProcessPool as error:
+            raise ValueError(f"{tokens}: a worker process died (out of memory?); nothing was written") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@lru_cache(maxsize=1)
+def cached_tokenizer(folder: Path, vocab_size: int):
+    return load_tokenizer(folder, vocab_size)
+
+
+def encode_stories(folder: Path, vocab_size: int, stories: list[str]) -> bytes:
+    """BOS and the tokens of each story, as the bytes of a .bin file."""
+    tokenizer = cached_tokenizer(folder, vocab_size)  # loaded once in each worker
+    ids = [i for story in stories for i in (BOS, *tokenizer.encode(story))]
+    return np.array(ids, dtype=token_type(vocab_size)).tobytes()
+
+
+def token_type(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+# ---------------------------------------------------------------------------------------------
+# batches
+
+class Windows:
+    """The rows of a token file: window j holds tokens j*T .. j*T + T, inputs and next tokens of one row.
+
+    Errors: ValueError naming the file, and the command that makes it, if it is missing, has no
+    whole window, or holds ids that the vocabulary has not.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, T: int):
+        if not path.exists():
+            dataset, data_dir = path.parent.parent.name, path.parent.parent.parent
+            option = f" --dataset={dataset}" + (f" --data_dir={data_dir}" if str(data_dir) != "data" else "")
+            text = path.parent.parent / "train.txt"
+            raise ValueError(
+                f"{path}: no such data set; make it with\n"
+                + (f"    python tinystories.py train_vocab{option} --vocab_size={vocab_size}\n"
+                   f"    python tinystories.py pretokenize{option} --vocab_size={vocab_size}" if text.exists() else
+                   f"    python tinystories.py toy{option} --vocab_size={vocab_size}\n"
+                   f"or, for real stories, with `download` or `local FILE` in place of `toy`"))
+        self.path, self.T = path, T
+        itemsize = np.dtype(token_type(vocab_size)).itemsize
+        size = path.stat().st_size
+        if size % itemsize or size // itemsize <= T:
+            raise ValueError(f"{path}: expected more than {T} tokens of {itemsize} bytes each, found {size} bytes")
+        self.tokens = np.memmap(path, dtype=token_type(vocab_size), mode="r")
+        if (largest := int(self.tokens.max())) >= vocab_size:
+            raise ValueError(f"{path}: expected token ids below {vocab_size}, found {largest}")
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.T
+
+    def rows(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs x and next tokens y of the windows `indices`, both (len(indices), T) int64."""
+        T = self.T
+        both = torch.from_numpy(np.stack([self.tokens[j * T : j * T + T + 1] for j in indices]).astype(np.int64))
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+class TrainBatches:
+    """Every window once an epoch, in an order that only (seed, epoch) decide; rank r takes its share of it.
+
+    Batch k needs nothing but k, so a resumed run sees what it would have seen; and what all ranks
+    see together in an iteration does not depend on how many they are.
+    """
+
+    def __init__(self, windows: Windows, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        self.windows, self.batch_size, self.seed, self.rank, self.world = windows, batch_size, seed, rank, world
+        self._order = lru_cache(maxsize=2)(self._shuffle)  # a batch may straddle two epochs
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.windows))
+
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Micro-batch k of this rank: x, y, both (batch_size, T) int64."""
+        first = (k * self.world + self.rank) * self.batch_size
+        n = len(self.windows)
+        return self.windows.rows(self._order(s // n)[s % n] for s in range(first, first + self.batch_size))
+
+
+EVAL_BATCH = 32  # windows; fixed, so that every run is judged on the same ones, whatever its batch_size
+
+
+def eval_batches(windows: Windows, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` batches of EVAL_BATCH windows, evenly spread over the file; all windows if there are no more."""
+    chosen = np.linspace(0, len(windows) - 1, min(count * EVAL_BATCH, len(windows))).round().astype(int)
+    return [windows.rows(chosen[k : k + EVAL_BATCH]) for k in range(0, len(chosen), EVAL_BATCH)]
+
+
+# ---------------------------------------------------------------------------------------------
+# command line
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help: str, dataset: str | None, vocab_required: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--data_dir", type=Path, default="data", help="folder of all data sets")
+        sub.add_argument("--dataset", default=dataset, help="name of the data set")
+        sub.add_argument("--vocab_size", type=vocab_size, default=argparse.SUPPRESS, required=vocab_required,
+                         help="tokens; 259 is the byte tokenizer")
+        return sub
+
+    command("toy", "write generated stories", "toy")
+    sub = command("download", "fetch TinyStories from Hugging Face", None)
+    sub.add_argument("--version", choices=tuple(DOWNLOADS), default="v1", help="v1: GPT-3.5 and GPT-4; v2: GPT-4 only")
+    sub = command("local", "take stories from a file of your own", "tinystories")
+    sub.add_argument("train", type=Path, metavar="TRAIN", help=f".txt with {END} lines or blank lines, or .jsonl")
+    sub.add_argument("--val", type=Path, help="validation stories; without it one story in a hundred is held out")
+    command("train_vocab", "train a vocabulary on a data set's text", "tinystories", vocab_required=True)
+    sub = command("pretokenize", "turn a data set's text into tokens", "tinystories", vocab_required=True)
+    sub.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
+    args = parser.parse_args(argv)
+    if args.dataset is None:
+        args.dataset = "tinystories" if args.version == "v1" else "tinystories_v2"
+    return args
+
+
+def vocab_size(text: str) -> int:
+    value = int(text)
+    if not BYTE_VOCAB_SIZE <= value <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"expected {BYTE_VOCAB_SIZE} (bytes) to {1 << 20}, found {value}")
+    return value
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    folder = args.data_dir / args.dataset
+    wanted = getattr(args, "vocab_size", None)
+    match args.command:
+        case "toy":
+            make_toy(folder)
+        case "download":
+            download(folder, args.version)
+        case "local":
+            make_local(folder, args.train, args.val)
+    if wanted and args.command != "pretokenize":
+        train_vocab(folder, wanted)
+    if wanted and args.command != "train_vocab":
+        pretokenize(folder, wanted, getattr(args, "workers", 0))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"tinystories.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tinystories.py: interrupted; the same command starts again or continues")

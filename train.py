@@ -1,0 +1,515 @@
+"""Train a tiny Llama on next-token prediction, with or without objectives that look further ahead.
+
+    python train.py config/quickstart.py                          # settings from a file
+    python train.py config/stories260k_mtp.py --max_iters=50      # and from the command line
+    python train.py config/stories260k_mtp.py --init_from=resume  # go on where out_dir stopped
+    torchrun --standalone --nproc_per_node=2 train.py config/...  # several processes
+    python train.py --help                                        # every setting
+
+Writes out_dir/ckpt.pt (best by validation NTP loss), out_dir/last.pt (newest) and out_dir/log.jsonl
+(one object a line; the same keys go to wandb). `export.py` turns a checkpoint into a file for run.c.
+
+What this leaves out on purpose: model parallelism, data loading in worker processes (a batch costs
+a thousandth of a step), and any loss (losses.py).
+"""
+
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import AtLeast0, AtLeast1, Fraction, FractionBelow1, NonNegative, Positive, configure, help_text
+from export import load_weights, model_args_of, read_checkpoint
+from files import atomic_write
+from losses import Objective, all_losses, loss_weights, weighted_total
+from model import ModelArgs, Transformer
+from tinystories import TrainBatches, Windows, eval_batches
+from tokenizer import BOS, vocab_folder
+
+
+@dataclass
+class Settings:
+    # where the run lives
+    out_dir: str = "out"  # folder of ckpt.pt, last.pt and log.jsonl
+    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or the path of any llama2.c-style checkpoint
+    eval_interval: AtLeast1 = 250  # iterations between evaluations; each saves last.pt
+    eval_iters: AtLeast1 = 25  # validation batches of 32 rows an evaluation, the same ones in every run
+    eval_only: bool = False  # evaluate once and stop; writes nothing
+    log_interval: AtLeast1 = 1  # iterations between lines on the terminal and in log.jsonl
+    # wandb
+    wandb_log: bool = False  # send the log to wandb as well
+    wandb_project: str = "lookahead"  # wandb project
+    wandb_run_name: str = ""  # wandb run name; empty: the name of out_dir
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: keep it in ./wandb for `wandb sync`
+    # data
+    data_dir: str = "data"  # folder of all data sets
+    dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
+    vocab_size: AtLeast1 = 512  # tokens; 259 is the byte tokenizer
+    max_seq_len: AtLeast1 = 512  # tokens in a row, and the longest context of the model
+    batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
+    gradient_accumulation_steps: AtLeast1 = 1  # micro-batches an iteration
+    # model
+    dim: AtLeast1 = 64  # width of the residual stream
+    n_layers: AtLeast1 = 5  # transformer blocks
+    n_heads: AtLeast1 = 8  # query heads; dim must be an even multiple
+    n_kv_heads: AtLeast1 = 4  # key/value heads; a divisor of n_heads
+    hidden_dim: AtLeast0 = 0  # width of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
+    multiple_of: AtLeast1 = 4  # see hidden_dim
+    norm_eps: Positive = 1e-5  # RMSNorm's epsilon; run.c uses 1e-5
+    dropout: FractionBelow1 = 0.0  # share of activations dropped in training
+    tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
+    # looking ahead
+    n_future_heads: AtLeast0 = 0  # head i predicts the token i further ahead than the next
+    head: Literal["linear"] = "linear"  # type of the future heads
+    nitp_weight: NonNegative = 0.0  # of the first head's cross-entropy loss
+    consistency_weight: NonNegative = 0.0  # of the first head's KL from the NTP head that has seen more
+    head_decay: Positive = 1.0  # head i weighs head_decay^(i-1) of the above
+    mask_document_ends: bool = False  # no target of a future head lies behind the next BOS
+    aux_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of these weights between aux_start and aux_end
+    aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
+    aux_end: Fraction = 1.0  # fraction of the run from which they are 0 (1: never)
+    # optimisation
+    learning_rate: Positive = 5e-4  # peak of AdamW's learning rate
+    max_iters: AtLeast1 = 100_000  # iterations of the whole run
+    warmup_iters: AtLeast0 = 1000  # iterations in which the rate rises to its peak
+    decay_lr: bool = True  # fall to min_lr in half a cosine by max_iters; false: stay at the peak
+    min_lr: NonNegative = 0.0  # where the cosine ends
+    weight_decay: NonNegative = 0.1  # AdamW's, on matrices only
+    beta1: FractionBelow1 = 0.9  # AdamW's
+    beta2: FractionBelow1 = 0.95  # AdamW's
+    grad_clip: NonNegative = 1.0  # largest norm of the whole gradient; 0: no clipping
+    # system
+    seed: AtLeast0 = 1337  # of initial weights, order of the data, dropout
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matrix products (autocast); weights are float32
+    compile: bool = False  # torch.compile the step
+
+
+def check(s: Settings) -> None:
+    """Refuse settings that contradict each other; ValueError names them."""
+    shape_of(s)
+    if (s.nitp_weight or s.consistency_weight) and not s.n_future_heads:
+        name = "nitp_weight" if s.nitp_weight else "consistency_weight"
+        raise ValueError(f"{name}={getattr(s, name)}: needs a future head, found n_future_heads=0")
+    if s.aux_start >= s.aux_end:
+        raise ValueError(f"aux_start={s.aux_start}: expected less than aux_end={s.aux_end}")
+    if s.decay_lr and s.warmup_iters >= s.max_iters:
+        raise ValueError(f"warmup_iters={s.warmup_iters}: expected less than max_iters={s.max_iters}")
+    if s.min_lr > s.learning_rate:
+        raise ValueError(f"min_lr={s.min_lr}: expected at most learning_rate={s.learning_rate}")
+    if s.eval_only and s.init_from == "scratch":
+        raise ValueError("eval_only: nothing to evaluate with init_from=scratch; give resume or a checkpoint's path")
+
+
+def shape_of(s: Settings) -> ModelArgs:
+    return ModelArgs(**{f.name: getattr(s, f.name) for f in fields(ModelArgs)})
+
+
+# ---------------------------------------------------------------------------------------------
+# the machine: one device a process, any number of processes
+
+@dataclass
+class Machine:
+    """Where this process computes and which of how many processes it is."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """x summed over all processes."""
+        if self.world > 1:
+            x = x.to(self.device)
+            dist.all_reduce(x)
+        return x
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next counts its work."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def put(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Copies on the device; from pinned memory and without waiting where that helps."""
+        if self.device.type == "cuda":
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device) for t in tensors]
+
+
+def find_machine(wanted: str) -> Machine:
+    """The device called `wanted`, and torchrun's process group if there is one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        if world > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={wanted}: not on this machine: {str(error).splitlines()[0]}") from error
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Machine(device, rank, world)
+
+
+def note(text: str) -> None:
+    """Tell the user, once however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+class Stop:
+    """SIGINT and SIGTERM ask for a stop at the end of the step; a second one is not waited for."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+        note("stopping after this step (again to stop at once)")
+
+    def asked(self, machine: Machine) -> bool:
+        """True in all processes as soon as it is in one; they must leave the loop together."""
+        return self.signal > 0 if machine.world == 1 else machine.sum(torch.tensor(self.signal)).item() > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# log and checkpoints
+
+class Log:
+    """out_dir/log.jsonl, and wandb where asked; wandb's failures are told, not suffered."""
+
+    def __init__(self, s: Settings, start: int, wandb_id: str | None):
+        self.path = Path(s.out_dir) / "log.jsonl"
+        kept = self._lines_before(start) if start and self.path.exists() else []
+        with atomic_write(self.path, "w") as f:
+            f.writelines(kept)
+        self.wandb, self.wandb_id = None, wandb_id
+        if s.wandb_log:
+            self._start_wandb(s)
+
+    def _lines_before(self, start: int) -> list[str]:
+        """The log up to iteration `start`; a run that was killed after its checkpoint writes the rest again."""
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["iter"] < start:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                note(f"{self.path}: leaving out a broken line: {line[:60]!r}")
+        return kept
+
+    def _start_wandb(self, s: Settings) -> None:
+        try:
+            import wandb  # late: seconds of start-up that most runs do without
+
+            self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name,
+                                    config=asdict(s), mode=s.wandb_mode, id=self.wandb_id, resume="allow")
+            self.wandb_id = self.wandb.id
+            for axis in ("iter", "tokens", "seconds"):  # val/ntp can be drawn against each
+                self.wandb.define_metric(axis)
+            self.wandb.define_metric("*", step_metric="iter")
+            self.wandb.define_metric("val/ntp", step_metric="iter", summary="min")
+        except Exception as error:  # no network, no login, a full disk: none of them is worth a run
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        note(f"wandb failed, the run goes on without it (log.jsonl has everything): {error}")
+        self.wandb = None
+
+    def write(self, line: dict) -> None:
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
+        if self.wandb:
+            try:
+                self.wandb.log(line)
+            except Exception as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        if self.wandb:
+            try:
+                self.wandb.finish()
+            except Exception as error:
+                self._give_up(error)
+
+
+RESUMED_KEYS = ("optimizer", "scaler", "iter_num", "best_val_ntp", "config", "rng", "seconds", "tokens", "wandb_id")
+SHAPE = {f.name for f in fields(ModelArgs)} - {"dropout"}
+
+
+def load_start(s: Settings) -> tuple[dict | None, Path]:
+    """The checkpoint a run starts from and its path; None for init_from=scratch.
+
+    A resumed run must have the checkpoint's shape; a run from another checkpoint takes its trunk's
+    shape (not its heads) into `s`. Errors: ValueError.
+    """
+    last = Path(s.out_dir) / "last.pt"
+    if s.init_from == "scratch":
+        if last.exists():
+            raise ValueError(f"{last}: this out_dir holds a run; --init_from=resume continues it, "
+                             "or choose another --out_dir, or delete it")
+        return None, last
+    path = last if s.init_from == "resume" else Path(s.init_from)
+    checkpoint = read_checkpoint(path)
+    if s.init_from == "resume":
+        if missing := [k for k in RESUMED_KEYS if k not in checkpoint]:
+            raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}")
+        for f in fields(Settings):
+            then, now = checkpoint["config"].get(f.name), getattr(s, f.name)
+            if f.name in SHAPE and then != now:
+                raise ValueError(f"{f.name}={now}: the run in {path} has {then}; a resumed run keeps its shape")
+            if then != now and f.name not in ("init_from", "eval_only"):
+                note(f"resuming with {f.name}={now}, was {then}")
+    else:
+        theirs = model_args_of(checkpoint, path)
+        for name in sorted(SHAPE - {"n_future_heads", "head", "max_seq_len"}):
+            then, now = getattr(theirs, name), getattr(s, name)
+            if then != now:
+                note(f"{name}={then}, from {path}")
+                setattr(s, name, then)
+    return checkpoint, path
+
+
+def rng_states(machine: Machine) -> list[dict]:
+    """Every process's random number generators, in the order of ranks."""
+    state = {"cpu": torch.get_rng_state()}
+    if machine.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(machine.device)
+    states = [state] * machine.world
+    if machine.world > 1:
+        dist.all_gather_object(states, state)
+    return states
+
+
+def restore_rng(states: list[dict], machine: Machine) -> None:
+    if len(states) != machine.world:
+        note(f"resuming with {machine.world} processes, was {len(states)}: dropout will differ")
+    state = states[machine.rank % len(states)]
+    torch.set_rng_state(state["cpu"])
+    if machine.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], machine.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# the parts of a step
+
+def learning_rate(s: Settings, it: int) -> float:
+    """Rate of iteration `it`: a straight rise to the peak, then half a cosine down to min_lr."""
+    if it < s.warmup_iters:
+        return s.learning_rate * (it + 1) / (s.warmup_iters + 1)
+    if not s.decay_lr:
+        return s.learning_rate
+    done = (it - s.warmup_iters) / (s.max_iters - s.warmup_iters)
+    return s.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
+
+
+def make_optimizer(s: Settings, model: Transformer) -> torch.optim.AdamW:
+    """AdamW over every parameter, heads included; weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+
+
+@torch.no_grad()
+def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machine: Machine, autocast) -> dict:
+    """{name: mean over all validation batches}, of the losses `names` and of acc_i; ranks share the work."""
+    names_and_accuracy = (*names, *(f"acc_{i}" for i in range(objective.model.args.n_future_heads + 1)))
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in names_and_accuracy}  # of values, of positions
+    objective.eval()
+    for x, y in batches[machine.rank :: machine.world]:
+        with autocast:
+            losses = objective(*machine.put(x, y), names, accuracy=True)
+        for name, loss in losses.items():
+            count = loss.count.item()
+            sums[name] += torch.tensor([loss.mean.item() * count, count])
+    objective.train()
+    totals = machine.sum(torch.stack(list(sums.values())))  # (losses, 2)
+    return {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
+
+
+def announce(s: Settings, model: Transformer, train: Windows, machine: Machine) -> None:
+    """Say what follows from the settings."""
+    counts = model.parameter_counts()
+    per_step = s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len
+    total = per_step * s.max_iters
+    print(f"parameters: {counts['trunk']:,} in trunk and NTP head, "
+          f"{counts['future heads']:,} in {s.n_future_heads} future heads\n"
+          f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
+          f"{total / (len(train) * s.max_seq_len):.2f} epochs of {len(train):,} rows in {train.path}\n"
+          f"machine: {machine.world} x {machine.device}, {s.dtype}, {'compiled' if s.compile else 'eager'}, "
+          f"{torch.get_num_threads()} threads", flush=True)
+
+
+def show(line: dict, s: Settings) -> str:
+    """A line of the log for the terminal: losses, rate, speed, time left."""
+    step = s.max_seq_len * s.batch_size * s.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+    step_seconds = step / line["tok_per_s"]
+    minutes, seconds = divmod(round((s.max_iters - line["iter"]) * step_seconds), 60)
+    losses = "  ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in line.items() if k.startswith("train/"))
+    return (f"iter {line['iter']}/{s.max_iters} | {losses} | lr {line['lr']:.2e} | {step_seconds * 1000:.0f} ms | "
+            f"{line['tok_per_s']:,.0f} tok/s | {minutes}:{seconds:02d} left")
+
+
+# ---------------------------------------------------------------------------------------------
+# one run
+
+def train(s: Settings) -> int:
+    """Run from settings to the last checkpoint; returns the exit code: 0, or 128 + the signal that stopped it."""
+    check(s)
+    checkpoint, path = load_start(s)
+    machine = find_machine(s.device)
+    first, accumulate = machine.rank == 0, s.gradient_accumulation_steps
+    folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
+    train_rows, val_rows = (Windows(folder / f"{split}.bin", s.vocab_size, s.max_seq_len) for split in ("train", "val"))
+    batches = TrainBatches(train_rows, s.batch_size, s.seed, machine.rank, machine.world)
+    val_batches = eval_batches(val_rows, s.eval_iters)
+
+    torch.manual_seed(s.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+    model = Transformer(shape_of(s))
+    if checkpoint and (fresh := load_weights(model, checkpoint["model"], path)):
+        note(f"{path}: has no {', '.join(fresh)}: random at the start")
+    model.to(machine.device)
+    torch.manual_seed(s.seed + 1 + machine.rank)  # dropout: a stream of its own, whatever the weights drew
+    objective = raw = Objective(model, bos=BOS if s.mask_document_ends else None)
+    if s.compile:
+        objective = torch.compile(objective)
+    if machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
+        objective = DistributedDataParallel(objective, find_unused_parameters=s.n_future_heads > 0)
+    optimizer = make_optimizer(s, model)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=s.dtype == "float16")
+    autocast = (nullcontext() if s.dtype == "float32" else
+                torch.autocast(machine.device.type, dtype=getattr(torch, s.dtype)))
+
+    start, best, seconds, tokens, wandb_id = 0, math.inf, 0.0, 0, None
+    if s.init_from == "resume":
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        restore_rng(checkpoint["rng"], machine)
+        start, best, seconds, tokens, wandb_id = (
+            checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens", "wandb_id"))
+    del checkpoint
+    if first:
+        announce(s, model, train_rows, machine)
+    if s.eval_only:
+        for name, value in evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, autocast).items():
+            print(f"val/{name} {value:.6f}")
+        return 0
+    log = Log(s, start, wandb_id) if first else None
+
+    def save(*names: str) -> None:
+        rng = rng_states(machine)
+        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                   "model_args": model.args.as_dict(), "iter_num": it, "best_val_ntp": best, "config": asdict(s),
+                   "rng": rng, "seconds": seconds, "tokens": tokens, "wandb_id": log.wandb_id if first else None}
+        buffer = io.BytesIO()  # torch.save straight to a full disk would not say that the disk is full
+        torch.save(content, buffer)
+        for name in names if first else ():
+            with atomic_write(Path(s.out_dir) / name) as f:
+                f.write(buffer.getbuffer())
+
+    stop, last_shown = Stop(), (tokens, seconds)
+    for it in range(start, s.max_iters + 1):
+        line: dict = {"iter": it, "tokens": tokens, "seconds": seconds}
+        evaluates = it % s.eval_interval == 0 or it == s.max_iters
+        if evaluates:
+            val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, autocast)
+            line |= {f"val/{name}": value for name, value in val.items()}
+            if first:
+                print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
+            if not math.isfinite(val["ntp"]):
+                raise ValueError(f"iter {it}: validation loss is {val['ntp']}; try a lower learning_rate or grad_clip")
+            better, best = val["ntp"] < best, min(best, val["ntp"])
+            save(*(["ckpt.pt"] if better else []), "last.pt")
+        if it == s.max_iters:
+            if first:
+                log.write(line)
+            break
+        if stop.asked(machine):
+            save("last.pt")
+            break
+
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, it)
+        weights = loss_weights(s, it / s.max_iters)
+        micro = [machine.put(*batches[it * accumulate + m]) for m in range(accumulate)]
+        micro_counts = [raw.counts(y, tuple(weights)) for _, y in micro]
+        counts = {name: machine.sum(sum(c[name] for c in micro_counts)) for name in weights}  # of the whole iteration
+        means = dict.fromkeys(weights, 0.0)
+        for m, (x, y) in enumerate(micro):
+            with nullcontext() if machine.world == 1 or m == accumulate - 1 else objective.no_sync():
+                with autocast:
+                    losses = objective(x, y, tuple(weights))
+                # DDP averages gradients over processes; positions are counted over all of them
+                scaler.scale(weighted_total(losses, weights, counts) * machine.world).backward()
+            for name, loss in losses.items():
+                means[name] += loss.mean.detach() * (loss.count / counts[name].clamp(min=1))
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += s.batch_size * accumulate * machine.world * s.max_seq_len
+
+        due = evaluates or it % s.log_interval == 0
+        if due or (it + 1) % s.eval_interval == 0:
+            machine.synchronize()
+        seconds += time.perf_counter() - began
+        if due:
+            means = {name: machine.sum(mean).item() for name, mean in means.items()}
+            means["total"] = sum(weights[name] * mean for name, mean in means.items())
+            line |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                     "tok_per_s": (tokens - last_shown[0]) / (seconds - last_shown[1])}
+            line |= {f"train/{name}": mean for name, mean in means.items()}
+            line |= {f"weight/{name}": weights.get(name, 0.0) for name in all_losses(s.n_future_heads)[1:]}
+            last_shown = tokens, seconds
+            if not math.isfinite(means["total"]):
+                raise ValueError(f"iter {it}: training loss is {means['total']}; try a lower learning_rate or "
+                                 f"grad_clip ({s.out_dir}/last.pt is from before)")
+            if first:
+                log.write(line)
+                print(show(line, s), flush=True)
+    if first:
+        log.close()
+        if stop.signal:
+            note(f"stopped at iter {it}, saved {s.out_dir}/last.pt; --init_from=resume continues")
+    return 128 + stop.signal if stop.signal and it < s.max_iters else 0
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(help_text(Settings, __doc__))
+        return 0
+    try:
+        return train(configure(Settings, argv))
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
