@@ -25,6 +25,8 @@ from model import ModelArgs, Transformer
 from tokenizer import vocab_folder
 
 HEAD_PREFIX = "future_heads."
+MAX_SEQ_LEN = 1 << 24  # run.c's bound
+NORM_EPS = 1e-5  # what readers of version 0 assume; the file has no place for it
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -57,12 +59,23 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
         if type(args.get(name)) is not int or args[name] < 1:
             raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)!r}")
     state = checkpoint["model"]
-    w1, embedding, output = (state.get(name) for name in
-                             ("layers.0.feed_forward.w1.weight", "tok_embeddings.weight", "output.weight"))
-    if w1 is not None:
-        args["hidden_dim"] = w1.shape[0]
+    expected = {"tok_embeddings.weight": (args["vocab_size"], args["dim"]),
+                "layers.0.feed_forward.w1.weight": (args.get("hidden_dim") or None, args["dim"])}
+    for name, shape in expected.items():  # before anything is built of the sizes that model_args states
+        found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else None
+        if found is None or len(found) != 2 or any(s not in (f, None) for s, f in zip(shape, found, strict=True)):
+            raise ValueError(f"{path}: {name}: expected shape {shape} by model_args, found {found}")
+    counts = {"n_layers": len({n.split(".")[1] for n in state if n.startswith("layers.")}),
+              "n_future_heads": len({n.split(".")[1] for n in state if n.startswith(HEAD_PREFIX)})}
+    for name, found in counts.items():
+        if args.setdefault(name, 0) != found:
+            raise ValueError(f"{path}: model_args: {name}={args[name]!r}, but there are tensors for {found}")
+    if args["max_seq_len"] > MAX_SEQ_LEN:
+        raise ValueError(f"{path}: max_seq_len: expected at most {MAX_SEQ_LEN}, found {args['max_seq_len']}")
+    args["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
     if "tie_embeddings" not in args:
-        args["tie_embeddings"] = output is None or (embedding is not None and torch.equal(output, embedding))
+        output = state.get("output.weight")
+        args["tie_embeddings"] = output is None or torch.equal(output, state["tok_embeddings.weight"])
     try:
         return ModelArgs(**args)
     except (ValueError, TypeError) as error:
@@ -103,8 +116,13 @@ def load_model(path: str | Path) -> Transformer:
 
 
 def write_version0(model: Transformer, path: str | Path) -> None:
-    """Write trunk and NTP head as llama2.c's version 0: seven int32, then float32 matrices kind by kind."""
+    """Write trunk and NTP head as llama2.c's version 0: seven int32, then float32 matrices kind by kind.
+
+    Errors: ValueError if the format cannot say what the model is, or the file cannot be written.
+    """
     args, layers = model.args, model.layers
+    if args.norm_eps != NORM_EPS:
+        raise ValueError(f"{path}: this format's readers take norm_eps={NORM_EPS}, the model has {args.norm_eps}")
     kinds = [
         [model.tok_embeddings.weight],
         [layer.attention_norm.weight for layer in layers],

@@ -104,8 +104,6 @@ def check(s: Settings) -> None:
         raise ValueError(f"{name}={getattr(s, name)}: needs a future head, found n_future_heads=0")
     if s.aux_start >= s.aux_end:
         raise ValueError(f"aux_start={s.aux_start}: expected less than aux_end={s.aux_end}")
-    if s.decay_lr and s.warmup_iters >= s.max_iters:
-        raise ValueError(f"warmup_iters={s.warmup_iters}: expected less than max_iters={s.max_iters}")
     if s.min_lr > s.learning_rate:
         raise ValueError(f"min_lr={s.min_lr}: expected at most learning_rate={s.learning_rate}")
     if s.eval_only and s.init_from == "scratch":
@@ -252,7 +250,8 @@ class Log:
                 self._give_up(error)
 
 
-RESUMED_KEYS = ("optimizer", "scaler", "iter_num", "best_val_ntp", "config", "rng", "seconds", "tokens", "wandb_id")
+RESUMED = {"optimizer": dict, "scaler": dict, "iter_num": int, "best_val_ntp": float, "config": dict, "rng": list,
+           "seconds": float, "tokens": int}  # what a checkpoint needs beside the model to be resumed
 SHAPE = {f.name for f in fields(ModelArgs)} - {"dropout"}
 
 
@@ -271,8 +270,9 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
     path = last if s.init_from == "resume" else Path(s.init_from)
     checkpoint = read_checkpoint(path)
     if s.init_from == "resume":
-        if missing := [k for k in RESUMED_KEYS if k not in checkpoint]:
-            raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}")
+        if missing := [k for k, kind in RESUMED.items() if not isinstance(checkpoint.get(k), kind)]:
+            raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; "
+                             f"--init_from={path} with another --out_dir starts a new run from it")
         for f in fields(Settings):
             then, now = checkpoint["config"].get(f.name), getattr(s, f.name)
             if f.name in SHAPE and then != now:
@@ -352,6 +352,8 @@ def announce(s: Settings, model: Transformer, train: Windows, machine: Machine) 
     counts = model.parameter_counts()
     per_step = s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len
     total = per_step * s.max_iters
+    if s.warmup_iters >= s.max_iters:
+        note(f"warmup_iters={s.warmup_iters}: the run ends before the learning rate is at its peak")
     print(f"parameters: {counts['trunk']:,} in trunk and NTP head, "
           f"{counts['future heads']:,} in {s.n_future_heads} future heads\n"
           f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
@@ -403,11 +405,14 @@ def train(s: Settings) -> int:
 
     start, best, seconds, tokens, wandb_id = 0, math.inf, 0.0, 0, None
     if s.init_from == "resume":
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        restore_rng(checkpoint["rng"], machine)
-        start, best, seconds, tokens, wandb_id = (
-            checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens", "wandb_id"))
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+            restore_rng(checkpoint["rng"], machine)
+        except (KeyError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{path}: its optimizer or random state does not fit this run: {error!r}") from error
+        start, best, seconds, tokens = (checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens"))
+        wandb_id = checkpoint.get("wandb_id")
     del checkpoint
     if first:
         announce(s, model, train_rows, machine)
@@ -479,7 +484,8 @@ def train(s: Settings) -> int:
         if due:
             means = {name: machine.sum(mean).item() for name, mean in means.items()}
             means["total"] = sum(weights[name] * mean for name, mean in means.items())
-            line |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+            norm = grad_norm.item()  # not finite where float16 overflows, and the scaler skips the step
+            line |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None,
                      "tok_per_s": (tokens - last_shown[0]) / (seconds - last_shown[1])}
             line |= {f"train/{name}": mean for name, mean in means.items()}
             line |= {f"weight/{name}": weights.get(name, 0.0) for name in all_losses(s.n_future_heads)[1:]}
@@ -506,7 +512,11 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the loop, where there is nothing to save
+        return 128 + signal.SIGINT
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -138,7 +138,6 @@ def test_help_names_every_setting_with_default_range_and_comment():
     (["--nitp_weight=0.1"], ["nitp_weight", "n_future_heads=0"]),
     (["--consistency_weight=0.1"], ["consistency_weight", "n_future_heads=0"]),
     (["--aux_start=0.5", "--aux_end=0.5"], ["aux_start", "aux_end"]),
-    (["--max_iters=10"], ["warmup_iters=1000", "max_iters=10"]),
     (["--min_lr=1"], ["min_lr", "learning_rate"]),
     (["--eval_only"], ["eval_only", "init_from"]),
 ])

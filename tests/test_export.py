@@ -193,9 +193,14 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
     torch.save({"model": state, "model_args": args | {"n_heads": 7}}, path)
     refused("n_heads=7")
     torch.save({"model": state, "model_args": args | {"vocab_size": 500}}, path)
-    refused("tok_embeddings.weight: expected shape (500, 32), found (512, 32)")
+    refused("tok_embeddings.weight: expected shape (500, 32) by model_args, found (512, 32)")
+    for name, value in (("n_layers", 10**9), ("n_future_heads", 10**9), ("max_seq_len", 10**12), ("hidden_dim", 10**9)):
+        torch.save({"model": state, "model_args": args | {name: value}}, path)
+        refused(name if name != "hidden_dim" else "w1.weight")
     torch.save({"model": {k: v for k, v in state.items() if "wk" not in k}, "model_args": args}, path)
     refused("has no tensor layers.0.attention.wk.weight")
+    torch.save({"model": {k: v[:3] if "wo" in k else v for k, v in state.items()}, "model_args": args}, path)
+    refused("layers.0.attention.wo.weight: expected shape (32, 32), found (3, 32)")
     torch.save({"model": state | {"layers.0.bias": torch.zeros(3)}, "model_args": args}, path)
     refused("layers.0.bias")
     torch.save({"model": state | {"norm.weight": 3.0}, "model_args": args}, path)
@@ -205,6 +210,8 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
 def test_errors_end_the_command_without_a_file(tmp_path, capsys):
     with pytest.raises(ValueError, match="none.pt"):
         export.main([str(tmp_path / "none.pt"), str(tmp_path / "m.bin")])
+    with pytest.raises(ValueError, match="norm_eps"):
+        export.main([str(save(random_model(norm_eps=1e-6), tmp_path / "ckpt.pt")), str(tmp_path / "m.bin")])
     path = save(random_model(), tmp_path / "ckpt.pt")
     (tmp_path / "folder").write_text("a file where a folder is wanted")
     with pytest.raises(ValueError, match="cannot write .*m.bin"):

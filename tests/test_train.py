@@ -306,6 +306,25 @@ def test_refusals_name_what_is_wrong(words, tmp_path, capsys, changes, says):
     assert "Traceback" not in error
 
 
+def test_a_checkpoint_that_lacks_something_is_not_resumed(words, tmp_path, capsys):
+    run(words())
+    path = tmp_path / "out" / "last.pt"
+    whole = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in whole.items() if k != "rng"} | {"iter_num": "8"}, path)
+    assert train.main(words(init_from="resume")) == 1
+    error = capsys.readouterr().err
+    assert "last.pt" in error and "no iter_num, rng" in error
+    torch.save(whole | {"optimizer": {"state": {}, "param_groups": [{}, {}]}}, path)
+    assert train.main(words(init_from="resume")) == 1
+    assert "last.pt" in capsys.readouterr().err
+
+
+def test_a_run_shorter_than_its_warm_up_is_told_and_runs(words, tmp_path, capsys):
+    run(words(max_iters=3, warmup_iters=10))
+    assert "warmup_iters=10" in capsys.readouterr().err
+    assert log_lines(tmp_path / "out")[2]["lr"] == pytest.approx(1e-2 * 3 / 11)
+
+
 def test_a_resumed_run_keeps_its_shape(words, capsys):
     run(words())
     assert train.main(words(init_from="resume", dim=32)) == 1
