@@ -327,6 +327,19 @@ def token_type(vocab_size: int) -> type:
 # ---------------------------------------------------------------------------------------------
 # batches
 
+def how_to_make(tokens: Path, vocab_size: int) -> str:
+    """The commands that make a token file."""
+    folder = tokens.parent.parent
+    options = f"--dataset={folder.name} --vocab_size={vocab_size}"
+    if str(folder.parent) != "data":
+        options += f" --data_dir={folder.parent}"
+    if (folder / "train.txt").exists():
+        commands = ("make it with", "train_vocab", "pretokenize")
+    else:
+        commands = ("make it with one of", "download", "local FILE", "toy")
+    return commands[0] + "".join(f"\n    python tinystories.py {command} {options}" for command in commands[1:])
+
+
 class Windows:
     """The rows of a token file: window j holds tokens j*T .. j*T + T, inputs and next tokens of one row.
 
@@ -336,15 +349,7 @@ class Windows:
 
     def __init__(self, path: Path, vocab_size: int, T: int):
         if not path.exists():
-            dataset, data_dir = path.parent.parent.name, path.parent.parent.parent
-            option = f" --dataset={dataset}" + (f" --data_dir={data_dir}" if str(data_dir) != "data" else "")
-            text = path.parent.parent / "train.txt"
-            raise ValueError(
-                f"{path}: no such data set; make it with\n"
-                + (f"    python tinystories.py train_vocab{option} --vocab_size={vocab_size}\n"
-                   f"    python tinystories.py pretokenize{option} --vocab_size={vocab_size}" if text.exists() else
-                   f"    python tinystories.py toy{option} --vocab_size={vocab_size}\n"
-                   f"or, for real stories, with `download` or `local FILE` in place of `toy`"))
+            raise ValueError(f"{path}: no such data set; {how_to_make(path, vocab_size)}")
         self.path, self.T = path, T
         itemsize = np.dtype(token_type(vocab_size)).itemsize
         size = path.stat().st_size

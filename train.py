@@ -14,7 +14,6 @@ a thousandth of a step), and any loss (losses.py).
 """
 
 import io
-import json
 import math
 import os
 import signal
@@ -32,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import AtLeast0, AtLeast1, Fraction, FractionBelow1, NonNegative, Positive, configure, help_text
 from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
+from log import Log
 from losses import Objective, all_losses, loss_weights, weighted_total
 from model import ModelArgs, Transformer
 from tinystories import TrainBatches, Windows, eval_batches
@@ -187,68 +187,7 @@ class Stop:
 
 
 # ---------------------------------------------------------------------------------------------
-# log and checkpoints
-
-class Log:
-    """out_dir/log.jsonl, and wandb where asked; wandb's failures are told, not suffered."""
-
-    def __init__(self, s: Settings, start: int, wandb_id: str | None):
-        self.path = Path(s.out_dir) / "log.jsonl"
-        kept = self._lines_before(start) if start and self.path.exists() else []
-        with atomic_write(self.path, "w") as f:
-            f.writelines(kept)
-        self.wandb, self.wandb_id = None, wandb_id
-        if s.wandb_log:
-            self._start_wandb(s)
-
-    def _lines_before(self, start: int) -> list[str]:
-        """The log up to iteration `start`; a run that was killed after its checkpoint writes the rest again."""
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["iter"] < start:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                note(f"{self.path}: leaving out a broken line: {line[:60]!r}")
-        return kept
-
-    def _start_wandb(self, s: Settings) -> None:
-        try:
-            import wandb  # late: seconds of start-up that most runs do without
-
-            self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name,
-                                    config=asdict(s), mode=s.wandb_mode, id=self.wandb_id, resume="allow")
-            self.wandb_id = self.wandb.id
-            for axis in ("iter", "tokens", "seconds"):  # val/ntp can be drawn against each
-                self.wandb.define_metric(axis)
-            self.wandb.define_metric("*", step_metric="iter")
-            self.wandb.define_metric("val/ntp", step_metric="iter", summary="min")
-        except Exception as error:  # no network, no login, a full disk: none of them is worth a run
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        note(f"wandb failed, the run goes on without it (log.jsonl has everything): {error}")
-        self.wandb = None
-
-    def write(self, line: dict) -> None:
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
-        if self.wandb:
-            try:
-                self.wandb.log(line)
-            except Exception as error:
-                self._give_up(error)
-
-    def close(self) -> None:
-        if self.wandb:
-            try:
-                self.wandb.finish()
-            except Exception as error:
-                self._give_up(error)
-
+# checkpoints
 
 RESUMED = {"optimizer": dict, "scaler": dict, "iter_num": int, "best_val_ntp": float, "config": dict, "rng": list,
            "seconds": float, "tokens": int}  # what a checkpoint needs beside the model to be resumed
@@ -372,6 +311,14 @@ def show(line: dict, s: Settings) -> str:
             f"{line['tok_per_s']:,.0f} tok/s | {minutes}:{seconds:02d} left")
 
 
+def wandb_settings(s: Settings, run_id: str | None) -> dict | None:
+    """What wandb.init is told; None where the run is not for wandb."""
+    if not s.wandb_log:
+        return None
+    return {"project": s.wandb_project, "name": s.wandb_run_name or Path(s.out_dir).name, "mode": s.wandb_mode,
+            "config": asdict(s), "id": run_id, "resume": "allow"}
+
+
 # ---------------------------------------------------------------------------------------------
 # one run
 
@@ -420,13 +367,14 @@ def train(s: Settings) -> int:
         for name, value in evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, autocast).items():
             print(f"val/{name} {value:.6f}")
         return 0
-    log = Log(s, start, wandb_id) if first else None
+    log = Log(Path(s.out_dir), start, wandb_settings(s, wandb_id)) if first else None
 
     def save(*names: str) -> None:
         rng = rng_states(machine)
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                    "model_args": model.args.as_dict(), "iter_num": it, "best_val_ntp": best, "config": asdict(s),
-                   "rng": rng, "seconds": seconds, "tokens": tokens, "wandb_id": log.wandb_id if first else None}
+                   "rng": rng, "seconds": seconds, "tokens": tokens,
+                   "wandb_id": (log.wandb_id if first else None) or wandb_id}
         buffer = io.BytesIO()  # torch.save straight to a full disk would not say that the disk is full
         torch.save(content, buffer)
         for name in names if first else ():

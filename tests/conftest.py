@@ -1,6 +1,7 @@
-"""A tiny data set and ways to run train.py on it, for the tests that need them."""
+"""A tiny data set, ways to run train.py on it, and builds of run.c, for the tests that need them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import tinystories
 import toystories
 
 ROOT = Path(__file__).resolve().parent.parent
+SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+BUILDS = {"plain": "-O3", "fast": "-O3 -ffast-math -march=native", "sanitized": SANITIZE}
 os.environ["WANDB_SILENT"] = "true"  # no advertisement in the tests' output
 torch.set_num_threads(1)  # tiny models: a second thread would only wait for the first
 
@@ -47,3 +50,31 @@ def start(*argv, **options) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **options)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """build(kind, source="run.c") -> path of a binary; each is compiled once a session."""
+    folder, made = tmp_path_factory.mktemp("run"), {}
+    cc = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if not cc:
+        pytest.skip("no C compiler: set CC")
+
+    def get(kind, source="run.c"):
+        if (kind, source) not in made:
+            out = folder / f"{kind}_{Path(source).stem}"
+            warnings = "-std=c11 -Wall -Wextra -Wpedantic -Werror" if source == "run.c" else "-std=c11"
+            command = [*cc.split(), *warnings.split(), *BUILDS[kind].split(), "-o", out, ROOT / source, "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode and kind == "sanitized":
+                empty = folder / "empty.c"
+                empty.write_text("int main(void) { return 0; }\n")
+                command = [*cc.split(), *SANITIZE.split(), "-o", folder / "empty", empty]
+                probe = subprocess.run(command, capture_output=True, check=False)
+                if probe.returncode:
+                    pytest.skip(f"{cc} cannot build with sanitizers")
+            assert done.returncode == 0, done.stderr
+            made[kind, source] = out
+        return made[kind, source]
+
+    return get

@@ -1,6 +1,5 @@
 """Checkpoints in, model files out: the same function in Python and in C."""
 
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -14,7 +13,6 @@ from export import load_model, write_version0
 from model import ModelArgs, Transformer
 from tokenizer import BOS, load_tokenizer, write_bin
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "max_seq_len": 256}
 TEXT = "Once upon a time, there was a kind girl named Mia.\nShe had a red ball. " * 4
 
@@ -35,12 +33,9 @@ def save(model: Transformer, path: Path, **extra) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory) -> Path:
-    binary = tmp_path_factory.mktemp("bin") / "run"
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    subprocess.run([compiler, "-O3", "-o", binary, ROOT / "run.c", "-lm"], check=True)
-    return binary
+@pytest.fixture
+def run(build) -> Path:
+    return build("plain")
 
 
 def tell(run: Path, *flags, stdin: str = "") -> bytes:

@@ -8,7 +8,6 @@ import io
 import itertools
 import os
 import random
-import shutil
 import struct
 import subprocess
 import sys
@@ -16,46 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BUILDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT.parent / "shared" / "stories260K"
 STORIES = ROOT.parent / "shared" / "tinystories" / "TinyStories-valid.txt"
-SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
-BUILDS = {"plain": "-O3", "fast": "-Ofast -march=native", "sanitized": SANITIZE}
 FIELDS = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len"]
 TINY = {"dim": 8, "hidden_dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 300, "seq_len": 16}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Building and running
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory):
-    """build(kind, source="run.c") -> path of a binary; each is compiled once a session."""
-    folder, made = tmp_path_factory.mktemp("run"), {}
-    cc = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not cc:
-        pytest.skip("no C compiler: set CC")
-
-    def get(kind, source="run.c"):
-        if (kind, source) not in made:
-            out = folder / f"{kind}_{Path(source).stem}"
-            warnings = "-std=c11 -Wall -Wextra -Wpedantic -Werror" if source == "run.c" else "-std=c11"
-            command = [*cc.split(), *warnings.split(), *BUILDS[kind].split(), "-o", out, ROOT / source, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode and kind == "sanitized":
-                empty = folder / "empty.c"
-                empty.write_text("int main(void) { return 0; }\n")
-                command = [*cc.split(), *SANITIZE.split(), "-o", folder / "empty", empty]
-                probe = subprocess.run(command, capture_output=True, check=False)
-                if probe.returncode:
-                    pytest.skip(f"{cc} cannot build with sanitizers")
-            assert done.returncode == 0, done.stderr
-            made[kind, source] = out
-        return made[kind, source]
-
-    return get
-
 
 def execute(binary, *args, stdin=b"", **kwargs):
     """Runs a binary; fails on a signal, a sanitizer report or an exit code other than 0 and 1."""
