@@ -388,21 +388,44 @@ typedef struct {
     const float *wcls;                     // (V, D)
 } Weights;
 
+// A matrix (rows, n) in panels of PANEL rows, interleaved by column: the element of row p * PANEL + r and column j is
+// at[(p * n + j) * PANEL + r]. One column of a panel is a few vector registers of rows, so a product needs no
+// horizontal sums, vectorises in plain C, and reads the weights in one stream. Rows beyond the last are zero.
+enum { PANEL = 64 };
+enum { PARALLEL_FROM = 1 << 19 };  // multiply-adds; for fewer, waking a second thread costs more than it saves
+
+typedef struct {
+    float *at;  // (panels(rows), n, PANEL)
+    int rows, n;
+} Matrix;
+
+typedef struct {
+    Matrix qkv;  // (D + 2K, D)  wq, wk, wv on top of each other
+    Matrix wo;   // (D, D)
+    Matrix w13;  // (2H, D)  w1 on top of w3
+    Matrix w2;   // (D, H)
+} Layer;
+
+// Products write whole panels, so their outputs have room for a multiple of PANEL; [n] stands for n rounded up so.
 typedef struct {
     float *x;                    // (D,) the residual stream
-    float *xb, *xb2;             // (D,) inside a residual branch
-    float *q;                    // (D,)
-    float *hb, *hb2;             // (H,)
-    float *att;                  // (n_heads, S) attention weights
-    float *key, *value;          // (L, S, K) the KV cache
+    float *xb;                   // (D,) normed, then after attention
+    float *delta;                // ([D],) what a residual branch adds
+    float *qkv;                  // ([D + 2K],)
+    float *hb;                   // ([2H],) hidden activations, then gate and up side by side
+    float *att;                  // (n_heads, [S]) attention weights
+    float *key, *value;          // (L, n_kv_heads) matrices of ([S], hd): the KV cache, its positions in panels
     float *rope_cos, *rope_sin;  // (S, hd / 2)
-    float *logits;               // (V,)
+    float *logits;               // ([V],)
 } State;
 
 typedef struct {
     Map file;
     Config config;
-    Weights w;
+    Weights w;         // as in the file
+    Layer *layer;      // (L,) repacked
+    Matrix classifier; // (V, D) repacked
+    float *packed;     // what the matrices point into
     State s;
 } Model;
 
@@ -495,71 +518,143 @@ static void fill_rope(const Config *c, State *s) {
     }
 }
 
+static uint64_t panels(uint64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+static uint64_t padded(uint64_t rows) { return panels(rows) * PANEL; }
+
 static State new_state(const Config *c) {
-    uint64_t cache = (uint64_t)c->n_layers * c->seq_len * c->kv_dim, rope = (uint64_t)c->seq_len * (c->head_size / 2);
+    uint64_t cache = (uint64_t)c->n_layers * padded(c->seq_len) * c->kv_dim;
+    uint64_t rope = (uint64_t)c->seq_len * (c->head_size / 2);
     const char *what = "the activations";
     size_t f = sizeof(float);
     State s = {
         .key = allocate(cache, f, "the cache of keys"),
         .value = allocate(cache, f, "the cache of values"),
-        .att = allocate((uint64_t)c->n_heads * c->seq_len, f, "the attention weights"),
+        .att = allocate(c->n_heads * padded(c->seq_len), f, "the attention weights"),
         .rope_cos = allocate(rope, f, "the RoPE table"),
         .rope_sin = allocate(rope, f, "the RoPE table"),
         .x = allocate(c->dim, f, what),
         .xb = allocate(c->dim, f, what),
-        .xb2 = allocate(c->dim, f, what),
-        .q = allocate(c->dim, f, what),
-        .hb = allocate(c->hidden_dim, f, what),
-        .hb2 = allocate(c->hidden_dim, f, what),
-        .logits = allocate(c->vocab_size, f, "the logits"),
+        .delta = allocate(padded(c->dim), f, what),
+        .qkv = allocate(padded((uint64_t)c->dim + 2 * c->kv_dim), f, what),
+        .hb = allocate(padded(2 * (uint64_t)c->hidden_dim), f, what),
+        .logits = allocate(padded(c->vocab_size), f, "the logits"),
     };
     fill_rope(c, &s);
     return s;
+}
+
+// Takes room for a matrix from *at and moves *at past it.
+static Matrix carve(float **at, int rows, int n) {
+    Matrix m = {*at, rows, n};
+    *at += padded(rows) * (uint64_t)n;
+    return m;
+}
+
+static void write_row(const Matrix *m, int row, const float *values) {
+    float *at = m->at + (size_t)(row / PANEL) * m->n * PANEL + row % PANEL;
+    for (int j = 0; j < m->n; j++) at[(size_t)j * PANEL] = values[j];
+}
+
+// Writes W, (rows, n) row by row, into the matrix from row `first` on.
+static void pack(const Matrix *m, int first, const float *W, int rows) {
+    for (int i = 0; i < rows; i++) write_row(m, first + i, W + (size_t)i * m->n);
+}
+
+static void pack_weights(Model *m) {
+    const Config *c = &m->config;
+    const Weights *w = &m->w;
+    size_t D = c->dim, H = c->hidden_dim, K = c->kv_dim;
+    uint64_t one = padded(D + 2 * K) * D + padded(D) * D + padded(2 * H) * D + padded(D) * H;
+    m->packed = allocate(c->n_layers * one + padded(c->vocab_size) * D, sizeof(float), "the repacked weights");
+    m->layer = allocate(c->n_layers, sizeof *m->layer, "the layers");
+    float *at = m->packed;
+    for (int l = 0; l < c->n_layers; l++) {
+        Layer *layer = &m->layer[l];
+        *layer = (Layer){carve(&at, c->dim + 2 * c->kv_dim, c->dim), carve(&at, c->dim, c->dim),
+                         carve(&at, 2 * c->hidden_dim, c->dim), carve(&at, c->dim, c->hidden_dim)};
+        pack(&layer->qkv, 0, w->wq + l * D * D, c->dim);
+        pack(&layer->qkv, c->dim, w->wk + l * K * D, c->kv_dim);
+        pack(&layer->qkv, c->dim + c->kv_dim, w->wv + l * K * D, c->kv_dim);
+        pack(&layer->wo, 0, w->wo + l * D * D, c->dim);
+        pack(&layer->w13, 0, w->w1 + l * H * D, c->hidden_dim);
+        pack(&layer->w13, c->hidden_dim, w->w3 + l * H * D, c->hidden_dim);
+        pack(&layer->w2, 0, w->w2 + l * D * H, c->dim);
+    }
+    m->classifier = carve(&at, c->vocab_size, c->dim);
+    pack(&m->classifier, 0, w->wcls, c->vocab_size);
 }
 
 static Model load_model(const char *path) {
     Model m = {.file = map_file(path, "model file")};
     m.config = read_config(&m.file);
     map_weights(&m.file, &m.config, &m.w);
+    pack_weights(&m);
     m.s = new_state(&m.config);
     return m;
 }
 
 static void free_model(Model *m) {
     State *s = &m->s;
-    float *buffer[] = {s->x, s->xb, s->xb2, s->q, s->hb, s->hb2, s->att, s->key, s->value, s->rope_cos, s->rope_sin,
-                       s->logits};
+    float *buffer[] = {s->x, s->xb, s->delta, s->qkv, s->hb, s->att, s->key, s->value, s->rope_cos, s->rope_sin,
+                       s->logits, m->packed};
     for (size_t i = 0; i < sizeof buffer / sizeof buffer[0]; i++) free(buffer[i]);
+    free(m->layer);
     munmap((void *)(uintptr_t)m->file.at, m->file.n);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward pass: one token in, the logits of the next out
 
-enum { LANES = 16 };
-
-// Many partial sums instead of one: C forbids reordering one float sum, so only this shape vectorises at plain -O3.
-static float dot(const float *restrict a, const float *restrict b, int n) {
-    float lane[LANES] = {0}, sum = 0.0f;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) lane[j] += a[i + j] * b[i + j];
-    for (; i < n; i++) sum += a[i] * b[i];
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    return sum + lane[0];
+// Sums PANEL partial sums. C forbids reordering one float sum, so loops keep many and only this shape vectorises.
+static float sum_lanes(float *lane) {
+    for (int half = PANEL / 2; half > 0; half /= 2)
+        for (int r = 0; r < half; r++) lane[r] += lane[r + half];
+    return lane[0];
 }
 
-// out = W x; W: (rows, n), x: (n,), out: (rows,). Nearly all the time goes here.
-static void matmul(float *restrict out, const float *restrict x, const float *restrict W, int n, int rows) {
+// out[r] = sum over j of w[j][r] * x[j]; w: (n, PANEL). Nearly all the time goes here.
+static void multiply_panel(float *restrict out, const float *restrict w, const float *restrict x, int n) {
+    float lane[PANEL] = {0};
+    for (int j = 0; j < n; j++)
+        for (int r = 0; r < PANEL; r++) lane[r] += w[(size_t)j * PANEL + r] * x[j];
+    memcpy(out, lane, sizeof lane);
+}
+
+// out = W x; x: (n,), out: ([rows],)
+static void matmul(float *out, const float *x, const Matrix *W) {
+    int count = (int)panels(W->rows);
+    size_t panel = (size_t)W->n * PANEL;
 #ifdef _OPENMP
-    #pragma omp parallel for
+    #pragma omp parallel for if ((double)count * panel > PARALLEL_FROM)
 #endif
-    for (int i = 0; i < rows; i++) out[i] = dot(W + (size_t)i * n, x, n);
+    for (int p = 0; p < count; p++) multiply_panel(out + (size_t)p * PANEL, W->at + p * panel, x, W->n);
+}
+
+// out = transposed W times y; y: ([rows],), zero beyond the last row, out: (n,)
+static void matmul_transposed(float *restrict out, const float *restrict y, const Matrix *W) {
+    int count = (int)panels(W->rows);
+    for (int j = 0; j < W->n; j++) {
+        float lane[PANEL] = {0};
+        for (int p = 0; p < count; p++) {
+            const float *w = W->at + ((size_t)p * W->n + j) * PANEL;
+            for (int r = 0; r < PANEL; r++) lane[r] += w[r] * y[(size_t)p * PANEL + r];
+        }
+        out[j] = sum_lanes(lane);
+    }
+}
+
+static float sum_of_squares(const float *x, int n) {
+    float lane[PANEL] = {0};
+    int i = 0;
+    for (; i + PANEL <= n; i += PANEL)
+        for (int r = 0; r < PANEL; r++) lane[r] += x[i + r] * x[i + r];
+    for (; i < n; i++) lane[i % PANEL] += x[i] * x[i];
+    return sum_lanes(lane);
 }
 
 static void rmsnorm(float *out, const float *x, const float *weight, int n) {
-    float scale = 1.0f / sqrtf(dot(x, x, n) / (float)n + 1e-5f);
+    float scale = 1.0f / sqrtf(sum_of_squares(x, n) / (float)n + 1e-5f);
     for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
 }
 
@@ -567,12 +662,54 @@ static void add(float *x, const float *y, int n) {
     for (int i = 0; i < n; i++) x[i] += y[i];
 }
 
+// exp(x) for x <= 0, to a few units in the last place; anything below -87 counts as -87. Unlike expf it vectorises:
+// 2^t = 2^k * 2^f, k an integer for the exponent bits, f in [-0.5, 0.5] for a polynomial (Cephes' exp2f).
+static inline float exp_negative(float x) {
+    float t = x * 1.44269504f;
+    t = t > -126.0f ? t : -126.0f;
+    int32_t k = (int32_t)(t - 0.5f);
+    float f = t - (float)k;
+    float p = 1.535336188e-4f;
+    p = p * f + 1.339887440e-3f;
+    p = p * f + 9.618437357e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472028e-1f;
+    p = p * f + 1.0f;
+    uint32_t bits = ((uint32_t)k + 127u) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+static float maximum(const float *x, int n) {
+    float lane[PANEL], max = x[0];
+    for (int r = 0; r < PANEL; r++) lane[r] = max;
+    int i = 0;
+    for (; i + PANEL <= n; i += PANEL)
+        for (int r = 0; r < PANEL; r++) lane[r] = x[i + r] > lane[r] ? x[i + r] : lane[r];
+    for (; i < n; i++) max = x[i] > max ? x[i] : max;
+    for (int r = 0; r < PANEL; r++) max = lane[r] > max ? lane[r] : max;
+    return max;
+}
+
+// In place over x[0..n). x has room for [n]; what lies beyond n is set to 0, for matmul_transposed.
 static void softmax(float *x, int n) {
-    float max = x[0], sum = 0.0f;
-    for (int i = 1; i < n; i++)
-        if (x[i] > max) max = x[i];
-    for (int i = 0; i < n; i++) sum += x[i] = expf(x[i] - max);
-    for (int i = 0; i < n; i++) x[i] /= sum;
+    int end = (int)padded(n);
+    if (!all_finite(x, (size_t)n)) {  // numbers so large that they overflowed: NaNs, which forward finds in the logits
+        memset(x, 0xff, (size_t)end * sizeof *x);
+        return;
+    }
+    float max = maximum(x, n), lane[PANEL] = {0};
+    for (int i = n; i < end; i++) x[i] = max - 1000.0f;  // exp of it adds nothing
+    for (int i = 0; i < end; i += PANEL)
+        for (int r = 0; r < PANEL; r++) {
+            x[i + r] = exp_negative(x[i + r] - max);
+            lane[r] += x[i + r];
+        }
+    float scale = 1.0f / sum_lanes(lane);
+    for (int i = 0; i < n; i++) x[i] *= scale;
+    for (int i = n; i < end; i++) x[i] = 0.0f;
 }
 
 // Turns each pair (x[2i], x[2i+1]) of each head by its angle. Neighbours are a pair, as in llama2.c; Hugging Face's
@@ -586,63 +723,62 @@ static void rope(float *x, int n, int head_size, const float *cos_row, const flo
         }
 }
 
-// One query head over positions 0..pos. q, out: (hd,); key, value: the head's first row, rows K floats apart; att: (S,)
-static void attend(float *restrict out, const float *q, const float *key, const float *value, float *restrict att,
-                   int pos, const Config *c) {
-    int hd = c->head_size;
-    float root = sqrtf((float)hd);
-    for (int t = 0; t <= pos; t++) att[t] = dot(q, key + (size_t)t * c->kv_dim, hd) / root;
-    softmax(att, pos + 1);
-    memset(out, 0, (size_t)hd * sizeof *out);
-    for (int t = 0; t <= pos; t++) {
-        const float *v = value + (size_t)t * c->kv_dim;
-        for (int i = 0; i < hd; i++) out[i] += att[t] * v[i];
-    }
+// One query head over n positions. q, out: (hd,); key, value: (n, hd); att: ([n],)
+static void attend(float *out, float *q, const Matrix *key, const Matrix *value, float *att) {
+    float scale = 1.0f / sqrtf((float)key->n);
+    for (int i = 0; i < key->n; i++) q[i] *= scale;
+    matmul(att, q, key);
+    softmax(att, key->rows);
+    matmul_transposed(out, att, value);
+}
+
+// The first n positions of a cache (S, hd) of one layer and key/value head.
+static Matrix cached(float *cache, const Config *c, int layer, int kv_head, int n) {
+    size_t head = padded(c->seq_len) * (size_t)c->head_size;
+    return (Matrix){cache + ((size_t)layer * c->n_kv_heads + kv_head) * head, n, c->head_size};
 }
 
 static void attention(Model *m, int layer, int pos) {
     const Config *c = &m->config;
     State *s = &m->s;
-    size_t D = c->dim, K = c->kv_dim, hd = c->head_size;
-    float *key = s->key + (size_t)layer * c->seq_len * K, *value = s->value + (size_t)layer * c->seq_len * K;  // (S, K)
-    float *k = key + pos * K, *v = value + pos * K;  // (K,) rows of this position: computed in place
-
-    rmsnorm(s->xb, s->x, m->w.rms_att + layer * D, c->dim);
-    matmul(s->q, s->xb, m->w.wq + layer * D * D, c->dim, c->dim);
-    matmul(k, s->xb, m->w.wk + layer * K * D, c->dim, c->kv_dim);
-    matmul(v, s->xb, m->w.wv + layer * K * D, c->dim, c->kv_dim);
-
-    const float *cos_row = s->rope_cos + pos * (hd / 2), *sin_row = s->rope_sin + pos * (hd / 2);
-    rope(s->q, c->dim, c->head_size, cos_row, sin_row);
-    rope(k, c->kv_dim, c->head_size, cos_row, sin_row);
-
+    int hd = c->head_size;
+    rmsnorm(s->xb, s->x, m->w.rms_att + (size_t)layer * c->dim, c->dim);
+    matmul(s->qkv, s->xb, &m->layer[layer].qkv);
+    float *q = s->qkv, *k = q + c->dim, *v = k + c->kv_dim;  // (D,), (K,), (K,)
+    const float *cos_row = s->rope_cos + (size_t)pos * (hd / 2), *sin_row = s->rope_sin + (size_t)pos * (hd / 2);
+    rope(q, c->dim + c->kv_dim, hd, cos_row, sin_row);  // q and k
+    for (int h = 0; h < c->n_kv_heads; h++) {
+        Matrix key = cached(s->key, c, layer, h, pos + 1), value = cached(s->value, c, layer, h, pos + 1);
+        write_row(&key, pos, k + h * hd);
+        write_row(&value, pos, v + h * hd);
+    }
     int group = c->n_heads / c->n_kv_heads;  // query heads that share one key head
 #ifdef _OPENMP
-    #pragma omp parallel for
+    #pragma omp parallel for if ((double)pos * c->dim > PARALLEL_FROM)
 #endif
     for (int h = 0; h < c->n_heads; h++) {
-        size_t kv = (size_t)(h / group) * hd;
-        attend(s->xb + h * hd, s->q + h * hd, key + kv, value + kv, s->att + (size_t)h * c->seq_len, pos, c);
+        Matrix key = cached(s->key, c, layer, h / group, pos + 1), value = cached(s->value, c, layer, h / group, pos + 1);
+        attend(s->xb + h * hd, q + h * hd, &key, &value, s->att + h * padded(c->seq_len));
     }
-    matmul(s->xb2, s->xb, m->w.wo + layer * D * D, c->dim, c->dim);
-    add(s->x, s->xb2, c->dim);
+    matmul(s->delta, s->xb, &m->layer[layer].wo);
+    add(s->x, s->delta, c->dim);
 }
 
 // SwiGLU: W2 (silu(W1 x) * W3 x), silu(a) = a / (1 + exp(-a))
 static void feed_forward(Model *m, int layer) {
     const Config *c = &m->config;
     State *s = &m->s;
-    size_t matrix = (size_t)layer * c->hidden_dim * c->dim;
+    int H = c->hidden_dim;
     rmsnorm(s->xb, s->x, m->w.rms_ffn + (size_t)layer * c->dim, c->dim);
-    matmul(s->hb, s->xb, m->w.w1 + matrix, c->dim, c->hidden_dim);
-    matmul(s->hb2, s->xb, m->w.w3 + matrix, c->dim, c->hidden_dim);
-    for (int i = 0; i < c->hidden_dim; i++) {
+    matmul(s->hb, s->xb, &m->layer[layer].w13);
+    float *gate = s->hb, *up = s->hb + H;
+    for (int i = 0; i < H; i++) {
         // exp of -|a| never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
-        float a = s->hb[i], e = expf(-fabsf(a));
-        s->hb[i] = a * (a < 0 ? e : 1.0f) / (1.0f + e) * s->hb2[i];
+        float a = gate[i], e = exp_negative(-fabsf(a));
+        gate[i] = a * (a < 0 ? e : 1.0f) / (1.0f + e) * up[i];
     }
-    matmul(s->xb, s->hb, m->w.w2 + matrix, c->hidden_dim, c->dim);
-    add(s->x, s->xb, c->dim);
+    matmul(s->delta, gate, &m->layer[layer].w2);
+    add(s->x, s->delta, c->dim);
 }
 
 // Feeds `token` at position `pos`, after 0..pos-1 have been fed. Returns the logits (V,), all of them finite.
@@ -655,7 +791,7 @@ static const float *forward(Model *m, int token, int pos) {
         feed_forward(m, layer);
     }
     rmsnorm(s->xb, s->x, m->w.rms_final, c->dim);
-    matmul(s->logits, s->xb, m->w.wcls, c->dim, c->vocab_size);
+    matmul(s->logits, s->xb, &m->classifier);
     if (!all_finite(s->logits, (size_t)c->vocab_size))
         die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos);
     return s->logits;
@@ -674,7 +810,7 @@ typedef struct {
     float temperature;     // 0: always the best token
     float top_p;           // keep the best tokens whose probabilities add up to this; 0 or 1: keep all
     uint64_t state;        // of the random numbers; never 0
-    float *probability;    // (V,)
+    float *probability;    // ([V],)
     Candidate *candidate;  // (V,)
 } Sampler;
 
@@ -1007,7 +1143,7 @@ int main(int argc, char **argv) {
     Model m = load_model(o.model);
     int V = m.config.vocab_size, steps = steps_within(&o, m.config.seq_len);
     Tokenizer t = find_tokenizer(&o, V);
-    Sampler s = {V, o.temperature, o.top_p, o.seed, allocate(V, sizeof(float), "the probabilities"),
+    Sampler s = {V, o.temperature, o.top_p, o.seed, allocate(padded(V), sizeof(float), "the probabilities"),
                  allocate(V, sizeof(Candidate), "the sampling candidates")};
 
     if (!strcmp(o.mode, "generate")) generate(&m, &t, &s, o.prompt ? o.prompt : "", steps);
