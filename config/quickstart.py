@@ -3,8 +3,8 @@ out_dir = "out/quickstart"
 # data
 dataset = "toy"
 vocab_size = 512
-max_seq_len = 256
-batch_size = 16  # 4,096 tokens a step
+max_seq_len = 384  # most of the stories fit
+batch_size = 4  # 1,536 tokens a step
 # model
 dim = 64
 n_layers = 5
@@ -17,10 +17,10 @@ consistency_weight = 0.01
 mask_document_ends = True
 # optimisation
 learning_rate = 4e-3
-max_iters = 500
-warmup_iters = 50
+max_iters = 1000
+warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.01
-eval_interval = 100
-eval_iters = 4
-log_interval = 5
+eval_interval = 200
+eval_iters = 2
+log_interval = 10
