@@ -4,7 +4,7 @@ CC ?= cc
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
-.PHONY: help demo test lint runfast runomp rundebug clean
+.PHONY: help demo test lint run runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*##/  make \1 |/' | column -t -s '|'
@@ -44,7 +44,7 @@ clean: ## remove what was built; data, runs and .venv stay
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found %s" % sys.version)'
-	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -53,6 +53,7 @@ AtLeast1 = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, low_open=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+FractionAbove0 = Annotated[float, Range(0, 1, low_open=True)]
 FractionBelow1 = Annotated[float, Range(0, 1, high_open=True)]
 
 
@@ -99,7 +100,7 @@ def parse(settings_class: type, key: str, text: str | None, where: str) -> Any:
 def checked(settings_class: type, key: str, value: Any, where: str) -> Any:
     """`value` in the type of setting `key`, or a ValueError that says what `key` takes."""
     kind, limit = kind_of(settings_class, key, where)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)  # --learning_rate=1 is a fine float
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is not kind or not finite or (limit is not None and value not in limit):
@@ -139,7 +140,7 @@ BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, 
 def read_config_file(settings_class: type, path: str) -> dict[str, Any]:
     """The assignments of a config file, checked: {setting: value}."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             source = f.read()
     except OSError as error:
         raise ValueError(f"{path}: cannot read this config file: {error.strerror}") from error
@@ -147,9 +148,10 @@ def read_config_file(settings_class: type, path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
     try:
         statements = ast.parse(source, filename=path).body
-    except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte in the source
-        line = getattr(error, "lineno", None)
-        raise ValueError(f"{path}{f':{line}' if line else ''}: not plain assignments: {error.args[0]}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: a NUL byte in the source
+        where = f"{path}:{error.lineno}" if getattr(error, "lineno", None) else path
+        reason = error.args[0] if error.args else "nested too deeply"
+        raise ValueError(f"{where}: not plain assignments: {reason}") from error
     values: dict[str, Any] = {}
     for i, statement in enumerate(statements):
         where = f"{path}:{statement.lineno}"
@@ -163,6 +165,10 @@ def read_config_file(settings_class: type, path: str) -> dict[str, Any]:
     return values
 
 
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # and not bool, which Python counts among the ints
+
+
 def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
     """The value of a literal, arithmetic on numbers, or a name assigned further up."""
     match node:
@@ -172,11 +178,11 @@ def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
             return names[id]
         case ast.UnaryOp(ast.USub(), operand):
             value = evaluate(operand, names, where)
-            if isinstance(value, (int, float)):
+            if is_number(value):
                 return -value
         case ast.BinOp(left, op, right) if type(op) in BINARY:
             a, b = evaluate(left, names, where), evaluate(right, names, where)
-            if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            if is_number(a) and is_number(b):
                 try:
                     return BINARY[type(op)](a, b)
                 except (ZeroDivisionError, OverflowError) as error:
@@ -189,7 +195,7 @@ def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
 # --help
 
 def comments(settings_class: type) -> dict[str, str]:
-    """{setting: the comment behind it}, read from the class's source; {'': ...} never appears."""
+    """{setting: the comment behind it}, read from the class's source."""
     source = textwrap.dedent(inspect.getsource(settings_class))
     lines = source.splitlines()
     found = {}

@@ -11,7 +11,6 @@ What this leaves out on purpose: versions 1 and 2 of the format, and other progr
 
 import argparse
 import pickle
-import shutil
 import struct
 import sys
 from dataclasses import fields
@@ -45,6 +44,8 @@ def read_checkpoint(path: str | Path) -> dict:
     if not all(isinstance(parts.get(k), dict) for k in ("model", "model_args")):
         found = ", ".join(map(str, parts)) or f"a {type(checkpoint).__name__}"
         raise ValueError(f"{path}: expected a checkpoint with `model` and `model_args`, found {found[:200]}")
+    if not all(isinstance(name, str) for name in parts["model"]):
+        raise ValueError(f"{path}: model: expected names of tensors, found other keys")
     # llama2.c saves the module that torch.compile wraps; ours never does.
     checkpoint["model"] = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
     return checkpoint
@@ -52,8 +53,11 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
     """The shape of a checkpoint's model; what llama2.c leaves out of `model_args` is read off the tensors."""
-    known = {f.name for f in fields(ModelArgs)}
+    known = {f.name: type(f.default) for f in fields(ModelArgs)}
     args = {k: v for k, v in checkpoint["model_args"].items() if k in known and v is not None}
+    for name, value in args.items():
+        if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+            raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
     args.setdefault("n_kv_heads", args.get("n_heads"))
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if type(args.get(name)) is not int or args[name] < 1:
@@ -100,8 +104,9 @@ def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path)
             if name.startswith(HEAD_PREFIX) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
                 continue
             raise ValueError(f"{path}: holds a tensor that this model has not: {name}")
-        if not isinstance(tensor, Tensor) or tensor.shape != own[name].shape:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
+        if not dense or tensor.shape != own[name].shape:
+            found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{path}: {name}: expected shape {tuple(own[name].shape)}, found {found}")
         own[name].copy_(tensor)
     return fresh
@@ -143,15 +148,20 @@ def write_version0(model: Transformer, path: str | Path) -> None:
 
 
 def copy_tokenizer(config: dict, out: Path) -> None:
-    """Put the tokenizer.bin of the run's data set beside the model file, where run.c looks first."""
+    """Put the tokenizer.bin of the run's data set beside the model file, where run.c looks first.
+
+    One of another vocabulary that lies there is kept: other models in the folder need it.
+    """
     source = vocab_folder(Path(config["data_dir"]) / config["dataset"], config["vocab_size"]) / "tokenizer.bin"
     target = out.parent / "tokenizer.bin"
     if not source.exists():
         print(f"{source}: not found; give run a tokenizer with -z", file=sys.stderr)
-        return
-    with open(source, "rb") as f, atomic_write(target) as g:
-        shutil.copyfileobj(f, g)
-    print(f"wrote {target}", file=sys.stderr)
+    elif not target.exists():
+        with atomic_write(target) as f:
+            f.write(source.read_bytes())
+        print(f"wrote {target}", file=sys.stderr)
+    elif target.read_bytes() != source.read_bytes():
+        print(f"{target}: of another vocabulary, left as it is; this model needs run ... -z {source}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:

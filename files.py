@@ -24,8 +24,7 @@ def atomic_write(path: str | Path, mode: str = "wb", **open_options) -> Iterator
             f.write(header)
     """
     path = Path(path)
-    # The name holds the process id: two processes that write the same file do not mix their halves.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same: what kill -9 leaves, the next write replaces
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

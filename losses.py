@@ -91,7 +91,7 @@ class Objective(nn.Module):
     """A model with its losses as one module, so that DDP and torch.compile see a whole step.
 
     model: has trunk(x) -> h and readout(h, i) with .logits(), as model.Transformer has.
-    bos: the token whose follow-up positions no future target may cross into, or None (valid_positions).
+    bos: the token that starts a document, if future targets are to stay inside theirs (valid_positions); or None.
     """
 
     def __init__(self, model: nn.Module, bos: int | None = None):
@@ -142,7 +142,7 @@ def weighted_total(losses: dict[str, Loss], weights: dict[str, float], counts: d
 # weights over the run
 
 def schedule(kind: str, start: float, end: float, progress: float) -> float:
-    """What part of its weight an auxiliary loss has at `progress` (0 first step, 1 last) of the run.
+    """What part of its weight an auxiliary loss has at `progress` of the run: 0 at the first step, 1 at its end.
 
     0 before `start` and from `end` on (`end` = 1 lasts to the end); between them 1 throughout
     (constant), or falling to 0 in a straight line (linear) or half a cosine (cosine).

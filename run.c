@@ -895,7 +895,8 @@ static void print_token(const Tokenizer *t, int previous, int id) {
         p.n = 1;
     }
     unsigned char first = p.n > 0 ? (unsigned char)p.at[0] : 0;
-    if (p.n == 1 && !isprint(first) && !isspace(first)) return;  // a control code could upset the terminal
+    // A control code could upset the terminal. Bytes from 0x80 on are parts of UTF-8 characters.
+    if (p.n == 1 && first < 0x80 && !isprint(first) && !isspace(first)) return;
     fwrite(p.at, 1, (size_t)p.n, stdout);
     flush_output();
 }

@@ -38,11 +38,20 @@ from tqdm import tqdm
 
 import toystories
 from files import atomic_write
-from tokenizer import BOS, BYTE_VOCAB_SIZE, ByteTokenizer, load_tokenizer, vocab_folder, write_bin
+from tokenizer import (
+    BOS,
+    BYTE_VOCAB_SIZE,
+    MAX_VOCAB_SIZE,
+    ByteTokenizer,
+    load_tokenizer,
+    vocab_folder,
+    write_bin,
+)
 
 END = "<|endoftext|>"
 SPLITS = ("train", "val")
-VOCAB_TEXT_BYTES = 200_000_000  # of train.txt that train_vocab looks at; a vocabulary needs no more
+VOCAB_TEXT = 200_000_000  # characters of train.txt that train_vocab looks at; a vocabulary needs no more
+LONGEST_LINE = 100_000  # characters; SentencePiece passes over lines that are too long for it, so they are cut
 DOWNLOADS = {  # version: {split: file}
     "v1": {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"},
     "v2": {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"},
@@ -59,7 +68,9 @@ def read_stories(path: Path) -> Iterator[str]:
     Errors: ValueError naming the file and line if it cannot be read or holds no story.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as f:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            if path.suffix == ".json":
+                raise ValueError(f"{path}: expected text or .jsonl, one object a line")
             if path.suffix == ".jsonl":
                 pieces = jsonl_texts(f, path)
             else:
@@ -86,7 +97,8 @@ def jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[str]:
         if line.strip():
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+                text.encode("utf-8")  # refuses half a surrogate pair, which JSON allows
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise ValueError(f'{path}:{number}: expected {{"text": "..."}}, found {line.strip()[:60]!r}')
@@ -115,42 +127,43 @@ def split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(story)
 
 
-def write_stories(stories: Iterable[str], path: Path, total: int | None = None) -> None:
-    """Write the text format that the rest of the lab reads; leave an equal file alone, refuse a different one."""
-    new = path.with_name(path.name + ".new")
-    with atomic_write(new, "w", encoding="utf-8", newline="\n") as f:
-        for story in tqdm(stories, desc=str(path), total=total, unit=" stories", file=sys.stderr):
-            f.write(story + "\n" + END + "\n")
-    place(new, path)
-
-
-def place(new: Path, path: Path) -> None:
-    """Move a finished text into place, unless another one is there: tokens made from that would go stale."""
-    if path.exists() and not filecmp.cmp(new, path, shallow=False):
-        new.unlink()
-        raise ValueError(f"{path}: holds other text already; choose another --dataset, or delete {path.parent}")
-    os.replace(new, path)
+def write_texts(folder: Path, train: Iterable[str], val: Iterable[str]) -> None:
+    """Write `folder`/{train,val}.txt, both or neither; leave equal files alone, refuse to replace different ones."""
+    texts = {folder / "train.txt": train, folder / "val.txt": val}
+    new = {path: path.with_name(path.name + ".new") for path in texts}
+    try:
+        for path, stories in texts.items():
+            with atomic_write(new[path], "w", encoding="utf-8", newline="\n") as f:
+                for story in tqdm(stories, desc=str(path), unit=" stories", file=sys.stderr):
+                    f.write(story + "\n" + END + "\n")
+        changed = [path for path in texts if not (path.exists() and filecmp.cmp(new[path], path, shallow=False))]
+        for path in changed:
+            if path.exists():  # tokens made from it would go stale
+                raise ValueError(f"{path}: holds other text already; choose another --dataset, or delete {folder}")
+        for path in changed:
+            os.replace(new[path], path)
+    finally:
+        for path in new.values():
+            path.unlink(missing_ok=True)
 
 
 def make_toy(folder: Path) -> None:
     """Write the generated stories of toystories.py."""
-    for split, count in (("train", toystories.TRAIN_STORIES), ("val", toystories.VAL_STORIES)):
-        write_stories(toystories.stories(split, count), folder / f"{split}.txt", total=count)
+    write_texts(folder, toystories.stories("train", toystories.TRAIN_STORIES),
+                toystories.stories("val", toystories.VAL_STORIES))
 
 
 def make_local(folder: Path, train: Path, val: Path | None) -> None:
     """Write the stories of a user's files; without `val`, every hundredth story of `train` is held out."""
     if val is not None:
-        write_stories(read_stories(train), folder / "train.txt")
-        write_stories(read_stories(val), folder / "val.txt")
+        write_texts(folder, read_stories(train), read_stories(val))
         return
     count = sum(1 for _ in read_stories(train))
     if count < 2:
         raise ValueError(f"{train}: {count} story cannot be split; separate stories by {END} lines or name --val=FILE")
     every = min(100, count)
-    for split in SPLITS:
-        held_out = (s for k, s in enumerate(read_stories(train)) if (k % every == every - 1) == (split == "val"))
-        write_stories(held_out, folder / f"{split}.txt")
+    write_texts(folder, (s for k, s in enumerate(read_stories(train)) if k % every != every - 1),
+                (s for k, s in enumerate(read_stories(train)) if k % every == every - 1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -163,11 +176,11 @@ def download(folder: Path, version: str, base_url: str = HUGGING_FACE) -> None:
 
 
 def fetch(url: str, path: Path) -> None:
-    """Download `url` to `path` by way of `path`.part, which a later call continues (HTTP range requests).
+    """Download `url` to `path` by way of a .part file, which a later call continues (HTTP range requests).
 
     Errors: ValueError naming the address if the server cannot be reached, refuses, or ends early.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(url.rpartition("/")[2] + ".part")  # its remote name: no other file is continued by mistake
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         size = remote_size(url)
@@ -241,33 +254,54 @@ def train_vocab(folder: Path, vocab_size: int) -> None:
     if vocab_size == BYTE_VOCAB_SIZE:
         write_bin(ByteTokenizer(), out / "tokenizer.bin")
         return
-    if (out / "tokenizer.model").exists():
-        print(f"{out / 'tokenizer.model'}: already there", file=sys.stderr)
-    else:
+    text = folder / "train.txt"
+    if not already_there(out / "tokenizer.model", text):
         print(f"{out / 'tokenizer.model'}: training {vocab_size} tokens", file=sys.stderr)
-        model = io.BytesIO()
+        model, failure = io.BytesIO(), []
+
+        def lines() -> Iterator[str]:
+            try:
+                yield from text_lines(text)
+            except BaseException as error:  # SentencePiece would make an internal error of it, of Ctrl-C too
+                failure.append(error)
+                raise
+
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=text_lines(folder / "train.txt", VOCAB_TEXT_BYTES), model_writer=model,
+                sentence_iterator=lines(), model_writer=model,
                 model_type="bpe", vocab_size=vocab_size, byte_fallback=True, split_digits=True,
                 normalization_rule_name="identity", character_coverage=1.0, allow_whitespace_only_pieces=True,
                 remove_extra_whitespaces=False,  # run.c leaves spaces as they are, too
                 unk_surface=r" \342\201\207 ", max_sentence_length=1 << 20,
                 num_threads=os.cpu_count(), minloglevel=2)
         except RuntimeError as error:
-            raise ValueError(f"--vocab_size={vocab_size}: no such vocabulary can be made from "
-                             f"{folder / 'train.txt'}: {str(error).splitlines()[0]}") from error
+            if failure:
+                raise failure[0] from None
+            reason = str(error).partition("\n")[0].rpartition("] ")[2].strip()
+            raise ValueError(f"{text}: cannot make a vocabulary of --vocab_size={vocab_size} from it; a short text "
+                             f"needs a smaller one, many different characters a larger one. {reason}") from error
         with atomic_write(out / "tokenizer.model") as f:
             f.write(model.getvalue())
     write_bin(load_tokenizer(out, vocab_size), out / "tokenizer.bin")
 
 
-def text_lines(path: Path, limit: int) -> Iterator[str]:
-    """The lines of the stories in the first `limit` characters of a text made by write_stories."""
+def already_there(path: Path, source: Path) -> bool:
+    """Was `path` made before? ValueError if `source`, which it was made from, is newer."""
+    if not path.exists():
+        return False
+    if source.exists() and source.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        raise ValueError(f"{path}: older than {source}; delete {path.parent} to make it again")
+    print(f"{path}: already there", file=sys.stderr)
+    return True
+
+
+def text_lines(path: Path, limit: int = VOCAB_TEXT) -> Iterator[str]:
+    """Lines of the stories in the first `limit` characters of a text made by write_texts; long ones in parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such text; `python tinystories.py toy`, `download` or `local FILE` makes one")
     for story in read_stories(path):
-        yield from filter(None, story.split("\n"))
+        for line in filter(None, story.split("\n")):
+            yield from (line[i : i + LONGEST_LINE] for i in range(0, len(line), LONGEST_LINE))
         limit -= len(story)
         if limit < 0:
             return
@@ -276,11 +310,9 @@ def text_lines(path: Path, limit: int) -> Iterator[str]:
 def pretokenize(folder: Path, vocab_size: int, workers: int = 0) -> None:
     """Write `tok<V>/{train,val}.bin`, with as many processes as there are cores unless `workers` says."""
     out = vocab_folder(folder, vocab_size)
-    load_tokenizer(out, vocab_size)  # complains here, not in each worker
+    write_bin(load_tokenizer(out, vocab_size), out / "tokenizer.bin")  # the byte tokenizer needs no train_vocab
     for split in SPLITS:
-        if (out / f"{split}.bin").exists():
-            print(f"{out / f'{split}.bin'}: already there", file=sys.stderr)
-        else:
+        if not already_there(out / f"{split}.bin", folder / f"{split}.txt"):
             tokenize_file(folder / f"{split}.txt", out / f"{split}.bin", vocab_size, workers or os.cpu_count() or 1)
 
 
@@ -352,10 +384,15 @@ class Windows:
             raise ValueError(f"{path}: no such data set; {how_to_make(path, vocab_size)}")
         self.path, self.T = path, T
         itemsize = np.dtype(token_type(vocab_size)).itemsize
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a file of token ids")
         size = path.stat().st_size
         if size % itemsize or size // itemsize <= T:
             raise ValueError(f"{path}: expected more than {T} tokens of {itemsize} bytes each, found {size} bytes")
-        self.tokens = np.memmap(path, dtype=token_type(vocab_size), mode="r")
+        try:
+            self.tokens = np.memmap(path, dtype=token_type(vocab_size), mode="r")
+        except OSError as error:
+            raise ValueError(f"{path}: cannot read: {error.strerror}") from error
         if (largest := int(self.tokens.max())) >= vocab_size:
             raise ValueError(f"{path}: expected token ids below {vocab_size}, found {largest}")
 
@@ -423,7 +460,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--val", type=Path, help="validation stories; without it one story in a hundred is held out")
     command("train_vocab", "train a vocabulary on a data set's text", "tinystories", vocab_required=True)
     sub = command("pretokenize", "turn a data set's text into tokens", "tinystories", vocab_required=True)
-    sub.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
+    sub.add_argument("--workers", type=int, default=0, choices=range(65), metavar="N", help="processes; 0: one a core")
     args = parser.parse_args(argv)
     if args.dataset is None:
         args.dataset = "tinystories" if args.version == "v1" else "tinystories_v2"
@@ -432,8 +469,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def vocab_size(text: str) -> int:
     value = int(text)
-    if not BYTE_VOCAB_SIZE <= value <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"expected {BYTE_VOCAB_SIZE} (bytes) to {1 << 20}, found {value}")
+    if not BYTE_VOCAB_SIZE <= value <= MAX_VOCAB_SIZE:
+        raise argparse.ArgumentTypeError(f"expected {BYTE_VOCAB_SIZE} (bytes) to {MAX_VOCAB_SIZE}, found {value}")
     return value
 
 

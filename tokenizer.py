@@ -20,6 +20,7 @@ from files import atomic_write
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # id of raw byte 0x00; the other 255 follow
 BYTE_VOCAB_SIZE = FIRST_BYTE + 256
+MAX_VOCAB_SIZE = 1 << 20
 
 
 class Tokenizer(Protocol):

@@ -22,20 +22,32 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from configurator import AtLeast0, AtLeast1, Fraction, FractionBelow1, NonNegative, Positive, configure, help_text
+from configurator import (
+    AtLeast0,
+    AtLeast1,
+    Fraction,
+    FractionAbove0,
+    FractionBelow1,
+    NonNegative,
+    Positive,
+    Range,
+    configure,
+    help_text,
+)
 from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
 from log import Log
 from losses import Objective, all_losses, loss_weights, weighted_total
 from model import ModelArgs, Transformer
 from tinystories import TrainBatches, Windows, eval_batches
-from tokenizer import BOS, vocab_folder
+from tokenizer import BOS, BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE, vocab_folder
 
 
 @dataclass
@@ -55,7 +67,7 @@ class Settings:
     # data
     data_dir: str = "data"  # folder of all data sets
     dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
-    vocab_size: AtLeast1 = 512  # tokens; 259 is the byte tokenizer
+    vocab_size: Annotated[int, Range(BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE)] = 512  # tokens; 259 is the byte tokenizer
     max_seq_len: AtLeast1 = 512  # tokens in a row, and the longest context of the model
     batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
     gradient_accumulation_steps: AtLeast1 = 1  # micro-batches an iteration
@@ -74,7 +86,7 @@ class Settings:
     head: Literal["linear"] = "linear"  # type of the future heads
     nitp_weight: NonNegative = 0.0  # of the first head's cross-entropy loss
     consistency_weight: NonNegative = 0.0  # of the first head's KL from the NTP head that has seen more
-    head_decay: Positive = 1.0  # head i weighs head_decay^(i-1) of the above
+    head_decay: FractionAbove0 = 1.0  # head i weighs head_decay^(i-1) of the above
     mask_document_ends: bool = False  # no target of a future head lies behind the next BOS
     aux_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of these weights between aux_start and aux_end
     aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
@@ -90,9 +102,9 @@ class Settings:
     beta2: FractionBelow1 = 0.95  # AdamW's
     grad_clip: NonNegative = 1.0  # largest norm of the whole gradient; 0: no clipping
     # system
-    seed: AtLeast0 = 1337  # of initial weights, order of the data, dropout
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
     device: str = "auto"  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matrix products (autocast); weights are float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matrix products; float32: TF32 on CUDA
     compile: bool = False  # torch.compile the step
 
 
@@ -102,10 +114,14 @@ def check(s: Settings) -> None:
     if (s.nitp_weight or s.consistency_weight) and not s.n_future_heads:
         name = "nitp_weight" if s.nitp_weight else "consistency_weight"
         raise ValueError(f"{name}={getattr(s, name)}: needs a future head, found n_future_heads=0")
+    if s.n_future_heads >= s.max_seq_len:
+        raise ValueError(f"n_future_heads={s.n_future_heads}: expected less than max_seq_len={s.max_seq_len}")
     if s.aux_start >= s.aux_end:
         raise ValueError(f"aux_start={s.aux_start}: expected less than aux_end={s.aux_end}")
     if s.min_lr > s.learning_rate:
         raise ValueError(f"min_lr={s.min_lr}: expected at most learning_rate={s.learning_rate}")
+    if not s.out_dir:
+        raise ValueError("out_dir: expected the name of a folder, found nothing")
     if s.eval_only and s.init_from == "scratch":
         raise ValueError("eval_only: nothing to evaluate with init_from=scratch; give resume or a checkpoint's path")
 
@@ -148,15 +164,20 @@ def find_machine(wanted: str) -> Machine:
     """The device called `wanted`, and torchrun's process group if there is one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and world == 1  # several processes need gloo, which has no mps
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if wanted.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device={wanted}: expected auto, cpu, cuda, cuda:N or mps")
     try:
         device = torch.device(wanted)
-        if world > 1 and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # synchronize and random numbers mean the current device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={wanted}: not on this machine: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"device={wanted}: not on this machine: {reason}") from error
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Machine(device, rank, world)
@@ -201,10 +222,10 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
     shape (not its heads) into `s`. Errors: ValueError.
     """
     last = Path(s.out_dir) / "last.pt"
+    if s.init_from != "resume" and not s.eval_only and last.exists():
+        raise ValueError(f"{last}: this out_dir holds a run; --init_from=resume continues it, "
+                         "or choose another --out_dir, or delete it")
     if s.init_from == "scratch":
-        if last.exists():
-            raise ValueError(f"{last}: this out_dir holds a run; --init_from=resume continues it, "
-                             "or choose another --out_dir, or delete it")
         return None, last
     path = last if s.init_from == "resume" else Path(s.init_from)
     checkpoint = read_checkpoint(path)
@@ -212,6 +233,8 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
         if missing := [k for k, kind in RESUMED.items() if not isinstance(checkpoint.get(k), kind)]:
             raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; "
                              f"--init_from={path} with another --out_dir starts a new run from it")
+        if not 0 <= checkpoint["iter_num"] <= s.max_iters:
+            raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}, max_iters={s.max_iters}")
         for f in fields(Settings):
             then, now = checkpoint["config"].get(f.name), getattr(s, f.name)
             if f.name in SHAPE and then != now:
@@ -219,20 +242,20 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
             if then != now and f.name not in ("init_from", "eval_only"):
                 note(f"resuming with {f.name}={now}, was {then}")
     else:
-        theirs = model_args_of(checkpoint, path)
-        for name in sorted(SHAPE - {"n_future_heads", "head", "max_seq_len"}):
-            then, now = getattr(theirs, name), getattr(s, name)
+        theirs, ours = model_args_of(checkpoint, path), shape_of(s)
+        for name in sorted(SHAPE - {"n_future_heads", "head", "max_seq_len", "multiple_of"}):
+            then, now = getattr(theirs, name), getattr(ours, name)
+            setattr(s, name, then)
             if then != now:
                 note(f"{name}={then}, from {path}")
-                setattr(s, name, then)
     return checkpoint, path
 
 
 def rng_states(machine: Machine) -> list[dict]:
     """Every process's random number generators, in the order of ranks."""
     state = {"cpu": torch.get_rng_state()}
-    if machine.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(machine.device)
+    if machine.device.type != "cpu":
+        state[machine.device.type] = torch.get_device_module(machine.device).get_rng_state()
     states = [state] * machine.world
     if machine.world > 1:
         dist.all_gather_object(states, state)
@@ -244,8 +267,8 @@ def restore_rng(states: list[dict], machine: Machine) -> None:
         note(f"resuming with {machine.world} processes, was {len(states)}: dropout will differ")
     state = states[machine.rank % len(states)]
     torch.set_rng_state(state["cpu"])
-    if machine.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], machine.device)
+    if machine.device.type != "cpu" and machine.device.type in state:
+        torch.get_device_module(machine.device).set_rng_state(state[machine.device.type])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -275,7 +298,8 @@ def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machin
     names_and_accuracy = (*names, *(f"acc_{i}" for i in range(objective.model.args.n_future_heads + 1)))
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in names_and_accuracy}  # of values, of positions
     objective.eval()
-    for x, y in batches[machine.rank :: machine.world]:
+    mine = batches[machine.rank :: machine.world]
+    for x, y in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # None: on terminals only
         with autocast:
             losses = objective(*machine.put(x, y), names, accuracy=True)
         for name, loss in losses.items():
@@ -286,11 +310,20 @@ def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machin
     return {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
 
 
+def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -> None:
+    """Stop a run that diverged, before its weights replace better ones."""
+    if not math.isfinite(value):
+        raise ValueError(f"iter {it}: the {what} is {float(value)}; try a lower learning_rate or a grad_clip. "
+                         f"What {s.out_dir} holds is from before")
+
+
 def announce(s: Settings, model: Transformer, train: Windows, machine: Machine) -> None:
     """Say what follows from the settings."""
     counts = model.parameter_counts()
     per_step = s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len
     total = per_step * s.max_iters
+    if s.n_future_heads and not (s.nitp_weight or s.consistency_weight):
+        note(f"n_future_heads={s.n_future_heads}: no loss has a weight, so the heads stay as they start")
     if s.warmup_iters >= s.max_iters:
         note(f"warmup_iters={s.warmup_iters}: the run ends before the learning rate is at its peak")
     print(f"parameters: {counts['trunk']:,} in trunk and NTP head, "
@@ -352,12 +385,15 @@ def train(s: Settings) -> int:
 
     start, best, seconds, tokens, wandb_id = 0, math.inf, 0.0, 0, None
     if s.init_from == "resume":
+        fresh_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
             restore_rng(checkpoint["rng"], machine)
-        except (KeyError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: its optimizer or random state does not fit this run: {error!r}") from error
+        for group, fresh_group in zip(optimizer.param_groups, fresh_groups, strict=True):
+            group.update(fresh_group)  # weight_decay and betas are this run's, not the checkpoint's
         start, best, seconds, tokens = (checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens"))
         wandb_id = checkpoint.get("wandb_id")
     del checkpoint
@@ -371,13 +407,15 @@ def train(s: Settings) -> int:
 
     def save(*names: str) -> None:
         rng = rng_states(machine)
+        if not first:
+            return
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                    "model_args": model.args.as_dict(), "iter_num": it, "best_val_ntp": best, "config": asdict(s),
                    "rng": rng, "seconds": seconds, "tokens": tokens,
-                   "wandb_id": (log.wandb_id if first else None) or wandb_id}
+                   "wandb_id": log.wandb_id or wandb_id}
         buffer = io.BytesIO()  # torch.save straight to a full disk would not say that the disk is full
         torch.save(content, buffer)
-        for name in names if first else ():
+        for name in names:
             with atomic_write(Path(s.out_dir) / name) as f:
                 f.write(buffer.getbuffer())
 
@@ -390,8 +428,7 @@ def train(s: Settings) -> int:
             line |= {f"val/{name}": value for name, value in val.items()}
             if first:
                 print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
-            if not math.isfinite(val["ntp"]):
-                raise ValueError(f"iter {it}: validation loss is {val['ntp']}; try a lower learning_rate or grad_clip")
+            check_finite("validation loss", val["ntp"], it, s)
             better, best = val["ntp"] < best, min(best, val["ntp"])
             save(*(["ckpt.pt"] if better else []), "last.pt")
         if it == s.max_iters:
@@ -399,6 +436,8 @@ def train(s: Settings) -> int:
                 log.write(line)
             break
         if stop.asked(machine):
+            largest = torch.stack([p.detach().abs().max() for p in model.parameters()]).max()
+            check_finite("largest weight", largest, it, s)
             save("last.pt")
             break
 
@@ -426,7 +465,7 @@ def train(s: Settings) -> int:
         tokens += s.batch_size * accumulate * machine.world * s.max_seq_len
 
         due = evaluates or it % s.log_interval == 0
-        if due or (it + 1) % s.eval_interval == 0:
+        if due or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
             machine.synchronize()
         seconds += time.perf_counter() - began
         if due:
@@ -438,15 +477,13 @@ def train(s: Settings) -> int:
             line |= {f"train/{name}": mean for name, mean in means.items()}
             line |= {f"weight/{name}": weights.get(name, 0.0) for name in all_losses(s.n_future_heads)[1:]}
             last_shown = tokens, seconds
-            if not math.isfinite(means["total"]):
-                raise ValueError(f"iter {it}: training loss is {means['total']}; try a lower learning_rate or "
-                                 f"grad_clip ({s.out_dir}/last.pt is from before)")
+            check_finite("training loss", means["total"], it, s)
             if first:
                 log.write(line)
                 print(show(line, s), flush=True)
     if first:
         log.close()
-        if stop.signal:
+        if stop.signal and it < s.max_iters:
             note(f"stopped at iter {it}, saved {s.out_dir}/last.pt; --init_from=resume continues")
     return 128 + stop.signal if stop.signal and it < s.max_iters else 0
 

@@ -95,6 +95,9 @@ def test_files_and_words_together(tmp_path):
     ("batch_size =", ["x.py:1"]),
     ("batch_size = 'a' * 3", ["x.py:1"]),
     ("a\0b", ["x.py"]),
+    ("learning_rate = " + "9" * 400, ["x.py:1", "learning_rate"]),
+    ("batch_size = True + 1", ["x.py:1"]),
+    ("batch_size = " + "-" * 100_000 + "1", ["x.py"]),
 ])
 def test_files_that_are_refused(tmp_path, text, says):
     with pytest.raises(ValueError) as caught:

@@ -56,12 +56,12 @@ def greedy(model: Transformer, n: int) -> list[int]:
 
 
 def shown(tokenizer, ids: list[int]) -> bytes:
-    """What run.c prints for ids: pieces joined, no leading space, unprintable bytes left out."""
+    """What run.c prints for ids: pieces joined, no leading space, control codes left out."""
     pieces = [piece for piece, _ in tokenizer.pieces()]
     out = b""
     for k, i in enumerate(ids):
         if 3 <= i < 259:
-            out += bytes([i - 3]) if 32 <= i - 3 < 127 or 9 <= i - 3 <= 13 else b""
+            out += bytes([i - 3]) if 32 <= i - 3 != 127 or 9 <= i - 3 <= 13 else b""
         elif i != BOS:
             out += pieces[i].removeprefix(b" ") if k == 0 else pieces[i]
     return out
@@ -94,7 +94,7 @@ def test_a_byte_model_runs_in_c(run, tmp_path):
         loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:])
     scored = float(tell(run, tmp_path / "model.bin", "-m", "score", stdin="A café."))
     assert scored == pytest.approx(loss.item(), abs=1e-4)
-    assert tell(run, tmp_path / "model.bin", "-t", 0, "-i", "A dog", "-n", 30).startswith(b"A dog")
+    assert tell(run, tmp_path / "model.bin", "-t", 0, "-i", "A café \x01", "-n", 30).startswith("A café ".encode())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -133,6 +133,10 @@ def test_the_runs_tokenizer_lands_beside_the_model(data_dir, tmp_path, capsys):
     export.main([str(path), str(tmp_path / "new" / "model.bin")])
     source = data_dir / "toy" / "tok512" / "tokenizer.bin"
     assert (tmp_path / "new" / "tokenizer.bin").read_bytes() == source.read_bytes()
+    (tmp_path / "new" / "tokenizer.bin").write_bytes(b"of another model")
+    export.main([str(path), str(tmp_path / "new" / "model.bin")])
+    assert (tmp_path / "new" / "tokenizer.bin").read_bytes() == b"of another model"
+    assert f"-z {source}" in capsys.readouterr().err
     path = save(random_model(), tmp_path / "ckpt.pt", config=config | {"dataset": "gone"})
     export.main([str(path), str(tmp_path / "other" / "model.bin")])
     assert "-z" in capsys.readouterr().err and not (tmp_path / "other" / "tokenizer.bin").exists()
@@ -200,6 +204,12 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
     refused("layers.0.bias")
     torch.save({"model": state | {"norm.weight": 3.0}, "model_args": args}, path)
     refused("norm.weight: expected shape (32,), found float")
+    torch.save({"model": state | {"norm.weight": torch.zeros(32, dtype=torch.complex64)}, "model_args": args}, path)
+    refused("complex64")
+    torch.save({"model": state | {3: torch.zeros(3)}, "model_args": args}, path)
+    refused("other keys")
+    torch.save({"model": state, "model_args": args | {"norm_eps": "x"}}, path)
+    refused("norm_eps")
 
 
 def test_errors_end_the_command_without_a_file(tmp_path, capsys):

@@ -24,6 +24,8 @@ from tokenizer import BOS, load_tokenizer
     ("a.jsonl", '{"text": "One.\\n\\nTwo."}\n\n{"text": " Three. ", "id": 3}\n{"text": ""}\n',
      ["One.\n\nTwo.", "Three."]),
     ("a.jsonl", f'{{"text": "One.{END}Two."}}\n', ["One. Two."]),
+    ("a.txt", "\ufeffOne.\n\nTwo.", ["One.", "Two."]),  # a byte order mark is no part of the story
+    ("a.jsonl", '\ufeff{"text": "One."}', ["One."]),
 ])
 def test_text_formats(tmp_path, name, text, stories):
     (tmp_path / name).write_bytes(text.encode())
@@ -38,6 +40,9 @@ def test_text_formats(tmp_path, name, text, stories):
     ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1"),
     ("a.jsonl", b"[1]\n", "a.jsonl:1"),
     ("a.jsonl", b"{\n", "a.jsonl:1"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1"),
+    ("a.jsonl", b"[" * 200_000, "a.jsonl:1"),
+    ("a.json", b'[{"text": "x"}]', ".jsonl"),
 ])
 def test_bad_text_is_refused_by_name(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
@@ -71,6 +76,14 @@ def test_text_that_is_there_is_kept_and_never_replaced(tmp_path):
     assert sorted(p.name for p in (tmp_path / "tinystories").iterdir()) == ["train.txt", "val.txt"]
 
 
+def test_a_bad_validation_file_leaves_nothing_behind(tmp_path):
+    (tmp_path / "t.txt").write_text("One.\n\nTwo.")
+    (tmp_path / "v.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="v.txt"):
+        tinystories.main(["local", str(tmp_path / "t.txt"), f"--val={tmp_path}/v.txt", f"--data_dir={tmp_path}/d"])
+    assert list((tmp_path / "d" / "tinystories").iterdir()) == []
+
+
 def test_one_story_cannot_be_split(tmp_path):
     (tmp_path / "t.txt").write_text("Only one.")
     with pytest.raises(ValueError, match="cannot be split"):
@@ -92,7 +105,7 @@ def test_tokens_are_bos_and_the_story_each_time(data_dir, vocab_size):
 
 def test_several_workers_write_what_one_writes(data_dir, tmp_path):
     text = tmp_path / "train.txt"
-    tinystories.write_stories((f"Story number {k} of a dog." for k in range(5500)), text)
+    text.write_text(f"\n{END}\n".join(f"Story number {k} of a dog." for k in range(5500)))
     folder = data_dir / "toy" / "tok512"
     for workers in (1, 3):  # more batches than the pool holds at a time
         tinystories.tokenize_file(text, folder / f"w{workers}.bin", 512, workers)
@@ -120,8 +133,40 @@ def test_a_workers_failure_is_the_commands_failure(data_dir, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_and_bad_text_while_the_vocabulary_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "train.txt").write_bytes(b"One.\ncaf\xe9")
+    with pytest.raises(ValueError, match="0xe9"):
+        tinystories.train_vocab(tmp_path, 300)
+
+    def interrupted(path):
+        yield "One."
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tinystories, "text_lines", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tinystories.train_vocab(tmp_path, 300)
+
+
+def test_very_long_lines_are_learnt_from(tmp_path):
+    (tmp_path / "train.txt").write_text("a cat saw a dog and a bird " * 50_000)  # one line of 1.3 MB
+    tinystories.train_vocab(tmp_path, 290)
+    assert load_tokenizer(tmp_path / "tok290", 290).encode("saw a bird") != []
+
+
+def test_tokens_of_an_older_text_are_not_taken_for_new_ones(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("One.\n\nTwo.")
+    tinystories.pretokenize(tmp_path, 259, workers=1)
+    assert (tmp_path / "tok259" / "tokenizer.bin").exists()
+    tinystories.pretokenize(tmp_path, 259, workers=1)
+    later = (tmp_path / "tok259" / "val.bin").stat().st_mtime + 5
+    os.utime(tmp_path / "train.txt", (later, later))
+    with pytest.raises(ValueError, match="older than .*train.txt"):
+        tinystories.pretokenize(tmp_path, 259, workers=1)
+
+
 def test_vocabularies_that_cannot_be_made(data_dir, tmp_path):
-    with pytest.raises(ValueError, match="vocab_size=100000"):
+    with pytest.raises(ValueError, match="vocab_size=100000 .* smaller"):
         tinystories.train_vocab(data_dir / "toy", 100_000)
     with pytest.raises(ValueError, match="no such text"):
         tinystories.train_vocab(tmp_path / "nothing", 512)
@@ -285,7 +330,7 @@ def test_a_cut_connection_is_told_and_continued(server, tmp_path):
         tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
     assert "toy" in str(caught.value) and "local" in str(caught.value)
     assert not (tmp_path / "x.txt").exists()
-    kept = (tmp_path / "x.txt.part").stat().st_size
+    kept = (tmp_path / "x.part").stat().st_size
     assert 0 < kept <= 30_000
     server.cut_after = None
     tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
@@ -294,20 +339,20 @@ def test_a_cut_connection_is_told_and_continued(server, tmp_path):
 
 
 def test_a_server_without_ranges_starts_again(server, tmp_path):
-    (tmp_path / "x.txt.part").write_bytes(b"a stale beginning")
+    (tmp_path / "x.part").write_bytes(b"a stale beginning")
     server.ranges = False
     tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
     assert (tmp_path / "x.txt").read_bytes() == STORY
 
 
 def test_a_part_that_is_too_long_is_thrown_away(server, tmp_path):
-    (tmp_path / "x.txt.part").write_bytes(b"z" * (len(STORY) + 1))
+    (tmp_path / "x.part").write_bytes(b"z" * (len(STORY) + 1))
     tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
     assert (tmp_path / "x.txt").read_bytes() == STORY
 
 
 def test_a_part_that_was_complete_is_moved_into_place(server, tmp_path):
-    (tmp_path / "x.txt.part").write_bytes(STORY)
+    (tmp_path / "x.part").write_bytes(STORY)
     tinystories.fetch(f"{server.url}/x", tmp_path / "x.txt")
     assert (tmp_path / "x.txt").read_bytes() == STORY and [m for m, _ in server.asked] == ["HEAD"]
 

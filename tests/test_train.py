@@ -241,10 +241,27 @@ def test_a_half_written_log_line_is_left_out_on_resume(words, tmp_path, capsys):
 
 def test_a_run_is_not_overwritten(words, tmp_path, capsys):
     run(words())
-    before = (tmp_path / "out" / "last.pt").read_bytes()
-    assert train.main(words()) == 1
-    assert "--init_from=resume" in capsys.readouterr().err
-    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for init_from in ("scratch", tmp_path / "out" / "ckpt.pt"):
+        assert train.main(words(init_from=init_from)) == 1
+        assert "--init_from=resume" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_run_that_is_further_than_max_iters_is_not_resumed(words, capsys):
+    run(words())
+    assert train.main(words(init_from="resume", max_iters=3)) == 1
+    assert "at iteration 8, max_iters=3" in capsys.readouterr().err
+
+
+def test_a_stop_after_divergence_keeps_the_better_checkpoint(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.Stop, "asked", lambda self, machine: any(w.detach().isnan().any() for w in watched))
+    watched = []
+    make = train.make_optimizer
+    monkeypatch.setattr(train, "make_optimizer", lambda s, m: (watched.extend(m.parameters()), make(s, m))[1])
+    assert train.main(words(learning_rate=1e30, grad_clip=0, log_interval=1000, eval_interval=1000, max_iters=50)) == 1
+    assert "largest weight is nan" in capsys.readouterr().err
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
 
 
 def test_a_full_disk_keeps_the_older_checkpoint(words, tmp_path, capsys, monkeypatch):
@@ -283,7 +300,7 @@ def test_starting_from_another_checkpoint_takes_its_trunk(words, tmp_path, capsy
     run(words(dim=32, n_layers=1))
     run(words(init_from=tmp_path / "out" / "ckpt.pt", out_dir=tmp_path / "new", **HEADS))  # asks for dim=16, n_layers=2
     told = capsys.readouterr().err
-    assert "dim=32" in told and "n_layers=1" in told and "future_heads.0.weight" in told
+    assert "dim=32" in told and "n_layers=1" in told and "future_heads.0.weight" in told and "norm_eps" not in told
     lines = log_lines(tmp_path / "new")
     assert lines[0]["val/ntp"] == log_lines(tmp_path / "out")[-1]["val/ntp"] and lines[0]["iter"] == 0
     assert weights(tmp_path / "new")["future_heads.1.weight"].shape == (512, 32)
@@ -296,6 +313,11 @@ def test_starting_from_another_checkpoint_takes_its_trunk(words, tmp_path, capsy
     ({"max_seq_len": 100_000}, ["tok512/train.bin", "100000"]),
     ({"device": "abacus"}, ["device=abacus"]),
     ({"device": "cuda:99"}, ["device=cuda:99"]),
+    ({"device": "meta"}, ["device=meta", "cpu"]),
+    ({"vocab_size": 100}, ["vocab_size", "259"]),
+    ({"n_future_heads": 40}, ["n_future_heads=40", "max_seq_len=32"]),
+    ({"seed": 2**64}, ["seed"]),
+    ({"out_dir": ""}, ["out_dir"]),
     ({"learning_rate": 1e9, "grad_clip": 0}, ["iter", "lower learning_rate"]),
 ])
 def test_refusals_name_what_is_wrong(words, tmp_path, capsys, changes, says):
@@ -314,9 +336,10 @@ def test_a_checkpoint_that_lacks_something_is_not_resumed(words, tmp_path, capsy
     assert train.main(words(init_from="resume")) == 1
     error = capsys.readouterr().err
     assert "last.pt" in error and "no iter_num, rng" in error
-    torch.save(whole | {"optimizer": {"state": {}, "param_groups": [{}, {}]}}, path)
-    assert train.main(words(init_from="resume")) == 1
-    assert "last.pt" in capsys.readouterr().err
+    for broken in ({"optimizer": {"state": {}, "param_groups": [{}, {}]}}, {"optimizer": {"state": {}}}, {"rng": []}):
+        torch.save(whole | broken, path)
+        assert train.main(words(init_from="resume", max_iters=9)) == 1
+        assert "last.pt" in capsys.readouterr().err
 
 
 def test_a_run_shorter_than_its_warm_up_is_told_and_runs(words, tmp_path, capsys):
@@ -325,12 +348,15 @@ def test_a_run_shorter_than_its_warm_up_is_told_and_runs(words, tmp_path, capsys
     assert log_lines(tmp_path / "out")[2]["lr"] == pytest.approx(1e-2 * 3 / 11)
 
 
-def test_a_resumed_run_keeps_its_shape(words, capsys):
+def test_a_resumed_run_keeps_its_shape_and_takes_other_settings(words, tmp_path, capsys):
     run(words())
     assert train.main(words(init_from="resume", dim=32)) == 1
     assert "dim=32" in capsys.readouterr().err
-    run(words(init_from="resume", max_iters=9, learning_rate=1e-3))
-    assert "learning_rate=0.001, was 0.01" in capsys.readouterr().err
+    run(words(init_from="resume", max_iters=9, learning_rate=1e-3, weight_decay=0.7, beta2=0.5))
+    told = capsys.readouterr().err
+    assert "learning_rate=0.001, was 0.01" in told and "weight_decay=0.7, was 0.1" in told
+    groups = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and all(g["betas"] == (0.9, 0.5) for g in groups)
 
 
 def test_compiled_step_learns_the_same(words, tmp_path):
