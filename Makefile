@@ -12,11 +12,11 @@ help: ## this list
 demo: run $(DEMO)/model.bin ## stories, vocabulary, a 260K model trained for three minutes, and a story told in C
 	@echo
 	@echo "Next: make test; real stories and the four set-ups of the README; or this model again:"
-	@echo "  ./run $(DEMO)/model.bin -t 0.8 -i \"One day, Mia lost her\""
+	@echo "  ./run $(DEMO)/model.bin -t 0.5 -n 0 -i \"One day, Mia lost her\""
 	@echo
 	@echo "A story by the model in $(DEMO):"
 	@echo
-	@./run $(DEMO)/model.bin -t 0.7 -s 1
+	@./run $(DEMO)/model.bin -t 0.5 -s 1 -n 0
 
 test: .venv/test-ready ## the whole test suite
 	$(PY) -m pytest
