@@ -28,11 +28,11 @@ lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
 run: run.c ## build run: inference in C
 	$(CC) -O3 -o run run.c -lm
 
-runfast: run.c ## build run for this machine's processor, with relaxed floating point
-	$(CC) -O3 -ffast-math -march=native -o run run.c -lm
+runfast: run.c ## build run for this machine's processor
+	$(CC) -O3 -march=native -o run run.c -lm
 
 runomp: run.c ## like runfast, on several cores (OMP_NUM_THREADS=4 ./run ...); pays from 15M parameters on
-	$(CC) -O3 -ffast-math -march=native -fopenmp -o run run.c -lm
+	$(CC) -O3 -march=native -fopenmp -o run run.c -lm
 
 rundebug: run.c ## build run with address and undefined-behaviour sanitizers
 	$(CC) -g -O1 -Wall -Wextra -fsanitize=address,undefined -o run run.c -lm

@@ -6,12 +6,12 @@ It reads a model file (llama2.c's version 0: seven ints, then float32 weights) a
   chat       holds a conversation in Llama-2's chat template
   score      prints the mean negative log-likelihood, in nats per token, of the text on standard input
 
-Build:  cc -O3 -o run run.c -lm       (faster: -Ofast -march=native; large models, several cores: -fopenmp)
+Build:  cc -O3 -march=native -o run run.c -lm       (for large models on several cores: -fopenmp)
 Run:    ./run model.bin -z tokenizer.bin -t 0 -n 200 -i "Once upon a time"
 Flags:  ./run --help
 
 The story goes to standard output, all else to standard error; anything wrong ends in a message and exit code 1.
-Left out on purpose: training, batches, processing a prompt's tokens together, GPUs, big-endian machines, Windows.
+Left out on purpose: training, several conversations at once, GPUs, big-endian machines, Windows.
 
 The file follows the data: text -> tokens -> model file -> logits -> next token -> text.
 Letters in shapes:
@@ -392,7 +392,7 @@ typedef struct {
 // at[(p * n + j) * PANEL + r]. One column of a panel is a few vector registers of rows, so a product needs no
 // horizontal sums, vectorises in plain C, and reads the weights in one stream. Rows beyond the last are zero.
 enum { PANEL = 64 };
-enum { PARALLEL_FROM = 1 << 19 };  // multiply-adds; for fewer, waking a second thread costs more than it saves
+enum { PARALLEL_FROM = 1 << 16 };  // multiply-adds; for fewer, waking a second thread costs more than it saves
 
 typedef struct {
     float *at;  // (panels(rows), n, PANEL)
@@ -406,17 +406,21 @@ typedef struct {
     Matrix w2;   // (D, H)
 } Layer;
 
+// How many tokens of a prompt or a scored text go through the layers together: each weight is read once for all.
+enum { BATCH = 32 };
+
 // Products write whole panels, so their outputs have room for a multiple of PANEL; [n] stands for n rounded up so.
+// N is the number of tokens in hand, at most BATCH.
 typedef struct {
-    float *x;                    // (D,) the residual stream
-    float *xb;                   // (D,) normed, then after attention
-    float *delta;                // ([D],) what a residual branch adds
-    float *qkv;                  // ([D + 2K],)
-    float *hb;                   // ([2H],) hidden activations, then gate and up side by side
-    float *att;                  // (n_heads, [S]) attention weights
+    float *x;                    // (N, D) the residual stream
+    float *xb;                   // (N, D) normed, then after attention
+    float *delta;                // (N, [D]) what a residual branch adds
+    float *qkv;                  // (N, [D + 2K])
+    float *hb;                   // (N, [2H]) hidden activations, gate and up side by side
+    float *att;                  // (n_heads, [S]) attention weights of one token
     float *key, *value;          // (L, n_kv_heads) matrices of ([S], hd): the KV cache, its positions in panels
     float *rope_cos, *rope_sin;  // (S, hd / 2)
-    float *logits;               // ([V],)
+    float *logits;               // (N, [V])
 } State;
 
 typedef struct {
@@ -533,12 +537,12 @@ static State new_state(const Config *c) {
         .att = allocate(c->n_heads * padded(c->seq_len), f, "the attention weights"),
         .rope_cos = allocate(rope, f, "the RoPE table"),
         .rope_sin = allocate(rope, f, "the RoPE table"),
-        .x = allocate(c->dim, f, what),
-        .xb = allocate(c->dim, f, what),
-        .delta = allocate(padded(c->dim), f, what),
-        .qkv = allocate(padded((uint64_t)c->dim + 2 * c->kv_dim), f, what),
-        .hb = allocate(padded(2 * (uint64_t)c->hidden_dim), f, what),
-        .logits = allocate(padded(c->vocab_size), f, "the logits"),
+        .x = allocate(BATCH * (uint64_t)c->dim, f, what),
+        .xb = allocate(BATCH * (uint64_t)c->dim, f, what),
+        .delta = allocate(BATCH * padded(c->dim), f, what),
+        .qkv = allocate(BATCH * padded((uint64_t)c->dim + 2 * c->kv_dim), f, what),
+        .hb = allocate(BATCH * padded(2 * (uint64_t)c->hidden_dim), f, what),
+        .logits = allocate(BATCH * padded(c->vocab_size), f, "the logits"),
     };
     fill_rope(c, &s);
     return s;
@@ -604,11 +608,13 @@ static void free_model(Model *m) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward pass: one token in, the logits of the next out
+// Forward pass: tokens in, the logits of what follows each out
 
-// Sums PANEL partial sums. C forbids reordering one float sum, so loops keep many and only this shape vectorises.
+enum { LANES = 16, COLUMNS = 4 };
+
+// C forbids reordering one float sum, so loops that must vectorise keep LANES partial sums; this adds them up.
 static float sum_lanes(float *lane) {
-    for (int half = PANEL / 2; half > 0; half /= 2)
+    for (int half = LANES / 2; half > 0; half /= 2)
         for (int r = 0; r < half; r++) lane[r] += lane[r + half];
     return lane[0];
 }
@@ -621,35 +627,74 @@ static void multiply_panel(float *restrict out, const float *restrict w, const f
     memcpy(out, lane, sizeof lane);
 }
 
-// out = W x; x: (n,), out: ([rows],)
-static void matmul(float *out, const float *x, const Matrix *W) {
+// The same for COLUMNS inputs, x_stride apart, to outputs out_stride apart. Each sum has the same terms in the same
+// order as above, so a token's numbers do not depend on how many go together. 16 x 4 sums fit the registers.
+static void multiply_panel_columns(float *restrict out, size_t out_stride, const float *restrict w,
+                                   const float *restrict x, size_t x_stride, int n) {
+    const float *x0 = x, *x1 = x0 + x_stride, *x2 = x1 + x_stride, *x3 = x2 + x_stride;
+    for (int part = 0; part < PANEL; part += LANES) {
+        float a[LANES] = {0}, b[LANES] = {0}, c[LANES] = {0}, d[LANES] = {0};
+        for (int j = 0; j < n; j++) {
+            const float *row = w + (size_t)j * PANEL + part;
+            float e = x0[j], f = x1[j], g = x2[j], h = x3[j];
+            for (int r = 0; r < LANES; r++) {
+                a[r] += row[r] * e;
+                b[r] += row[r] * f;
+                c[r] += row[r] * g;
+                d[r] += row[r] * h;
+            }
+        }
+        memcpy(out + part, a, sizeof a);
+        memcpy(out + out_stride + part, b, sizeof b);
+        memcpy(out + 2 * out_stride + part, c, sizeof c);
+        memcpy(out + 3 * out_stride + part, d, sizeof d);
+    }
+}
+
+// Panel p of out = W x, for each of N inputs: it stays in the cache while all of them meet it.
+static void matmul_panel(float *out, const float *x, size_t x_stride, int N, const Matrix *W, int p) {
+    size_t out_stride = padded(W->rows);
+    const float *w = W->at + (size_t)p * W->n * PANEL;
+    out += (size_t)p * PANEL;
+    int i = 0;
+    for (; i + COLUMNS <= N; i += COLUMNS)
+        multiply_panel_columns(out + i * out_stride, out_stride, w, x + i * x_stride, x_stride, W->n);
+    for (; i < N; i++) multiply_panel(out + i * out_stride, w, x + i * x_stride, W->n);
+}
+
+// out = W x for each of N inputs; x: (N, x_stride), out: (N, [rows])
+static void matmul(float *out, const float *x, size_t x_stride, int N, const Matrix *W) {
     int count = (int)panels(W->rows);
-    size_t panel = (size_t)W->n * PANEL;
-#ifdef _OPENMP
-    #pragma omp parallel for if ((double)count * panel > PARALLEL_FROM)
+#ifdef _OPENMP  // an `if` clause instead would still cost a call into the runtime, every time
+    if ((double)count * PANEL * W->n * N > PARALLEL_FROM) {
+        #pragma omp parallel for
+        for (int p = 0; p < count; p++) matmul_panel(out, x, x_stride, N, W, p);
+        return;
+    }
 #endif
-    for (int p = 0; p < count; p++) multiply_panel(out + (size_t)p * PANEL, W->at + p * panel, x, W->n);
+    for (int p = 0; p < count; p++) matmul_panel(out, x, x_stride, N, W, p);
 }
 
 // out = transposed W times y; y: ([rows],), zero beyond the last row, out: (n,)
 static void matmul_transposed(float *restrict out, const float *restrict y, const Matrix *W) {
     int count = (int)panels(W->rows);
     for (int j = 0; j < W->n; j++) {
-        float lane[PANEL] = {0};
+        float lane[LANES] = {0};
         for (int p = 0; p < count; p++) {
-            const float *w = W->at + ((size_t)p * W->n + j) * PANEL;
-            for (int r = 0; r < PANEL; r++) lane[r] += w[r] * y[(size_t)p * PANEL + r];
+            const float *w = W->at + ((size_t)p * W->n + j) * PANEL, *part = y + (size_t)p * PANEL;
+            for (int r = 0; r < PANEL; r += LANES)
+                for (int i = 0; i < LANES; i++) lane[i] += w[r + i] * part[r + i];
         }
         out[j] = sum_lanes(lane);
     }
 }
 
 static float sum_of_squares(const float *x, int n) {
-    float lane[PANEL] = {0};
+    float lane[LANES] = {0};
     int i = 0;
-    for (; i + PANEL <= n; i += PANEL)
-        for (int r = 0; r < PANEL; r++) lane[r] += x[i + r] * x[i + r];
-    for (; i < n; i++) lane[i % PANEL] += x[i] * x[i];
+    for (; i + LANES <= n; i += LANES)
+        for (int r = 0; r < LANES; r++) lane[r] += x[i + r] * x[i + r];
+    for (; i < n; i++) lane[i % LANES] += x[i] * x[i];
     return sum_lanes(lane);
 }
 
@@ -662,11 +707,16 @@ static void add(float *x, const float *y, int n) {
     for (int i = 0; i < n; i++) x[i] += y[i];
 }
 
-// exp(x) for x <= 0, to a few units in the last place; anything below -87 counts as -87. Unlike expf it vectorises:
-// 2^t = 2^k * 2^f, k an integer for the exponent bits, f in [-0.5, 0.5] for a polynomial (Cephes' exp2f).
-static inline float exp_negative(float x) {
-    float t = x * 1.44269504f;
-    t = t > -126.0f ? t : -126.0f;
+// exp(-|x|) to a few units in the last place; from |x| = 87 on it stays at exp(-87), next to 0. Unlike expf it
+// vectorises: 2^t = 2^k * 2^f, k an integer for the exponent bits, f in [-0.5, 0.5] for a polynomial (Cephes' exp2f).
+static inline float exp_minus_abs(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits &= 0x7fffffffu;
+    bits = bits < 0x42ae0000u ? bits : 0x42ae0000u;  // 87.0f; as integers, because a float's branch would not vectorise
+    float t;
+    memcpy(&t, &bits, sizeof t);
+    t *= -1.44269504f;
     int32_t k = (int32_t)(t - 0.5f);
     float f = t - (float)k;
     float p = 1.535336188e-4f;
@@ -676,20 +726,19 @@ static inline float exp_negative(float x) {
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472028e-1f;
     p = p * f + 1.0f;
-    uint32_t bits = ((uint32_t)k + 127u) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
+    bits = (uint32_t)(k + 127) << 23;
+    memcpy(&t, &bits, sizeof t);
+    return p * t;
 }
 
 static float maximum(const float *x, int n) {
-    float lane[PANEL], max = x[0];
-    for (int r = 0; r < PANEL; r++) lane[r] = max;
+    float lane[LANES], max = x[0];
+    for (int r = 0; r < LANES; r++) lane[r] = max;
     int i = 0;
-    for (; i + PANEL <= n; i += PANEL)
-        for (int r = 0; r < PANEL; r++) lane[r] = x[i + r] > lane[r] ? x[i + r] : lane[r];
+    for (; i + LANES <= n; i += LANES)
+        for (int r = 0; r < LANES; r++) lane[r] = x[i + r] > lane[r] ? x[i + r] : lane[r];
     for (; i < n; i++) max = x[i] > max ? x[i] : max;
-    for (int r = 0; r < PANEL; r++) max = lane[r] > max ? lane[r] : max;
+    for (int r = 0; r < LANES; r++) max = lane[r] > max ? lane[r] : max;
     return max;
 }
 
@@ -700,11 +749,11 @@ static void softmax(float *x, int n) {
         memset(x, 0xff, (size_t)end * sizeof *x);
         return;
     }
-    float max = maximum(x, n), lane[PANEL] = {0};
+    float max = maximum(x, n), lane[LANES] = {0};
     for (int i = n; i < end; i++) x[i] = max - 1000.0f;  // exp of it adds nothing
-    for (int i = 0; i < end; i += PANEL)
-        for (int r = 0; r < PANEL; r++) {
-            x[i + r] = exp_negative(x[i + r] - max);
+    for (int i = 0; i < end; i += LANES)
+        for (int r = 0; r < LANES; r++) {
+            x[i + r] = exp_minus_abs(x[i + r] - max);
             lane[r] += x[i + r];
         }
     float scale = 1.0f / sum_lanes(lane);
@@ -723,78 +772,102 @@ static void rope(float *x, int n, int head_size, const float *cos_row, const flo
         }
 }
 
-// One query head over n positions. q, out: (hd,); key, value: (n, hd); att: ([n],)
-static void attend(float *out, float *q, const Matrix *key, const Matrix *value, float *att) {
-    float scale = 1.0f / sqrtf((float)key->n);
-    for (int i = 0; i < key->n; i++) q[i] *= scale;
-    matmul(att, q, key);
-    softmax(att, key->rows);
-    matmul_transposed(out, att, value);
-}
-
 // The first n positions of a cache (S, hd) of one layer and key/value head.
 static Matrix cached(float *cache, const Config *c, int layer, int kv_head, int n) {
     size_t head = padded(c->seq_len) * (size_t)c->head_size;
     return (Matrix){cache + ((size_t)layer * c->n_kv_heads + kv_head) * head, n, c->head_size};
 }
 
-static void attention(Model *m, int layer, int pos) {
+// Query head h of the token at position pos, over everything up to it in the cache. q, out: (D,)
+static void attend(Model *m, int layer, int pos, int h, float *q, float *out) {
+    const Config *c = &m->config;
+    int hd = c->head_size, kv_head = h / (c->n_heads / c->n_kv_heads);  // neighbours share a key head
+    Matrix key = cached(m->s.key, c, layer, kv_head, pos + 1), value = cached(m->s.value, c, layer, kv_head, pos + 1);
+    float *att = m->s.att + h * padded(c->seq_len), scale = 1.0f / sqrtf((float)hd);
+    q += h * hd;
+    for (int i = 0; i < hd; i++) q[i] *= scale;
+    matmul(att, q, 0, 1, &key);
+    softmax(att, pos + 1);
+    matmul_transposed(out + h * hd, att, &value);
+}
+
+static void attend_all_heads(Model *m, int layer, int pos, float *q, float *out) {
+    int n_heads = m->config.n_heads;
+#ifdef _OPENMP
+    if ((double)pos * m->config.dim > PARALLEL_FROM) {
+        #pragma omp parallel for
+        for (int h = 0; h < n_heads; h++) attend(m, layer, pos, h, q, out);
+        return;
+    }
+#endif
+    for (int h = 0; h < n_heads; h++) attend(m, layer, pos, h, q, out);
+}
+
+static void attention(Model *m, int layer, int N, int pos) {
     const Config *c = &m->config;
     State *s = &m->s;
     int hd = c->head_size;
-    rmsnorm(s->xb, s->x, m->w.rms_att + (size_t)layer * c->dim, c->dim);
-    matmul(s->qkv, s->xb, &m->layer[layer].qkv);
-    float *q = s->qkv, *k = q + c->dim, *v = k + c->kv_dim;  // (D,), (K,), (K,)
-    const float *cos_row = s->rope_cos + (size_t)pos * (hd / 2), *sin_row = s->rope_sin + (size_t)pos * (hd / 2);
-    rope(q, c->dim + c->kv_dim, hd, cos_row, sin_row);  // q and k
-    for (int h = 0; h < c->n_kv_heads; h++) {
-        Matrix key = cached(s->key, c, layer, h, pos + 1), value = cached(s->value, c, layer, h, pos + 1);
-        write_row(&key, pos, k + h * hd);
-        write_row(&value, pos, v + h * hd);
+    size_t D = c->dim, width = padded(D + 2 * (size_t)c->kv_dim);
+    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, m->w.rms_att + layer * D, c->dim);
+    matmul(s->qkv, s->xb, D, N, &m->layer[layer].qkv);
+    for (int i = 0; i < N; i++) {
+        float *q = s->qkv + i * width, *k = q + c->dim, *v = k + c->kv_dim;  // (D,), (K,), (K,)
+        size_t angle = (size_t)(pos + i) * (hd / 2);
+        rope(q, c->dim + c->kv_dim, hd, s->rope_cos + angle, s->rope_sin + angle);  // q and k
+        for (int h = 0; h < c->n_kv_heads; h++) {
+            Matrix key = cached(s->key, c, layer, h, pos + i + 1), value = cached(s->value, c, layer, h, pos + i + 1);
+            write_row(&key, pos + i, k + h * hd);
+            write_row(&value, pos + i, v + h * hd);
+        }
+        attend_all_heads(m, layer, pos + i, q, s->xb + i * D);
     }
-    int group = c->n_heads / c->n_kv_heads;  // query heads that share one key head
-#ifdef _OPENMP
-    #pragma omp parallel for if ((double)pos * c->dim > PARALLEL_FROM)
-#endif
-    for (int h = 0; h < c->n_heads; h++) {
-        Matrix key = cached(s->key, c, layer, h / group, pos + 1), value = cached(s->value, c, layer, h / group, pos + 1);
-        attend(s->xb + h * hd, q + h * hd, &key, &value, s->att + h * padded(c->seq_len));
-    }
-    matmul(s->delta, s->xb, &m->layer[layer].wo);
-    add(s->x, s->delta, c->dim);
+    matmul(s->delta, s->xb, D, N, &m->layer[layer].wo);
+    for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
 }
 
 // SwiGLU: W2 (silu(W1 x) * W3 x), silu(a) = a / (1 + exp(-a))
-static void feed_forward(Model *m, int layer) {
+static void feed_forward(Model *m, int layer, int N) {
     const Config *c = &m->config;
     State *s = &m->s;
     int H = c->hidden_dim;
-    rmsnorm(s->xb, s->x, m->w.rms_ffn + (size_t)layer * c->dim, c->dim);
-    matmul(s->hb, s->xb, &m->layer[layer].w13);
-    float *gate = s->hb, *up = s->hb + H;
-    for (int i = 0; i < H; i++) {
-        // exp of -|a| never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
-        float a = gate[i], e = exp_negative(-fabsf(a));
-        gate[i] = a * (a < 0 ? e : 1.0f) / (1.0f + e) * up[i];
+    size_t D = c->dim, width = padded(2 * (size_t)H);
+    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, m->w.rms_ffn + layer * D, c->dim);
+    matmul(s->hb, s->xb, D, N, &m->layer[layer].w13);
+    for (int i = 0; i < N; i++) {
+        float *gate = s->hb + i * width, *up = gate + H;
+        for (int j = 0; j < H; j++) {
+            // exp(-|a|) never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
+            float a = gate[j], e = exp_minus_abs(a);
+            gate[j] = a * (a < 0 ? e : 1.0f) / (1.0f + e) * up[j];
+        }
     }
-    matmul(s->delta, gate, &m->layer[layer].w2);
-    add(s->x, s->delta, c->dim);
+    matmul(s->delta, s->hb, width, N, &m->layer[layer].w2);
+    for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
 }
 
-// Feeds `token` at position `pos`, after 0..pos-1 have been fed. Returns the logits (V,), all of them finite.
-static const float *forward(Model *m, int token, int pos) {
+// Feeds N <= BATCH tokens at positions pos, pos + 1, ..., after 0..pos-1 have been fed. Returns the logits after each
+// of them from `first` on, (N - first, [V]), all of them finite.
+static const float *forward(Model *m, const int *token, int N, int pos, int first) {
     const Config *c = &m->config;
     State *s = &m->s;
-    memcpy(s->x, m->w.tok_emb + (size_t)token * c->dim, (size_t)c->dim * sizeof(float));
+    size_t D = c->dim, V = padded(c->vocab_size);
+    for (int i = 0; i < N; i++) memcpy(s->x + i * D, m->w.tok_emb + token[i] * D, D * sizeof(float));
     for (int layer = 0; layer < c->n_layers; layer++) {
-        attention(m, layer, pos);
-        feed_forward(m, layer);
+        attention(m, layer, N, pos);
+        feed_forward(m, layer, N);
     }
-    rmsnorm(s->xb, s->x, m->w.rms_final, c->dim);
-    matmul(s->logits, s->xb, &m->classifier);
-    if (!all_finite(s->logits, (size_t)c->vocab_size))
-        die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos);
+    for (int i = first; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, m->w.rms_final, c->dim);
+    matmul(s->logits, s->xb + first * D, D, N - first, &m->classifier);
+    for (int i = first; i < N; i++)
+        if (!all_finite(s->logits + (i - first) * V, (size_t)c->vocab_size))
+            die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos + i);
     return s->logits;
+}
+
+// Feeds any number of tokens, BATCH at a time. Returns the logits (V,) after the last.
+static const float *feed(Model *m, const int *token, int n, int pos) {
+    for (; n > BATCH; n -= BATCH, token += BATCH, pos += BATCH) forward(m, token, BATCH, pos, BATCH);
+    return forward(m, token, n, pos, n - 1);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -914,19 +987,25 @@ static void generate(Model *m, const Tokenizer *t, Sampler *s, const char *promp
     Tokens tokens = encode(t, prompt, strlen(prompt));
     if (tokens.n > m->config.seq_len)
         die("-i: the prompt is %d tokens with BOS; the model's context is %d tokens", tokens.n, m->config.seq_len);
-    int token = BOS, pos = 0;
-    double start = 0.0;
-    while (pos < steps) {
-        const float *logits = forward(m, token, pos++);
-        int next = pos < tokens.n ? tokens.id[pos] : sample(s, logits);
+    int given = tokens.n < steps ? tokens.n : steps;
+    double start = seconds();
+    const float *logits = feed(m, tokens.id, given, 0);
+    double begun = seconds();  // BOS alone also pages the weights in; it does not count as decoding
+    for (int i = 1; i < given; i++) print_token(t, tokens.id[i - 1], tokens.id[i]);
+
+    int token = tokens.id[given - 1], pos = given;
+    for (;;) {
+        int next = pos < tokens.n ? tokens.id[pos] : sample(s, logits);  // the former where -n cuts the prompt
         if (next == BOS) break;  // the next document would begin here
         print_token(t, token, next);
+        if (pos == steps) break;
+        logits = feed(m, &next, 1, pos++);
         token = next;
-        if (pos == 1) start = seconds();  // the first step also pages the weights in
     }
     putchar('\n');
     flush_output();
-    if (pos > 1) fprintf(stderr, "achieved tok/s: %.1f\n", (pos - 1) / (seconds() - start));
+    if (given > 1) fprintf(stderr, "prompt: %d tokens, tok/s: %.1f\n", given, given / (begun - start));
+    if (pos > given) fprintf(stderr, "achieved tok/s: %.1f\n", (pos - given) / (seconds() - begun));
     free(tokens.id);
 }
 
@@ -961,14 +1040,14 @@ static Tokens encode_turn(const Tokenizer *t, const Text *system, const Text *us
 // Feeds a turn from position pos on and prints the answer, up to EOS, BOS or the limit. Returns the next free position.
 static int answer(Model *m, const Tokenizer *t, Sampler *s, Tokens turn, int pos, int steps) {
     if (turn.n > steps - pos) die("this turn is %d tokens; %d of %d steps are left", turn.n, steps - pos, steps);
-    const float *logits = NULL;
-    for (int i = 0; i < turn.n; i++) logits = forward(m, turn.id[i], pos++);
+    const float *logits = feed(m, turn.id, turn.n, pos);
+    pos += turn.n;
     for (int token = turn.id[turn.n - 1];;) {
         int next = sample(s, logits);
         if (next == BOS) return pos;  // the next turn brings its own
         if (next != EOS) print_token(t, token, next);
         if (pos == steps) return pos;
-        logits = forward(m, next, pos++);
+        logits = feed(m, &next, 1, pos++);
         if (next == EOS) return pos;
         token = next;
     }
@@ -1022,10 +1101,13 @@ static void score(Model *m, const Tokenizer *t) {
     Tokens tokens = encode(t, text.at, text.n);
     int n = tokens.n - 1;
     double nats = 0.0;
-    for (int i = 0; i < n; i++) {
-        if (i % 1000 == 0 && isatty(STDERR_FILENO)) fprintf(stderr, "\r%d / %d tokens\r", i, n);
-        const float *logits = forward(m, tokens.id[i], i % m->config.seq_len);
-        nats += surprise(logits, m->config.vocab_size, tokens.id[i + 1]);
+    int S = m->config.seq_len, V = m->config.vocab_size;
+    for (int i = 0, N; i < n; i += N) {
+        N = n - i < BATCH ? n - i : BATCH;
+        if (N > S - i % S) N = S - i % S;  // up to the end of the window
+        if (i % 1000 < BATCH && isatty(STDERR_FILENO)) fprintf(stderr, "\r%d / %d tokens\r", i, n);
+        const float *logits = forward(m, tokens.id + i, N, i % S, 0);
+        for (int k = 0; k < N; k++) nats += surprise(logits + k * padded(V), V, tokens.id[i + k + 1]);
     }
     printf("%.6f\n", nats / n);
     flush_output();
