@@ -4,7 +4,7 @@ CC ?= cc
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
-.PHONY: help demo test lint run runfast runomp rundebug clean
+.PHONY: help demo test lint fuzz run runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*##/  make \1 |/' | column -t -s '|'
@@ -37,8 +37,16 @@ runomp: run.c ## like runfast, on several cores (OMP_NUM_THREADS=4 ./run ...); p
 rundebug: run.c ## build run with address and undefined-behaviour sanitizers
 	$(CC) -g -O1 -Wall -Wextra -fsanitize=address,undefined -o run run.c -lm
 
+fuzz: ## fuzz run.c's readers for FUZZ_SECONDS (60) with clang's libFuzzer
+	@printf 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | clang -x c -fsanitize=fuzzer,address -o /dev/null - 2>/dev/null \
+	|| { echo "make fuzz needs clang with libFuzzer (Debian: apt-get install clang libclang-rt-dev)"; exit 1; }
+	mkdir -p build/corpus
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz tests/fuzz.c -lm
+	build/fuzz -max_total_time=$${FUZZ_SECONDS:-60} -max_len=20000 -close_fd_mask=3 -detect_leaks=0 -rss_limit_mb=2000 \
+	    -artifact_prefix=build/ build/corpus tests/corpus
+
 clean: ## remove what was built; data, runs and .venv stay
-	rm -rf run __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache
+	rm -rf run build __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache
 
 # --- what the above are made of; each is made once ---
 

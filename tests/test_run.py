@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from conftest import BUILDS
 
+from tinystories import read_stories
+from tokenizer import load_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT.parent / "shared" / "stories260K"
 STORIES = ROOT.parent / "shared" / "tinystories" / "TinyStories-valid.txt"
@@ -398,6 +401,18 @@ def test_encode_equals_sentencepiece(build, tmp_path, kind):
     got = encode_all(build(kind, "tests/encode_main.c"), tmp_path / "tok.bin", 400, [t.encode() for t in texts])
     for text, ids in zip(texts, got, strict=True):
         assert ids == [1] + oracle.encode(text), text
+
+
+def test_encoding_equals_sentencepiece_on_real_stories(build, data_dir):
+    if not STORIES.exists():
+        pytest.skip("the TinyStories subset is not at hand")
+    folder = data_dir / "toy" / "tok512"
+    oracle = load_tokenizer(folder, 512)
+    stories = list(read_stories(STORIES.with_name("TinyStories-train.txt")))[:2000]
+    binary, texts = build("plain", "tests/encode_main.c"), [story.encode() for story in stories]
+    got = encode_all(binary, folder / "tokenizer.bin", 512, texts)
+    for story, ids in zip(stories, got, strict=True):
+        assert ids == [1, *oracle.encode(story)]
 
 
 def byte_strings(rng, count):
