@@ -400,8 +400,9 @@ def train(s: Settings) -> int:
     if first:
         announce(s, model, train_rows, machine)
     if s.eval_only:
-        for name, value in evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, autocast).items():
-            print(f"val/{name} {value:.6f}")
+        val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, autocast)
+        if first:
+            print("\n".join(f"val/{name} {value:.6f}" for name, value in val.items()))
         return 0
     log = Log(Path(s.out_dir), start, wandb_settings(s, wandb_id)) if first else None
 
@@ -411,8 +412,7 @@ def train(s: Settings) -> int:
             return
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                    "model_args": model.args.as_dict(), "iter_num": it, "best_val_ntp": best, "config": asdict(s),
-                   "rng": rng, "seconds": seconds, "tokens": tokens,
-                   "wandb_id": log.wandb_id or wandb_id}
+                   "rng": rng, "seconds": seconds, "tokens": tokens, "wandb_id": log.wandb_id or wandb_id}
         buffer = io.BytesIO()  # torch.save straight to a full disk would not say that the disk is full
         torch.save(content, buffer)
         for name in names:
