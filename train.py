@@ -45,7 +45,7 @@ from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
 from log import Log
 from losses import Objective, all_losses, loss_weights, weighted_total
-from model import ModelArgs, Transformer
+from model import FUTURE_HEADS, ModelArgs, Transformer
 from tinystories import TrainBatches, Windows, eval_batches
 from tokenizer import BOS, BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE, vocab_folder
 
@@ -83,7 +83,7 @@ class Settings:
     tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
     # looking ahead
     n_future_heads: AtLeast0 = 0  # head i predicts the token i further ahead than the next
-    head: Literal["linear"] = "linear"  # type of the future heads
+    head: Literal[tuple(FUTURE_HEADS)] = "linear"  # type of the future heads
     nitp_weight: NonNegative = 0.0  # of the first head's cross-entropy loss
     consistency_weight: NonNegative = 0.0  # of the first head's KL from the NTP head that has seen more
     head_decay: FractionAbove0 = 1.0  # head i weighs head_decay^(i-1) of the above
