@@ -317,10 +317,15 @@ def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -
                          f"What {s.out_dir} holds is from before")
 
 
+def tokens_per_step(s: Settings, machine: Machine) -> int:
+    """Tokens that all processes together train on in one iteration."""
+    return s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len
+
+
 def announce(s: Settings, model: Transformer, train: Windows, machine: Machine) -> None:
     """Say what follows from the settings."""
     counts = model.parameter_counts()
-    per_step = s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len
+    per_step = tokens_per_step(s, machine)
     total = per_step * s.max_iters
     if s.n_future_heads and not (s.nitp_weight or s.consistency_weight):
         note(f"n_future_heads={s.n_future_heads}: no loss has a weight, so the heads stay as they start")
@@ -334,10 +339,9 @@ def announce(s: Settings, model: Transformer, train: Windows, machine: Machine) 
           f"{torch.get_num_threads()} threads", flush=True)
 
 
-def show(line: dict, s: Settings) -> str:
+def show(line: dict, s: Settings, machine: Machine) -> str:
     """A line of the log for the terminal: losses, rate, speed, time left."""
-    step = s.max_seq_len * s.batch_size * s.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-    step_seconds = step / line["tok_per_s"]
+    step_seconds = tokens_per_step(s, machine) / line["tok_per_s"]
     minutes, seconds = divmod(round((s.max_iters - line["iter"]) * step_seconds), 60)
     losses = "  ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in line.items() if k.startswith("train/"))
     return (f"iter {line['iter']}/{s.max_iters} | {losses} | lr {line['lr']:.2e} | {step_seconds * 1000:.0f} ms | "
@@ -462,7 +466,7 @@ def train(s: Settings) -> int:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        tokens += s.batch_size * accumulate * machine.world * s.max_seq_len
+        tokens += tokens_per_step(s, machine)
 
         due = evaluates or it % s.log_interval == 0
         if due or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
@@ -480,7 +484,7 @@ def train(s: Settings) -> int:
             check_finite("training loss", means["total"], it, s)
             if first:
                 log.write(line)
-                print(show(line, s), flush=True)
+                print(show(line, s, machine), flush=True)
     if first:
         log.close()
         if stop.signal and it < s.max_iters:
