@@ -23,25 +23,24 @@ test: .venv/test-ready ## the whole test suite
 
 lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
 	$(PY) -m ruff check
-	$(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -O2 -o /dev/null run.c -lm
+	$(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -O2 -pthread -o /dev/null run.c -lm
 
 run: run.c ## build run: inference in C
-	$(CC) -O3 -o run run.c -lm
+	$(CC) -O3 -pthread -o run run.c -lm
 
 runfast: run.c ## build run for this machine's processor
-	$(CC) -O3 -march=native -o run run.c -lm
+	$(CC) -O3 -march=native -pthread -o run run.c -lm
 
-runomp: run.c ## like runfast, on several cores (OMP_NUM_THREADS=4 ./run ...); pays from 15M parameters on
-	$(CC) -O3 -march=native -fopenmp -o run run.c -lm
+runomp: runfast ## the same under llama2.c's name: every build has threads (OMP_NUM_THREADS=4 ./run ..., or -j 4)
 
 rundebug: run.c ## build run with address and undefined-behaviour sanitizers
-	$(CC) -g -O1 -Wall -Wextra -fsanitize=address,undefined -o run run.c -lm
+	$(CC) -g -O1 -Wall -Wextra -DSEPARATE_BUFFERS -fsanitize=address,undefined -pthread -o run run.c -lm
 
 fuzz: ## fuzz run.c's readers for FUZZ_SECONDS (60) with clang's libFuzzer
 	@printf 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | clang -x c -fsanitize=fuzzer,address -o /dev/null - 2>/dev/null \
 	|| { echo "make fuzz needs clang with libFuzzer (Debian: apt-get install clang libclang-rt-dev)"; exit 1; }
 	mkdir -p build/corpus
-	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz tests/fuzz.c -lm
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o build/fuzz tests/fuzz.c -lm
 	build/fuzz -max_total_time=$${FUZZ_SECONDS:-60} -max_len=20000 -close_fd_mask=3 -detect_leaks=0 -rss_limit_mb=2000 \
 	    -artifact_prefix=build/ build/corpus tests/corpus
 

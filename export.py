@@ -1,18 +1,23 @@
 """A trained checkpoint becomes a file that run.c, and every other llama2.c port, reads.
 
-    python export.py out/ckpt.pt out/model.bin
+    python export.py out/ckpt.pt out/model.bin                             # float32
+    python export.py out/ckpt.pt out/model.q8.bin --version=2              # int8, a quarter of the size
+    python export.py out/ckpt.pt out/model.bin --heads=out/model.heads.bin # the future heads, for drafting
 
-writes the trunk and the NTP head in llama2.c's version 0 format (float32, doc/formats.md), never a
-future head, and puts the run's `tokenizer.bin` beside it. Reading checkpoints lives here too: ours
-and llama2.c's `ckpt.pt`, as tensors and plain values only, so nothing in the file is executed.
+writes the trunk and the NTP head in llama2.c's formats (doc/formats.md), never a future head, and
+puts the run's `tokenizer.bin` beside it. Future heads go into a file of their own. Reading checkpoints
+lives here too: ours and llama2.c's `ckpt.pt`, as tensors and plain values only, so nothing in the
+file is executed.
 
-What this leaves out on purpose: versions 1 and 2 of the format, and other programs' formats.
+What this leaves out on purpose: other programs' formats.
 """
 
 import argparse
+import itertools
 import pickle
 import struct
 import sys
+import zlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,7 +30,10 @@ from tokenizer import vocab_folder
 
 HEAD_PREFIX = "future_heads."
 MAX_SEQ_LEN = 1 << 24  # run.c's bound
-NORM_EPS = 1e-5  # what readers of version 0 assume; the file has no place for it
+NORM_EPS = 1e-5  # what readers of every version assume; the file has no place for it
+MAGIC, HEADER_BYTES = 0x616B3432, 256  # versions 1 and 2 begin so: "ak42"
+HEADS_MAGIC, MAX_HEADS = 0x64616568, 31  # a heads file begins with "head"; run.c's bound
+HEAD_TYPES = {"linear": 1}  # as heads files number them
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -120,31 +128,81 @@ def load_model(path: str | Path) -> Transformer:
     return model.eval()
 
 
-def write_version0(model: Transformer, path: str | Path) -> None:
-    """Write trunk and NTP head as llama2.c's version 0: seven int32, then float32 matrices kind by kind.
+def float_bytes(t: Tensor) -> bytes:
+    return t.detach().float().contiguous().numpy().astype("<f4").tobytes()
+
+
+def largest_group(args: ModelArgs) -> int:
+    """Columns of a weight matrix that share an int8 scale: at most 64, as in llama2.c, and a divisor of every
+    matrix's input dimension, so that no group reaches into the next row. Errors: ValueError if there is none.
+    """
+    for group in (64, 32, 16, 8, 4):  # run.c multiplies four columns at a time
+        if args.dim % group == args.hidden_dim % group == 0:
+            return group
+    raise ValueError(f"dim {args.dim} and hidden_dim {args.hidden_dim}: version 2 needs multiples of 4")
+
+
+def int8_bytes(t: Tensor, group: int) -> bytes:
+    """Q8_0: the numbers as int8 in -127..127, then a float32 scale for each `group` of them."""
+    rows = t.detach().float().reshape(-1, group)
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    q = torch.where(scale > 0, rows / scale, 0).round().to(torch.int8)
+    return q.numpy().tobytes() + float_bytes(scale)
+
+
+def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
+    """Write trunk and NTP head in llama2.c's version 0 (float32), 1 (float32, longer header) or 2 (int8).
 
     Errors: ValueError if the format cannot say what the model is, or the file cannot be written.
     """
     args, layers = model.args, model.layers
     if args.norm_eps != NORM_EPS:
         raise ValueError(f"{path}: this format's readers take norm_eps={NORM_EPS}, the model has {args.norm_eps}")
-    kinds = [
-        [model.tok_embeddings.weight],
-        [layer.attention_norm.weight for layer in layers],
-        *([getattr(layer.attention, w).weight for layer in layers] for w in ("wq", "wk", "wv", "wo")),
-        [layer.ffn_norm.weight for layer in layers],
-        *([getattr(layer.feed_forward, w).weight for layer in layers] for w in ("w1", "w2", "w3")),
-        [model.norm.weight],
-        [model.rope_cos, model.rope_sin],  # readers skip these, but count on their space
-        [] if args.tie_embeddings else [model.output.weight],
-    ]
-    # A negative vocabulary size says that an unembedding of its own follows at the end.
-    vocab_size = args.vocab_size if args.tie_embeddings else -args.vocab_size
+    embedding, norm = [model.tok_embeddings.weight], [model.norm.weight]
+    attention_norms = [layer.attention_norm.weight for layer in layers]
+    ffn_norms = [layer.ffn_norm.weight for layer in layers]
+    attention = [getattr(layer.attention, w).weight for w in ("wq", "wk", "wv", "wo") for layer in layers]
+    ffn = [getattr(layer.feed_forward, w).weight for w in ("w1", "w2", "w3") for layer in layers]
+    output = [] if args.tie_embeddings else [model.output.weight]
+    norms, matrices = [*attention_norms, *ffn_norms, *norm], [*embedding, *attention, *ffn, *output]
+    # In version 0 a negative vocabulary size says that an unembedding of its own follows at the end.
+    sign = -1 if version == 0 and not args.tie_embeddings else 1
+    header = struct.pack("<7i", args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads,
+                         sign * args.vocab_size, args.max_seq_len)
+    if version > 0:
+        group = largest_group(args) if version == 2 else 0
+        header = struct.pack("<Ii", MAGIC, version) + header + struct.pack("<Bi", args.tie_embeddings, group)
+    if version == 0:
+        rope = [model.rope_cos, model.rope_sin]  # readers skip these, but count on their space
+        parts = map(float_bytes, [*embedding, *attention_norms, *attention, *ffn_norms, *ffn, *norm, *rope, *output])
+    elif version == 1:
+        parts = map(float_bytes, norms + matrices)
+    else:
+        parts = itertools.chain(map(float_bytes, norms), (int8_bytes(w, group) for w in matrices))
     with atomic_write(path) as f:
-        f.write(struct.pack("<7i", args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads,
-                            vocab_size, args.max_seq_len))
-        for tensor in (t for kind in kinds for t in kind):
-            f.write(tensor.detach().float().contiguous().numpy().astype("<f4").tobytes())
+        f.write(header if version == 0 else header.ljust(HEADER_BYTES, b"\0"))
+        f.writelines(parts)
+
+
+def trunk_checksum(model: Transformer) -> int:
+    """CRC-32 of the trunk's norms, which are float32 in every version: run.c's test that heads and trunk match."""
+    norms = [layer.attention_norm for layer in model.layers] + [layer.ffn_norm for layer in model.layers] + [model.norm]
+    return zlib.crc32(b"".join(float_bytes(norm.weight) for norm in norms))
+
+
+def write_heads(model: Transformer, path: str | Path) -> None:
+    """Write the future heads, for drafting (`run model.bin -d model.heads.bin`).
+
+    Errors: ValueError if the model has none, or more than run.c takes, or the file cannot be written.
+    """
+    args = model.args
+    if not 1 <= args.n_future_heads <= MAX_HEADS:
+        raise ValueError(f"{path}: expected a model with 1 to {MAX_HEADS} future heads, found {args.n_future_heads}")
+    with atomic_write(path) as f:
+        f.write(struct.pack("<7I", HEADS_MAGIC, 1, HEAD_TYPES[args.head], args.n_future_heads, args.dim,
+                            args.vocab_size, trunk_checksum(model)))
+        for head in model.future_heads:
+            f.write(float_bytes(head.weight))
 
 
 def copy_tokenizer(config: dict, out: Path) -> None:
@@ -168,13 +226,20 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a ckpt.pt or last.pt, ours or llama2.c's")
     parser.add_argument("out", type=Path, help="the .bin file to write")
+    parser.add_argument("--version", type=int, choices=(0, 1, 2), default=0,
+                        help="llama2.c's format: 0 float32 (default), 1 float32 with a longer header, 2 int8")
+    parser.add_argument("--heads", type=Path, metavar="FILE", help="also write the future heads, for run's -d")
     args = parser.parse_args(argv)
     checkpoint = read_checkpoint(args.checkpoint)
     model = Transformer(model_args_of(checkpoint, args.checkpoint))
     load_weights(model, checkpoint["model"], args.checkpoint)
-    write_version0(model, args.out)
-    print(f"wrote {args.out}: {args.out.stat().st_size:,} bytes, {model.parameter_counts()['trunk']:,} parameters",
-          file=sys.stderr)
+    write_trunk(model, args.out, args.version)
+    counts = model.parameter_counts()
+    print(f"wrote {args.out}: {args.out.stat().st_size:,} bytes, {counts['trunk']:,} parameters", file=sys.stderr)
+    if args.heads:
+        write_heads(model, args.heads)
+        print(f"wrote {args.heads}: {args.heads.stat().st_size:,} bytes, {counts['future heads']:,} parameters",
+              file=sys.stderr)
     config = checkpoint.get("config")
     if isinstance(config, dict) and {"data_dir", "dataset", "vocab_size"} <= config.keys():
         copy_tokenizer(config, args.out)

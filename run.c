@@ -18,22 +18,45 @@ Letters in shapes:
   D dim   H hidden_dim   L n_layers   V vocab_size   S seq_len (the context)
   hd = D / n_heads, the size of a head   K = n_kv_heads * hd, the size of all keys of one position
 */
-#define _POSIX_C_SOURCE 200809L  // getline, mmap, clock_gettime under -std=c11
+#if defined __clang__  // keep the order of sums under -ffast-math too, or tokens that go together would differ from one
+#pragma clang fp reassociate(off)
+#elif defined __GNUC__
+#pragma GCC optimize("no-associative-math")
+#endif
+#define _GNU_SOURCE  // mmap, madvise, clock_gettime, sched_getaffinity under -std=c11
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef _WIN32
+#include <io.h>
+#else
+#include <sys/mman.h>
+#include <sys/resource.h>
+#endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifndef O_BINARY
+#define O_BINARY 0  // of Windows
+#endif
+#ifndef SCREEN_FROM
+#define SCREEN_FROM 1e6  // weights of a classifier that is worth screening (see Screen)
+#endif
 
 enum { BOS = 1, EOS = 2, FIRST_BYTE = 3, FIRST_PIECE = FIRST_BYTE + 256 };  // ids; 0 is <unk>, byte b is FIRST_BYTE + b
 
@@ -56,6 +79,29 @@ static void *allocate(uint64_t n, size_t element, const char *what) {
     if (n == 0) n = 1;
     void *p = n > SIZE_MAX / element ? NULL : calloc((size_t)n, element);
     if (!p) die("out of memory: %s takes %llu elements of %zu bytes", what, (unsigned long long)n, element);
+    return p;
+}
+
+// Zeroed memory that lives as long as the program, on a cache line's border. Small buffers lie side by side, so that the
+// whole of a small model is in one huge page, where the system has such: fewer misses of the TLB and in the caches.
+static void *buffer(uint64_t n, size_t element, const char *what) {
+#ifdef SEPARATE_BUFFERS  // for sanitizers, which see where each ends
+    return allocate(n, element, what);
+#endif
+    enum { LINE = 64, PAGE = 1 << 21 };
+    static char *free_at, *end;
+    uint64_t most = SIZE_MAX / 2 / element, lines = n < most ? (n * element + LINE - 1) / LINE * LINE : SIZE_MAX;
+    if (lines > (uint64_t)(end - free_at)) {
+        uint64_t size = lines / PAGE * PAGE + 2 * PAGE;  // of which up to one is lost in front
+        char *p = allocate(size, 1, what);
+        free_at = p + (-(uintptr_t)p & (PAGE - 1));
+        end = p + size;
+#ifdef MADV_HUGEPAGE
+        madvise(free_at, (size_t)(end - free_at) / PAGE * PAGE, MADV_HUGEPAGE);
+#endif
+    }
+    char *p = free_at;
+    free_at += lines;
     return p;
 }
 
@@ -92,18 +138,49 @@ typedef struct {
 // Maps a whole file read-only, so that a model larger than memory loads at once and pages in as it is used.
 static Map map_file(const char *path, const char *what) {
     struct stat st;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_BINARY);
     if (fd < 0 || fstat(fd, &st) < 0) die("%s: cannot open the %s: %s", path, what, strerror(errno));
     if (S_ISDIR(st.st_mode)) die("%s: is a folder; expected a %s", path, what);
     if (!S_ISREG(st.st_mode)) die("%s: is not a regular file; expected a %s", path, what);
     if (st.st_size == 0) die("%s: is empty; expected a %s", path, what);
     if ((uint64_t)st.st_size > SIZE_MAX) die("%s: %lld bytes do not fit into memory", path, (long long)st.st_size);
     Map m = {path, NULL, (size_t)st.st_size};
+#ifdef _WIN32
+    char *at = allocate(m.n, 1, what);
+    for (size_t done = 0; done < m.n;) {
+        int n = read(fd, at + done, m.n - done < 1 << 30 ? (unsigned)(m.n - done) : 1 << 30);
+        if (n <= 0) die("%s: cannot read the %s: %s", path, what, n ? strerror(errno) : "it became shorter");
+        done += (size_t)n;
+    }
+#else
     void *at = mmap(NULL, m.n, PROT_READ, MAP_PRIVATE, fd, 0);
     if (at == MAP_FAILED) die("%s: cannot map the %s into memory: %s", path, what, strerror(errno));
+#endif
     close(fd);
     m.at = at;
     return m;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// In units of 10^6 bytes, the mapped file's pages included; 0 where the system does not tell.
+static double peak_memory(void) {
+#ifdef __APPLE__
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (double)usage.ru_maxrss * 1e-6;
+#else
+    FILE *file = fopen("/proc/self/status", "r");  // Linux's getrusage counts what the parent used before exec
+    char line[256];
+    double kib = 0.0;
+    while (file && fgets(line, sizeof line, file)) sscanf(line, "VmHWM: %lf", &kib);
+    if (file) fclose(file);
+    return kib * 1024e-6;
+#endif
 }
 
 // Bits instead of isfinite(): -ffast-math lets the compiler assume that isfinite() is always true.
@@ -223,12 +300,6 @@ static Tokenizer load_tokenizer(const char *path, int vocab_size) {
     sort_pieces = t.piece;
     qsort(t.sorted, (size_t)t.n_sorted, sizeof *t.sorted, compare_ids);
     return t;
-}
-
-static void free_tokenizer(Tokenizer *t) {
-    free(t->piece);
-    free(t->sorted);
-    munmap((void *)(uintptr_t)t->file.at, t->file.n);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -369,35 +440,298 @@ static Tokens encode(const Tokenizer *t, const char *bytes, size_t n_bytes) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Model file (llama2.c version 0): seven int32, then the float32 tensors in the order of load_model
+// Threads. A product of a small model is over sooner than a sleeping thread wakes, so workers spin for the next one.
+
+typedef void Work(void *context, int piece, int thread);
+
+enum { MAX_THREADS = 64, SPINS = 4000, YIELDS = 1000 };
+enum { PARALLEL_FROM = 1 << 15 };  // multiply-adds; for fewer, the meeting of the threads costs more than it saves
+
+static struct {
+    int threads;              // the caller among them
+    Work *work;               // of this round, with its context and its number of pieces
+    void *context;
+    int pieces;
+    atomic_uint round;        // one more: there is work
+    atomic_int busy, asleep;  // workers that are not done; workers that need waking
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+} pool = {.threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static void work_share(int thread) {
+    int64_t end = (int64_t)pool.pieces * (thread + 1) / pool.threads;
+    for (int64_t i = (int64_t)pool.pieces * thread / pool.threads; i < end; i++) pool.work(pool.context, (int)i, thread);
+}
+
+// Waits a moment, giving way to other programs from the SPINS-th time on.
+static void wait_a_moment(int tries) {
+    if (tries >= SPINS) sched_yield();
+#if defined __x86_64__ || defined __i386__
+    else __builtin_ia32_pause();
+#endif
+}
+
+static void *worker(void *thread) {
+    for (unsigned seen = 0;; seen++) {
+        for (int tries = 0; atomic_load_explicit(&pool.round, memory_order_acquire) == seen; tries++) {
+            wait_a_moment(tries);
+            if (tries < SPINS + YIELDS) continue;
+            pthread_mutex_lock(&pool.mutex);  // nothing to do for a while: somebody is typing
+            atomic_fetch_add(&pool.asleep, 1);
+            while (atomic_load(&pool.round) == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
+            atomic_fetch_sub(&pool.asleep, 1);
+            pthread_mutex_unlock(&pool.mutex);
+        }
+        work_share((int)(intptr_t)thread);
+        atomic_fetch_sub_explicit(&pool.busy, 1, memory_order_release);
+    }
+    return NULL;
+}
+
+static void start_threads(int threads) {
+    pool.threads = threads;
+    for (int i = 1; i < threads; i++) {
+        pthread_t id;
+        if (pthread_create(&id, NULL, worker, (void *)(intptr_t)i)) die("cannot start %d threads; try -j 1", threads);
+    }
+}
+
+// work(context, i, thread) for each i below `pieces`, on all threads if it is worth that: cost is in multiply-adds.
+static void parallel(Work *work, void *context, int pieces, double cost) {
+    if (pool.threads == 1 || pieces == 1 || cost < PARALLEL_FROM) {
+        for (int i = 0; i < pieces; i++) work(context, i, 0);
+        return;
+    }
+    pool.work = work;
+    pool.context = context;
+    pool.pieces = pieces;
+    atomic_store(&pool.busy, pool.threads - 1);
+    atomic_fetch_add(&pool.round, 1);  // before asleep is read, as a worker counts itself asleep before it reads round
+    if (atomic_load(&pool.asleep)) {
+        pthread_mutex_lock(&pool.mutex);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.mutex);
+    }
+    work_share(0);
+    for (int tries = 0; atomic_load_explicit(&pool.busy, memory_order_acquire); tries++) wait_a_moment(tries);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrices. W, (rows, n), lies in panels of PANEL rows that are interleaved by column, so that a register holds many
+// rows' weights for one input: a product needs no horizontal sums, and reads the weights in one stream.
+//   float32  each column of a panel is 64 floats, one for each row
+//   int8     columns go by fours, 64 rows of 4 bytes, each a weight + 128; after the columns of a group come the rows'
+//            64 scales as floats. A weight is (byte - 128) * scale; inputs are rounded in the same groups.
+// Rows beyond the last are zero.
+
+enum { PANEL = 64, COLUMNS = 4 };
+
+typedef struct {
+    char *at;   // panels(rows) of panel_bytes each
+    int rows, n;
+    int group;  // columns that share a scale, a multiple of 4; 0: float32
+} Matrix;
+
+static uint64_t panels(uint64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+static uint64_t padded(uint64_t rows) { return panels(rows) * PANEL; }
+
+static size_t panel_bytes(const Matrix *m) {
+    size_t cells = (size_t)m->n * PANEL;
+    return m->group ? cells + cells / m->group * sizeof(float) : cells * sizeof(float);
+}
+
+static Matrix new_matrix(int rows, int n, int group) {
+    Matrix m = {NULL, rows, n, group};
+    m.at = buffer(panels(rows) * panel_bytes(&m), 1, "the repacked weights");
+    return m;
+}
+
+// Writes panel p: row[r] is n float32 or n int8, scale[r] the latter's n / group scales; count rows, the last panel's
+// may be fewer than PANEL.
+static void interleave(const Matrix *m, int p, const char *const *row, const char *const *scale, int count) {
+    char *to = m->at + p * panel_bytes(m);
+    int unit = 4;  // bytes that stay together: one float or four int8
+    for (int j = 0; j < (m->group ? m->n / 4 : m->n); j++) {
+        for (int r = 0; r < count; r++) {
+            uint32_t bits;
+            memcpy(&bits, row[r] + (size_t)j * unit, sizeof bits);
+            if (m->group) bits ^= 0x80808080u;  // int8 to int8 + 128
+            memcpy(to + r * unit, &bits, sizeof bits);
+        }
+        to += PANEL * unit;
+        if (!m->group || (j + 1) * 4 % m->group) continue;
+        for (int r = 0; r < count; r++)
+            memcpy(to + r * sizeof(float), scale[r] + ((j + 1) * 4 / m->group - 1) * sizeof(float), sizeof(float));
+        to += PANEL * sizeof(float);
+    }
+}
+
+// Rounds x, (n,), to q * scale with q in -127..127 and one scale for each group. offset: minus what the 128 in every
+// weight byte adds to the group's sum of products. A scale of NaN says that a number was not finite.
+static void quantise(const float *restrict x, int n, int group, int8_t *restrict q, float *restrict scale,
+                     int32_t *restrict offset) {
+    for (int g = 0; g < n / group; g++, x += group, q += group) {
+        uint32_t max_bits = 0;  // of |x|: as integers they are in the same order, and NaN is above all
+        for (int i = 0; i < group; i++) {
+            uint32_t bits;
+            memcpy(&bits, x + i, sizeof bits);
+            bits &= 0x7fffffffu;
+            max_bits = bits > max_bits ? bits : max_bits;
+        }
+        if (max_bits >= 0x7f800000u) max_bits = 0x7fc00000u;
+        float max;
+        memcpy(&max, &max_bits, sizeof max);
+        bool tiny = max_bits < 0x0a000000u, finite = max_bits < 0x7f800000u;  // 6e-33: its inverse is finite
+        float inverse = tiny || !finite ? 0.0f : 127.0f / max;
+        scale[g] = tiny ? 0.0f : max / 127.0f;
+        int32_t sum = 0;
+        for (int i = 0; i < group; i++) {
+            int v = finite ? (int)(x[i] * inverse + 128.5f) - 128 : 0;  // truncation rounds down where all are positive
+            q[i] = (int8_t)v;
+            sum += v;
+        }
+        offset[g] = -128 * sum;
+    }
+}
+
+#if defined __AVX512F__
+enum { WIDTH = 16, REGISTERS = 16 };  // numbers in a register; registers for sums, half of those there are
+#elif defined __AVX__
+enum { WIDTH = 8, REGISTERS = 8 };
+#else
+enum { WIDTH = 4, REGISTERS = 8 };
+#endif
+typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))  // for functions whose loop bounds are literals
+
+// sum plus, in each lane, the products of four unsigned bytes of w with the four signed bytes of x
+INLINE Ints dot4(Ints sum, Ints w, int32_t x) {
+#if defined __AVX512VNNI__ && defined __AVX512F__
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined __AVX2__ && !defined __AVX512F__  // two products of 16-bit numbers at a time, bytes 0 and 2, then 1 and 3
+    int32_t even = (int8_t)x & 0xffff, odd = (int8_t)(x >> 8) & 0xffff;
+    even |= (int32_t)((uint32_t)(int8_t)(x >> 16) << 16);
+    odd |= (int32_t)((uint32_t)(int8_t)(x >> 24) << 16);
+    return sum + (Ints)_mm256_madd_epi16((__m256i)(w & 0xff00ff), _mm256_set1_epi32(even)) +
+           (Ints)_mm256_madd_epi16((__m256i)(w >> 8 & 0xff00ff), _mm256_set1_epi32(odd));
+#else
+    return sum + (w & 255) * (int8_t)x + (w >> 8 & 255) * (int8_t)(x >> 8) + (w >> 16 & 255) * (int8_t)(x >> 16) +
+           (w >> 24 & 255) * (int8_t)(x >> 24);
+#endif
+}
+
+typedef struct {
+    float *out;        // (N, [rows])
+    const float *x;    // (N, x_stride)
+    size_t x_stride;
+    int N;
+    const Matrix *W;
+    int8_t *q;         // for int8: x rounded, (N, n), its scales and offsets, (N, n / group) each
+    float *scale;
+    int32_t *offset;
+} Product;
+
+// out = R registers of rows, from row `first` of the panel on, times C inputs. Each sum has the same terms in the same
+// order whatever C is, so a token's numbers do not depend on how many go together.
+INLINE void multiply_floats(const Product *a, const char *panel, int first, float *out, int input, int R, int C) {
+    Floats sum[8][COLUMNS];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = (Floats){0};
+    const float *x = a->x + input * a->x_stride;
+    const char *w = panel + first * sizeof(float);
+    for (int j = 0; j < a->W->n; j++, w += PANEL * sizeof(float))
+        for (int r = 0; r < R; r++) {
+            Floats row = *(const Floats *)(const void *)(w + r * sizeof row);
+            for (int c = 0; c < C; c++) sum[r][c] += row * x[c * a->x_stride + j];
+        }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++)
+            *(Floats *)(void *)(out + c * padded(a->W->rows) + first + r * WIDTH) = sum[r][c];
+}
+
+INLINE void multiply_int8(const Product *a, const char *panel, int first, float *out, int input, int R, int C) {
+    int n = a->W->n, group = a->W->group, groups = n / group;
+    Floats sum[8][COLUMNS];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = (Floats){0};
+    for (int g = 0; g < groups; g++) {
+        Ints dot[8][COLUMNS];
+        for (int c = 0; c < C; c++)
+            for (int r = 0; r < R; r++) dot[r][c] = a->offset[(input + c) * groups + g] + (Ints){0};
+        const int8_t *q = a->q + (size_t)input * n + (size_t)g * group;
+        for (int j = 0; j < group; j += 4, panel += PANEL * 4)
+            for (int c = 0; c < C; c++) {
+                int32_t x;
+                memcpy(&x, q + (size_t)c * n + j, sizeof x);
+                for (int r = 0; r < R; r++)
+                    dot[r][c] = dot4(dot[r][c], *(const Ints *)(const void *)(panel + (first + r * WIDTH) * 4), x);
+            }
+        for (int r = 0; r < R; r++) {
+            Floats scale = *(const Floats *)(const void *)(panel + (first + r * WIDTH) * 4);
+            for (int c = 0; c < C; c++)
+                sum[r][c] += __builtin_convertvector(dot[r][c], Floats) * (scale * a->scale[(input + c) * groups + g]);
+        }
+        panel += PANEL * sizeof(float);
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++)
+            *(Floats *)(void *)(out + c * padded(a->W->rows) + first + r * WIDTH) = sum[r][c];
+}
+
+INLINE int fitting(int registers, int C) {  // registers of rows for C inputs, if there are so many for sums
+    int R = registers / (C == 3 ? 4 : C);
+    return R < 1 ? 1 : R > PANEL / WIDTH ? PANEL / WIDTH : R;
+}
+
+INLINE void multiply_columns(const Product *a, int p, int input, int C) {
+    const char *panel = a->W->at + p * panel_bytes(a->W);
+    float *out = a->out + input * padded(a->W->rows) + (size_t)p * PANEL;
+    if (a->W->group) {
+        const int R = fitting(REGISTERS / 2, C);
+        for (int first = 0; first < PANEL; first += R * WIDTH) multiply_int8(a, panel, first, out, input, R, C);
+    } else {
+        const int R = fitting(REGISTERS, C);
+        for (int first = 0; first < PANEL; first += R * WIDTH) multiply_floats(a, panel, first, out, input, R, C);
+    }
+}
+
+// Panel p of out = W x, for each of N inputs: it stays in the cache while all of them meet it.
+static void multiply_panel(void *product, int p, int thread) {
+    const Product *a = product;
+    (void)thread;
+    for (int i = 0; i < a->N; i += COLUMNS)
+        switch (a->N - i) {
+            case 1: multiply_columns(a, p, i, 1); break;
+            case 2: multiply_columns(a, p, i, 2); break;
+            case 3: multiply_columns(a, p, i, 3); break;
+            default: multiply_columns(a, p, i, COLUMNS); break;
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Model file: llama2.c's versions 0 and 1 (float32) and 2 (int8). A header, then the tensors.
 
 typedef struct {
     int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
-    int head_size, kv_dim;   // derived
     bool shared_classifier;  // the output layer is the token embedding
+    int version, group;      // group: as in Matrix
+    int head_size, kv_dim;   // derived
+    int sharing;             // query heads for each key head
 } Config;
 
-typedef struct {
-    const float *tok_emb;                  // (V, D)
-    const float *rms_att, *rms_ffn;        // (L, D)
-    const float *wq, *wo;                  // (L, D, D)
-    const float *wk, *wv;                  // (L, K, D)
-    const float *w1, *w3;                  // (L, H, D)
-    const float *w2;                       // (L, D, H)
-    const float *rms_final;                // (D,)
-    const float *wcls;                     // (V, D)
-} Weights;
-
-// A matrix (rows, n) in panels of PANEL rows, interleaved by column: the element of row p * PANEL + r and column j is
-// at[(p * n + j) * PANEL + r]. One column of a panel is a few vector registers of rows, so a product needs no
-// horizontal sums, vectorises in plain C, and reads the weights in one stream. Rows beyond the last are zero.
-enum { PANEL = 64 };
-enum { PARALLEL_FROM = 1 << 16 };  // multiply-adds; for fewer, waking a second thread costs more than it saves
+enum { TOK, ATT_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, NORM, ROPE, CLS, TENSORS };
+static const unsigned char ORDER[2][TENSORS] = {
+    {TOK, ATT_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, NORM, ROPE, CLS},  // version 0
+    {ATT_NORM, FFN_NORM, NORM, TOK, WQ, WK, WV, WO, W1, W2, W3, CLS, ROPE},  // versions 1 and 2
+};
 
 typedef struct {
-    float *at;  // (panels(rows), n, PANEL)
-    int rows, n;
-} Matrix;
+    const char *at;              // in the mapped file
+    uint64_t count;              // matrices, one after the other; 0: the file does not have it
+    int rows, n, group;          // of each; int8 (rows, n), then float32 (rows, n / group), where group is not 0
+} Tensor;
 
 typedef struct {
     Matrix qkv;  // (D + 2K, D)  wq, wk, wv on top of each other
@@ -406,40 +740,52 @@ typedef struct {
     Matrix w2;   // (D, H)
 } Layer;
 
-// How many tokens of a prompt or a scored text go through the layers together: each weight is read once for all.
+// The classifier rounded to int8, with what bounds the error of that: the best of a large vocabulary is found without
+// reading most of it in float32.
+typedef struct {
+    Matrix rough;         // (V, D), a scale for each row; .at is NULL where there is none
+    float *norm, *error;  // (V,) at least |w| and |w - rounded w| of each row
+} Screen;
+
+// How many tokens of a prompt, a scored text or a draft go through the layers together.
 enum { BATCH = 32 };
 
 // Products write whole panels, so their outputs have room for a multiple of PANEL; [n] stands for n rounded up so.
 // N is the number of tokens in hand, at most BATCH.
 typedef struct {
     float *x;                    // (N, D) the residual stream
-    float *xb;                   // (N, D) normed, then after attention
+    float *xb;                   // (N, D) normed, then after attention; in the end, what the classifier reads
     float *delta;                // (N, [D]) what a residual branch adds
     float *qkv;                  // (N, [D + 2K])
     float *hb;                   // (N, [2H]) hidden activations, gate and up side by side
-    float *att;                  // (n_heads, [S]) attention weights of one token
-    float *key, *value;          // (L, n_kv_heads) matrices of ([S], hd): the KV cache, its positions in panels
+    float *att;                  // (threads, [S]) attention weights of one head
+    float *key;                  // (L, n_kv_heads) matrices ([S], hd): the cache of keys, its positions in panels
+    float *value;                // (L, n_kv_heads, S, hd) the cache of values
     float *rope_cos, *rope_sin;  // (S, hd / 2)
     float *logits;               // (N, [V])
+    int8_t *q;                   // (N, max(D, H)) rounded inputs of an int8 product
+    float *scale;                // (N, max(D, H)) at most
+    int32_t *offset;             // (N, max(D, H)) at most
 } State;
 
 typedef struct {
     Map file;
     Config config;
-    Weights w;         // as in the file
-    Layer *layer;      // (L,) repacked
-    Matrix classifier; // (V, D) repacked
-    float *packed;     // what the matrices point into
+    Tensor tensor[TENSORS];  // as in the file
+    Layer *layer;            // (L,) repacked
+    Matrix classifier;       // (V, D) repacked
+    Screen screen;
+    bool greedy;             // only the best of the logits is wanted, so the screen may be used
     State s;
 } Model;
 
-enum { HEADER_INTS = 7, MAGIC_V1 = 0x616b3432 };
+enum { FIELDS = 7, MAGIC = 0x616b3432, HEADER_V1 = 256 };
 
 static uint32_t swap_bytes(uint32_t v) { return v >> 24 | (v >> 8 & 0xff00) | (v << 8 & 0xff0000) | v << 24; }
 
 // The upper bounds are far beyond any model this program is for. They also bound every product below: the largest, the
 // KV cache's L * S * K, has at most 2^(10+24+16) floats, so 64-bit arithmetic cannot overflow.
-static const struct { const char *name; int32_t min, max; } FIELD[HEADER_INTS] = {
+static const struct { const char *name; int32_t min, max; } FIELD[FIELDS] = {
     {"dim", 2, 1 << 16},
     {"hidden_dim", 1, 1 << 20},
     {"n_layers", 1, 1 << 10},
@@ -451,62 +797,163 @@ static const struct { const char *name; int32_t min, max; } FIELD[HEADER_INTS] =
 
 static Config read_config(const Map *file) {
     const char *path = file->path;
-    int32_t h[HEADER_INTS];
-    if (file->n >= 8) {
-        memcpy(h, file->at, 8);
-        if (h[0] == MAGIC_V1) die("%s: is a version %d model file; this program reads version 0", path, (int)h[1]);
-    }
-    if (file->n < sizeof h) die("%s: %zu bytes are too few for a model file's header (%zu)", path, file->n, sizeof h);
-    memcpy(h, file->at, sizeof h);
+    int32_t h[FIELDS], first[2] = {0}, group = 0;
+    size_t size = sizeof h;
+    if (file->n >= sizeof first) memcpy(first, file->at, sizeof first);
+    bool versioned = first[0] == MAGIC;
+    if (versioned && first[1] != 1 && first[1] != 2)
+        die("%s: is a version %d model file; this program reads versions 0, 1 and 2", path, (int)first[1]);
+    if (versioned) size = HEADER_V1;
+    if (file->n < size) die("%s: %zu bytes are too few for a model file's header (%zu)", path, file->n, size);
+    memcpy(h, file->at + (versioned ? sizeof first : 0), sizeof h);
 
-    bool shared = h[5] > 0;                // a negative vocabulary size says: the classifier has weights of its own
-    if (!shared && h[5] != INT32_MIN) h[5] = -h[5];
-    for (int i = 0; i < HEADER_INTS; i++) {
+    bool shared = h[5] > 0;  // in version 0 a negative vocabulary size says: the classifier has weights of its own
+    if (versioned) shared = file->at[sizeof first + sizeof h] != 0;
+    else if (h[5] < 0 && h[5] != INT32_MIN) h[5] = -h[5];
+    for (int i = 0; i < FIELDS; i++) {
         if (h[i] >= FIELD[i].min && h[i] <= FIELD[i].max) continue;
         uint32_t swapped = swap_bytes((uint32_t)h[0]);
         const char *hint = h[0] > FIELD[0].max && swapped <= (uint32_t)FIELD[0].max ? " (a big-endian file?)" : "";
         die("%s: %s is %d; expected %d to %d%s", path, FIELD[i].name, (int)h[i], (int)FIELD[i].min,
             (int)FIELD[i].max, hint);
     }
-    Config c = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], 0, 0, shared};
+    if (versioned && first[1] == 2) {
+        memcpy(&group, file->at + sizeof first + sizeof h + 1, sizeof group);
+        if (group < 4 || group % 4 || h[0] % group || h[1] % group)
+            die("%s: the group size is %d; expected a multiple of 4 that divides dim %d and hidden_dim %d", path,
+                (int)group, (int)h[0], (int)h[1]);
+    }
+    Config c = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], shared, versioned ? first[1] : 0, group, 0, 0, 0};
     if (c.dim % c.n_heads) die("%s: dim %d is not a multiple of n_heads %d", path, c.dim, c.n_heads);
     c.head_size = c.dim / c.n_heads;
     if (c.head_size % 2) die("%s: dim / n_heads is %d; RoPE rotates pairs and needs an even number", path, c.head_size);
     if (c.n_heads % c.n_kv_heads)
         die("%s: n_heads %d is not a multiple of n_kv_heads %d", path, c.n_heads, c.n_kv_heads);
     c.kv_dim = c.n_kv_heads * c.head_size;
+    c.sharing = c.n_heads / c.n_kv_heads;
     return c;
 }
 
-static void map_weights(const Map *file, const Config *c, Weights *w) {
-    uint64_t D = c->dim, H = c->hidden_dim, L = c->n_layers, V = c->vocab_size, S = c->seq_len, K = c->kv_dim;
-    const float *unused;  // RoPE tables of the exporter; we compute our own
-    struct { const float **at; uint64_t n; } tensor[] = {
-        {&w->tok_emb, V * D},
-        {&w->rms_att, L * D},
-        {&w->wq, L * D * D},
-        {&w->wk, L * K * D},
-        {&w->wv, L * K * D},
-        {&w->wo, L * D * D},
-        {&w->rms_ffn, L * D},
-        {&w->w1, L * H * D},
-        {&w->w2, L * D * H},
-        {&w->w3, L * H * D},
-        {&w->rms_final, D},
-        {&unused, S * (uint64_t)c->head_size},  // cos and sin, (S, hd / 2) each
-        {&w->wcls, c->shared_classifier ? 0 : V * D},
-    };
-    size_t count = sizeof tensor / sizeof tensor[0];
-    uint64_t bytes = HEADER_INTS * sizeof(int32_t);
-    for (size_t i = 0; i < count; i++) bytes += tensor[i].n * sizeof(float);
-    if (bytes != file->n)
-        die("%s: the file has %zu bytes; its header (dim %d, hidden_dim %d, n_layers %d, n_heads %d, n_kv_heads %d, "
-            "vocab_size %d, seq_len %d) asks for %llu", file->path, file->n, c->dim, c->hidden_dim, c->n_layers,
-            c->n_heads, c->n_kv_heads, c->vocab_size, c->seq_len, (unsigned long long)bytes);
+static uint64_t matrix_bytes(const Tensor *t) {
+    uint64_t cells = (uint64_t)t->rows * t->n;
+    return t->group ? cells + cells / t->group * sizeof(float) : cells * sizeof(float);
+}
 
-    const float *at = (const float *)(const void *)(file->at + HEADER_INTS * sizeof(int32_t));
-    for (size_t i = 0; i < count; at += tensor[i++].n) *tensor[i].at = at;
-    if (c->shared_classifier) w->wcls = w->tok_emb;
+static void map_tensors(const Map *file, const Config *c, Tensor *tensor) {
+    int D = c->dim, H = c->hidden_dim, K = c->kv_dim, V = c->vocab_size, g = c->group;
+    uint64_t L = c->n_layers;
+    const Tensor shape[TENSORS] = {
+        [TOK] = {NULL, 1, V, D, g},
+        [ATT_NORM] = {NULL, L, 1, D, 0},
+        [WQ] = {NULL, L, D, D, g},
+        [WK] = {NULL, L, K, D, g},
+        [WV] = {NULL, L, K, D, g},
+        [WO] = {NULL, L, D, D, g},
+        [FFN_NORM] = {NULL, L, 1, D, 0},
+        [W1] = {NULL, L, H, D, g},
+        [W2] = {NULL, L, D, H, g},
+        [W3] = {NULL, L, H, D, g},
+        [NORM] = {NULL, 1, 1, D, 0},
+        [ROPE] = {NULL, c->version == 0, c->seq_len, c->head_size, 0},  // the exporter's tables; we compute our own
+        [CLS] = {NULL, !c->shared_classifier, V, D, g},
+    };
+    memcpy(tensor, shape, sizeof shape);
+    uint64_t bytes = c->version ? HEADER_V1 : FIELDS * sizeof(int32_t);
+    for (int i = 0; i < TENSORS; i++) {
+        Tensor *t = &tensor[ORDER[c->version > 0][i]];
+        t->at = file->at + (bytes < file->n ? bytes : file->n);
+        bytes += t->count * matrix_bytes(t);
+    }
+    if (bytes != file->n)
+        die("%s: the file has %zu bytes; its header (version %d, dim %d, hidden_dim %d, n_layers %d, n_heads %d, "
+            "n_kv_heads %d, vocab_size %d, seq_len %d) asks for %llu", file->path, file->n, c->version, c->dim,
+            c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->vocab_size, c->seq_len, (unsigned long long)bytes);
+}
+
+static const float *norm_weights(const Model *m, int which, int layer) {
+    return (const float *)(const void *)m->tensor[which].at + (size_t)layer * m->config.dim;
+}
+
+// Row `row` of matrix `which` of a tensor, and its scales.
+static const char *tensor_row(const Tensor *t, uint64_t which, int row, const char **scale) {
+    const char *matrix = t->at + which * matrix_bytes(t);
+    if (!t->group) return matrix + (size_t)row * t->n * sizeof(float);
+    *scale = matrix + (size_t)t->rows * t->n + (size_t)row * (t->n / t->group) * sizeof(float);
+    return matrix + (size_t)row * t->n;
+}
+
+// What a matrix is repacked from: matrix `which` of up to three tensors, one below the other.
+typedef struct {
+    Matrix *to;
+    uint64_t which;
+    const Tensor *part[3];
+    const Screen *bounds;  // to note the error in, where float32 is rounded to int8; or NULL
+} Packing;
+
+static double distance(const float *x, const int8_t *q, float scale, int n) {  // |x - q * scale|
+    double sum = 0.0;
+    for (int j = 0; j < n; j++) sum += ((double)x[j] - (double)q[j] * scale) * ((double)x[j] - (double)q[j] * scale);
+    return sqrt(sum);
+}
+
+static void pack_panel(void *packing, int p, int thread) {
+    const Packing *a = packing;
+    const Matrix *m = a->to;
+    (void)thread;
+    const char *row[PANEL], *scale[PANEL];
+    int count = m->rows - p * PANEL < PANEL ? m->rows - p * PANEL : PANEL;
+    for (int r = 0; r < count; r++) {
+        int index = p * PANEL + r, part = 0;
+        while (index >= a->part[part]->rows) index -= a->part[part++]->rows;
+        row[r] = tensor_row(a->part[part], a->which, index, &scale[r]);
+    }
+    if (m->group == a->part[0]->group) {
+        interleave(m, p, row, scale, count);
+        return;
+    }
+    int8_t *q = allocate((uint64_t)PANEL * m->n, 1, "rounded weights");
+    float rounded[PANEL];
+    for (int r = 0; r < count; r++) {
+        const float *w = (const float *)(const void *)row[r];
+        int8_t *to = q + (size_t)r * m->n;
+        int32_t unused;
+        quantise(w, m->n, m->n, to, &rounded[r], &unused);
+        row[r] = (const char *)to;
+        scale[r] = (const char *)&rounded[r];
+        if (!a->bounds) continue;
+        float error = 1.001f * (float)distance(w, to, rounded[r], m->n);
+        a->bounds->error[p * PANEL + r] = error;
+        a->bounds->norm[p * PANEL + r] = 1.001f * (float)distance(w, to, 0.0f, m->n) + error;
+    }
+    interleave(m, p, row, scale, count);
+    free(q);
+}
+
+static Matrix pack(Packing a, int group) {
+    int rows = 0;
+    for (int i = 0; i < 3 && a.part[i]; i++) rows += a.part[i]->rows;
+    Matrix m = new_matrix(rows, a.part[0]->n, group);
+    a.to = &m;
+    parallel(pack_panel, &a, (int)panels(rows), (double)rows * m.n);
+    return m;
+}
+
+static void pack_weights(Model *m) {
+    const Tensor *t = m->tensor, *cls = &t[m->config.shared_classifier ? TOK : CLS];
+    int g = m->config.group, V = m->config.vocab_size, D = m->config.dim;
+    m->layer = allocate(m->config.n_layers, sizeof *m->layer, "the layers");
+    for (int l = 0; l < m->config.n_layers; l++)
+        m->layer[l] = (Layer){pack((Packing){NULL, l, {&t[WQ], &t[WK], &t[WV]}, NULL}, g),
+                              pack((Packing){NULL, l, {&t[WO]}, NULL}, g),
+                              pack((Packing){NULL, l, {&t[W1], &t[W3]}, NULL}, g),
+                              pack((Packing){NULL, l, {&t[W2]}, NULL}, g)};
+    m->classifier = pack((Packing){NULL, 0, {cls}, NULL}, g);
+    if (!m->greedy || g || D % 4 || (double)V * D < SCREEN_FROM) return;
+    m->screen.norm = buffer(V, sizeof(float), "the classifier's bounds");
+    m->screen.error = buffer(V, sizeof(float), "the classifier's bounds");
+    m->screen.rough = pack((Packing){NULL, 0, {cls}, &m->screen}, D);
+    // Weights so large that their norms overflow: no bound holds, so every row is looked at.
+    if (!all_finite(m->screen.norm, V)) m->greedy = false;
 }
 
 static void fill_rope(const Config *c, State *s) {
@@ -522,180 +969,98 @@ static void fill_rope(const Config *c, State *s) {
     }
 }
 
-static uint64_t panels(uint64_t rows) { return (rows + PANEL - 1) / PANEL; }
-
-static uint64_t padded(uint64_t rows) { return panels(rows) * PANEL; }
-
 static State new_state(const Config *c) {
-    uint64_t cache = (uint64_t)c->n_layers * padded(c->seq_len) * c->kv_dim;
-    uint64_t rope = (uint64_t)c->seq_len * (c->head_size / 2);
-    const char *what = "the activations";
+    uint64_t D = c->dim, H = c->hidden_dim, K = c->kv_dim, L = c->n_layers, widest = D > H ? D : H, S = c->seq_len;
+    uint64_t rope = S * (c->head_size / 2);
     size_t f = sizeof(float);
+    const char *what = "the activations";
     State s = {
-        .key = allocate(cache, f, "the cache of keys"),
-        .value = allocate(cache, f, "the cache of values"),
-        .att = allocate(c->n_heads * padded(c->seq_len), f, "the attention weights"),
-        .rope_cos = allocate(rope, f, "the RoPE table"),
-        .rope_sin = allocate(rope, f, "the RoPE table"),
-        .x = allocate(BATCH * (uint64_t)c->dim, f, what),
-        .xb = allocate(BATCH * (uint64_t)c->dim, f, what),
-        .delta = allocate(BATCH * padded(c->dim), f, what),
-        .qkv = allocate(BATCH * padded((uint64_t)c->dim + 2 * c->kv_dim), f, what),
-        .hb = allocate(BATCH * padded(2 * (uint64_t)c->hidden_dim), f, what),
-        .logits = allocate(BATCH * padded(c->vocab_size), f, "the logits"),
+        .key = buffer(L * padded(S) * K, f, "the cache of keys"),
+        .value = buffer(L * S * K, f, "the cache of values"),
+        .rope_cos = buffer(rope, f, "the RoPE table"),
+        .rope_sin = buffer(rope, f, "the RoPE table"),
+        .att = buffer(pool.threads * c->sharing * padded(S), f, "the attention weights"),
+        .x = buffer(BATCH * D, f, what),
+        .xb = buffer(BATCH * D, f, what),
+        .delta = buffer(BATCH * padded(D), f, what),
+        .qkv = buffer(BATCH * padded(D + 2 * K), f, what),
+        .hb = buffer(BATCH * padded(2 * H) + WIDTH, f, what),
+        .logits = buffer(BATCH * padded(c->vocab_size), f, "the logits"),
+        .q = buffer(BATCH * widest, 1, what),
+        .scale = buffer(BATCH * widest, f, what),
+        .offset = buffer(BATCH * widest, sizeof(int32_t), what),
     };
     fill_rope(c, &s);
     return s;
 }
 
-// Takes room for a matrix from *at and moves *at past it.
-static Matrix carve(float **at, int rows, int n) {
-    Matrix m = {*at, rows, n};
-    *at += padded(rows) * (uint64_t)n;
-    return m;
+static int processors(void) {
+#ifdef _WIN32
+    const char *n = getenv("NUMBER_OF_PROCESSORS");
+    return n && atoi(n) > 0 ? atoi(n) : 1;
+#else
+#ifdef __linux__
+    cpu_set_t set;  // those that this process may use
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
 }
 
-static void write_row(const Matrix *m, int row, const float *values) {
-    float *at = m->at + (size_t)(row / PANEL) * m->n * PANEL + row % PANEL;
-    for (int j = 0; j < m->n; j++) at[(size_t)j * PANEL] = values[j];
-}
+enum { BYTES_PER_THREAD = 4 << 20 };
 
-// Writes W, (rows, n) row by row, into the matrix from row `first` on.
-static void pack(const Matrix *m, int first, const float *W, int rows) {
-    for (int i = 0; i < rows; i++) write_row(m, first + i, W + (size_t)i * m->n);
-}
-
-static void pack_weights(Model *m) {
-    const Config *c = &m->config;
-    const Weights *w = &m->w;
-    size_t D = c->dim, H = c->hidden_dim, K = c->kv_dim;
-    uint64_t one = padded(D + 2 * K) * D + padded(D) * D + padded(2 * H) * D + padded(D) * H;
-    m->packed = allocate(c->n_layers * one + padded(c->vocab_size) * D, sizeof(float), "the repacked weights");
-    m->layer = allocate(c->n_layers, sizeof *m->layer, "the layers");
-    float *at = m->packed;
-    for (int l = 0; l < c->n_layers; l++) {
-        Layer *layer = &m->layer[l];
-        *layer = (Layer){carve(&at, c->dim + 2 * c->kv_dim, c->dim), carve(&at, c->dim, c->dim),
-                         carve(&at, 2 * c->hidden_dim, c->dim), carve(&at, c->dim, c->hidden_dim)};
-        pack(&layer->qkv, 0, w->wq + l * D * D, c->dim);
-        pack(&layer->qkv, c->dim, w->wk + l * K * D, c->kv_dim);
-        pack(&layer->qkv, c->dim + c->kv_dim, w->wv + l * K * D, c->kv_dim);
-        pack(&layer->wo, 0, w->wo + l * D * D, c->dim);
-        pack(&layer->w13, 0, w->w1 + l * H * D, c->hidden_dim);
-        pack(&layer->w13, c->hidden_dim, w->w3 + l * H * D, c->hidden_dim);
-        pack(&layer->w2, 0, w->w2 + l * D * H, c->dim);
-    }
-    m->classifier = carve(&at, c->vocab_size, c->dim);
-    pack(&m->classifier, 0, w->wcls, c->vocab_size);
-}
-
-static Model load_model(const char *path) {
-    Model m = {.file = map_file(path, "model file")};
+// threads: 0 chooses by the size of the file, which is about what is read for each token.
+static Model load_model(const char *path, bool greedy, int threads) {
+    Model m = {.file = map_file(path, "model file"), .greedy = greedy};
     m.config = read_config(&m.file);
-    map_weights(&m.file, &m.config, &m.w);
+    map_tensors(&m.file, &m.config, m.tensor);
+    if (threads == 0) {
+        uint64_t worth = m.file.n / BYTES_PER_THREAD + 1, most = processors() < MAX_THREADS ? processors() : MAX_THREADS;
+        threads = (int)(worth < most ? worth : most);
+    }
+    start_threads(threads);
     pack_weights(&m);
     m.s = new_state(&m.config);
     return m;
 }
 
-static void free_model(Model *m) {
-    State *s = &m->s;
-    float *buffer[] = {s->x, s->xb, s->delta, s->qkv, s->hb, s->att, s->key, s->value, s->rope_cos, s->rope_sin,
-                       s->logits, m->packed};
-    for (size_t i = 0; i < sizeof buffer / sizeof buffer[0]; i++) free(buffer[i]);
-    free(m->layer);
-    munmap((void *)(uintptr_t)m->file.at, m->file.n);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward pass: tokens in, the logits of what follows each out
 
-enum { LANES = 16, COLUMNS = 4 };
-
-// C forbids reordering one float sum, so loops that must vectorise keep LANES partial sums; this adds them up.
-static float sum_lanes(float *lane) {
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int r = 0; r < half; r++) lane[r] += lane[r + half];
-    return lane[0];
-}
-
-// out[r] = sum over j of w[j][r] * x[j]; w: (n, PANEL). Nearly all the time goes here.
-static void multiply_panel(float *restrict out, const float *restrict w, const float *restrict x, int n) {
-    float lane[PANEL] = {0};
-    for (int j = 0; j < n; j++)
-        for (int r = 0; r < PANEL; r++) lane[r] += w[(size_t)j * PANEL + r] * x[j];
-    memcpy(out, lane, sizeof lane);
-}
-
-// The same for COLUMNS inputs, x_stride apart, to outputs out_stride apart. Each sum has the same terms in the same
-// order as above, so a token's numbers do not depend on how many go together. 16 x 4 sums fit the registers.
-static void multiply_panel_columns(float *restrict out, size_t out_stride, const float *restrict w,
-                                   const float *restrict x, size_t x_stride, int n) {
-    const float *x0 = x, *x1 = x0 + x_stride, *x2 = x1 + x_stride, *x3 = x2 + x_stride;
-    for (int part = 0; part < PANEL; part += LANES) {
-        float a[LANES] = {0}, b[LANES] = {0}, c[LANES] = {0}, d[LANES] = {0};
-        for (int j = 0; j < n; j++) {
-            const float *row = w + (size_t)j * PANEL + part;
-            float e = x0[j], f = x1[j], g = x2[j], h = x3[j];
-            for (int r = 0; r < LANES; r++) {
-                a[r] += row[r] * e;
-                b[r] += row[r] * f;
-                c[r] += row[r] * g;
-                d[r] += row[r] * h;
-            }
-        }
-        memcpy(out + part, a, sizeof a);
-        memcpy(out + out_stride + part, b, sizeof b);
-        memcpy(out + 2 * out_stride + part, c, sizeof c);
-        memcpy(out + 3 * out_stride + part, d, sizeof d);
-    }
-}
-
-// Panel p of out = W x, for each of N inputs: it stays in the cache while all of them meet it.
-static void matmul_panel(float *out, const float *x, size_t x_stride, int N, const Matrix *W, int p) {
-    size_t out_stride = padded(W->rows);
-    const float *w = W->at + (size_t)p * W->n * PANEL;
-    out += (size_t)p * PANEL;
-    int i = 0;
-    for (; i + COLUMNS <= N; i += COLUMNS)
-        multiply_panel_columns(out + i * out_stride, out_stride, w, x + i * x_stride, x_stride, W->n);
-    for (; i < N; i++) multiply_panel(out + i * out_stride, w, x + i * x_stride, W->n);
-}
-
 // out = W x for each of N inputs; x: (N, x_stride), out: (N, [rows])
-static void matmul(float *out, const float *x, size_t x_stride, int N, const Matrix *W) {
-    int count = (int)panels(W->rows);
-#ifdef _OPENMP  // an `if` clause instead would still cost a call into the runtime, every time
-    if ((double)count * PANEL * W->n * N > PARALLEL_FROM) {
-        #pragma omp parallel for
-        for (int p = 0; p < count; p++) matmul_panel(out, x, x_stride, N, W, p);
-        return;
-    }
-#endif
-    for (int p = 0; p < count; p++) matmul_panel(out, x, x_stride, N, W, p);
+static void matmul(const State *s, float *out, const float *x, size_t x_stride, int N, const Matrix *W) {
+    Product a = {out, x, x_stride, N, W, s->q, s->scale, s->offset};
+    if (W->group)
+        for (int i = 0, groups = W->n / W->group; i < N; i++)
+            quantise(x + i * x_stride, W->n, W->group, s->q + (size_t)i * W->n, s->scale + i * groups,
+                     s->offset + i * groups);
+    parallel(multiply_panel, &a, (int)panels(W->rows), (double)padded(W->rows) * W->n * N);
 }
 
-// out = transposed W times y; y: ([rows],), zero beyond the last row, out: (n,)
-static void matmul_transposed(float *restrict out, const float *restrict y, const Matrix *W) {
-    int count = (int)panels(W->rows);
-    for (int j = 0; j < W->n; j++) {
-        float lane[LANES] = {0};
-        for (int p = 0; p < count; p++) {
-            const float *w = W->at + ((size_t)p * W->n + j) * PANEL, *part = y + (size_t)p * PANEL;
-            for (int r = 0; r < PANEL; r += LANES)
-                for (int i = 0; i < LANES; i++) lane[i] += w[r + i] * part[r + i];
-        }
-        out[j] = sum_lanes(lane);
+// The sum over a register.
+static inline float sum_lanes(Floats v) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four sum = {0}, part;
+    for (int i = 0; i < WIDTH; i += 4) {
+        memcpy(&part, (const char *)&v + i * sizeof(float), sizeof part);
+        sum += part;
     }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+static inline Floats load(const float *x) {
+    Floats v;
+    memcpy(&v, x, sizeof v);
+    return v;
 }
 
 static float sum_of_squares(const float *x, int n) {
-    float lane[LANES] = {0};
+    Floats sum = {0};
     int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int r = 0; r < LANES; r++) lane[r] += x[i + r] * x[i + r];
-    for (; i < n; i++) lane[i % LANES] += x[i] * x[i];
-    return sum_lanes(lane);
+    for (; i + WIDTH <= n; i += WIDTH) sum += load(x + i) * load(x + i);
+    float rest = 0.0f;
+    for (; i < n; i++) rest += x[i] * x[i];
+    return sum_lanes(sum) + rest;
 }
 
 static void rmsnorm(float *out, const float *x, const float *weight, int n) {
@@ -709,56 +1074,57 @@ static void add(float *x, const float *y, int n) {
 
 // exp(-|x|) to a few units in the last place; from |x| = 87 on it stays at exp(-87), next to 0. Unlike expf it
 // vectorises: 2^t = 2^k * 2^f, k an integer for the exponent bits, f in [-0.5, 0.5] for a polynomial (Cephes' exp2f).
-static inline float exp_minus_abs(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    bits &= 0x7fffffffu;
-    bits = bits < 0x42ae0000u ? bits : 0x42ae0000u;  // 87.0f; as integers, because a float's branch would not vectorise
-    float t;
-    memcpy(&t, &bits, sizeof t);
-    t *= -1.44269504f;
-    int32_t k = (int32_t)(t - 0.5f);
-    float f = t - (float)k;
-    float p = 1.535336188e-4f;
-    p = p * f + 1.339887440e-3f;
+static inline Floats exp_minus_abs(Floats x) {
+    Ints bits = (Ints)x & 0x7fffffff, over = bits > 0x42ae0000;  // 87.0f; positive floats are in the order of their bits
+    bits = (bits & ~over) | (0x42ae0000 & over);
+    Floats t = (Floats)bits * -1.44269504f;
+    Ints k = __builtin_convertvector(t - 0.5f, Ints);
+    Floats f = t - __builtin_convertvector(k, Floats);
+    Floats p = f * 1.535336188e-4f + 1.339887440e-3f;
     p = p * f + 9.618437357e-3f;
     p = p * f + 5.550332471e-2f;
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472028e-1f;
     p = p * f + 1.0f;
-    bits = (uint32_t)(k + 127) << 23;
-    memcpy(&t, &bits, sizeof t);
-    return p * t;
+    return p * (Floats)((k + 127) << 23);
 }
 
-static float maximum(const float *x, int n) {
-    float lane[LANES], max = x[0];
-    for (int r = 0; r < LANES; r++) lane[r] = max;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int r = 0; r < LANES; r++) lane[r] = x[i + r] > lane[r] ? x[i + r] : lane[r];
-    for (; i < n; i++) max = x[i] > max ? x[i] : max;
-    for (int r = 0; r < LANES; r++) max = lane[r] > max ? lane[r] : max;
-    return max;
-}
-
-// In place over x[0..n). x has room for [n]; what lies beyond n is set to 0, for matmul_transposed.
-static void softmax(float *x, int n) {
-    int end = (int)padded(n);
-    if (!all_finite(x, (size_t)n)) {  // numbers so large that they overflowed: NaNs, which forward finds in the logits
-        memset(x, 0xff, (size_t)end * sizeof *x);
-        return;
+// x[0..n) becomes exp(x - max); returns one over its sum. x has room for [n].
+static float exponentials(float *x, int n) {
+    int end = (n + WIDTH - 1) / WIDTH * WIDTH;
+    for (int i = n; i < end; i++) x[i] = x[0];
+    Floats high = load(x);
+    Ints bad = {0};
+    for (int i = 0; i < end; i += WIDTH) {
+        Floats v = load(x + i);
+        Ints bits, above = v > high;
+        memcpy(&bits, &v, sizeof bits);
+        bad |= (bits & 0x7f800000) == 0x7f800000;  // infinity or NaN
+        high = (Floats)(((Ints)v & above) | ((Ints)high & ~above));
     }
-    float max = maximum(x, n), lane[LANES] = {0};
+    float max = high[0];
+    int any = bad[0];
+    for (int i = 1; i < WIDTH; i++) {
+        max = high[i] > max ? high[i] : max;
+        any |= bad[i];
+    }
+    if (any) {  // numbers so large that they overflowed: NaNs, which forward finds in the logits
+        memset(x, 0xff, (size_t)end * sizeof *x);
+        return x[0];
+    }
+    Floats sum = {0};
     for (int i = n; i < end; i++) x[i] = max - 1000.0f;  // exp of it adds nothing
-    for (int i = 0; i < end; i += LANES)
-        for (int r = 0; r < LANES; r++) {
-            x[i + r] = exp_minus_abs(x[i + r] - max);
-            lane[r] += x[i + r];
-        }
-    float scale = 1.0f / sum_lanes(lane);
+    for (int i = 0; i < end; i += WIDTH) {
+        Floats e = exp_minus_abs(load(x + i) - max);
+        memcpy(x + i, &e, sizeof e);
+        sum += e;
+    }
+    return 1.0f / sum_lanes(sum);
+}
+
+static void softmax(float *x, int n) {
+    float scale = exponentials(x, n);
     for (int i = 0; i < n; i++) x[i] *= scale;
-    for (int i = n; i < end; i++) x[i] = 0.0f;
 }
 
 // Turns each pair (x[2i], x[2i+1]) of each head by its angle. Neighbours are a pair, as in llama2.c; Hugging Face's
@@ -772,56 +1138,81 @@ static void rope(float *x, int n, int head_size, const float *cos_row, const flo
         }
 }
 
-// The first n positions of a cache (S, hd) of one layer and key/value head.
-static Matrix cached(float *cache, const Config *c, int layer, int kv_head, int n) {
-    size_t head = padded(c->seq_len) * (size_t)c->head_size;
-    return (Matrix){cache + ((size_t)layer * c->n_kv_heads + kv_head) * head, n, c->head_size};
+// out[i] = scale * sum over t < n of weight[t] * value[t][i] for W of the hd numbers at each position; value: (n, hd)
+INLINE void weigh(float *out, const float *weight, const float *value, int n, int hd, float scale, const int W) {
+    const int chains = W > 16 ? 1 : 4;  // sums that do not wait for each other
+    float sum[4][64] = {{0}};
+    int t = 0;
+    for (; t + chains <= n; t += chains)
+        for (int k = 0; k < chains; k++)
+            for (int i = 0; i < W; i++) sum[k][i] += weight[t + k] * value[(size_t)(t + k) * hd + i];
+    for (; t < n; t++)
+        for (int i = 0; i < W; i++) sum[0][i] += weight[t] * value[(size_t)t * hd + i];
+    for (int k = 1; k < chains; k++)
+        for (int i = 0; i < W; i++) sum[0][i] += sum[k][i];
+    for (int i = 0; i < W; i++) out[i] = scale * sum[0][i];
 }
 
-// Query head h of the token at position pos, over everything up to it in the cache. q, out: (D,)
-static void attend(Model *m, int layer, int pos, int h, float *q, float *out) {
-    const Config *c = &m->config;
-    int hd = c->head_size, kv_head = h / (c->n_heads / c->n_kv_heads);  // neighbours share a key head
-    Matrix key = cached(m->s.key, c, layer, kv_head, pos + 1), value = cached(m->s.value, c, layer, kv_head, pos + 1);
-    float *att = m->s.att + h * padded(c->seq_len), scale = 1.0f / sqrtf((float)hd);
-    q += h * hd;
-    for (int i = 0; i < hd; i++) q[i] *= scale;
-    matmul(att, q, 0, 1, &key);
-    softmax(att, pos + 1);
-    matmul_transposed(out + h * hd, att, &value);
+typedef struct {
+    Model *m;
+    int layer, pos;  // of the first token
+} Attention;
+
+// Keys or values of one layer and key/value head: (positions, hd).
+static float *cached(float *cache, uint64_t positions, const Config *c, int layer, int kv_head) {
+    return cache + ((size_t)layer * c->n_kv_heads + kv_head) * positions * c->head_size;
 }
 
-static void attend_all_heads(Model *m, int layer, int pos, float *q, float *out) {
-    int n_heads = m->config.n_heads;
-#ifdef _OPENMP
-    if ((double)pos * m->config.dim > PARALLEL_FROM) {
-        #pragma omp parallel for
-        for (int h = 0; h < n_heads; h++) attend(m, layer, pos, h, q, out);
-        return;
+// The query heads of one token that share a key head, over everything up to it in the cache: piece i * n_kv_heads + h is
+// key head h for token i.
+static void attend(void *attention, int piece, int thread) {
+    const Attention *a = attention;
+    const Config *c = &a->m->config;
+    const State *s = &a->m->s;
+    int i = piece / c->n_kv_heads, h = piece % c->n_kv_heads, hd = c->head_size, n = a->pos + i + 1;
+    const float *q = s->qkv + i * padded(c->dim + 2 * (uint64_t)c->kv_dim) + (size_t)h * c->sharing * hd;
+    const float *value = cached(s->value, c->seq_len, c, a->layer, h);
+    float *att = s->att + thread * c->sharing * padded(c->seq_len);
+    float *out = s->xb + (size_t)i * c->dim + (size_t)h * c->sharing * hd;
+    Matrix key = {(char *)cached(s->key, padded(c->seq_len), c, a->layer, h), n, hd, 0};
+    Product scores = {att, q, hd, c->sharing, &key, NULL, NULL, NULL};
+    for (int p = 0; p < (int)panels(n); p++) multiply_panel(&scores, p, thread);
+    for (int k = 0; k < c->sharing; k++, att += padded(n), out += hd) {
+        float scale = exponentials(att, n);
+        int j = 0;
+        for (; j + 64 <= hd; j += 64) weigh(out + j, att, value + j, n, hd, scale, 64);
+        for (; j + 48 <= hd; j += 48) weigh(out + j, att, value + j, n, hd, scale, 48);
+        for (; j + 16 <= hd; j += 16) weigh(out + j, att, value + j, n, hd, scale, 16);
+        for (; j + 8 <= hd; j += 8) weigh(out + j, att, value + j, n, hd, scale, 8);
+        for (; j < hd; j += 2) weigh(out + j, att, value + j, n, hd, scale, 2);
     }
-#endif
-    for (int h = 0; h < n_heads; h++) attend(m, layer, pos, h, q, out);
+}
+
+// Turns query and key of the token at pos and puts its key and value into the cache. q: (D + 2K,), of all three
+static void cache_position(Model *m, int layer, int pos, float *q) {
+    const Config *c = &m->config;
+    int hd = c->head_size;
+    size_t angle = (size_t)pos * (hd / 2);
+    float *k = q + c->dim, *v = k + c->kv_dim, scale = 1.0f / sqrtf((float)hd);
+    rope(q, c->dim + c->kv_dim, hd, m->s.rope_cos + angle, m->s.rope_sin + angle);  // q and k
+    for (int i = 0; i < c->dim; i++) q[i] *= scale;
+    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
+        float *key = cached(m->s.key, padded(c->seq_len), c, layer, h) + (size_t)(pos / PANEL) * PANEL * hd + pos % PANEL;
+        for (int j = 0; j < hd; j++) key[j * PANEL] = k[j];
+        memcpy(cached(m->s.value, c->seq_len, c, layer, h) + (size_t)pos * hd, v, hd * sizeof(float));
+    }
 }
 
 static void attention(Model *m, int layer, int N, int pos) {
     const Config *c = &m->config;
     State *s = &m->s;
-    int hd = c->head_size;
     size_t D = c->dim, width = padded(D + 2 * (size_t)c->kv_dim);
-    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, m->w.rms_att + layer * D, c->dim);
-    matmul(s->qkv, s->xb, D, N, &m->layer[layer].qkv);
-    for (int i = 0; i < N; i++) {
-        float *q = s->qkv + i * width, *k = q + c->dim, *v = k + c->kv_dim;  // (D,), (K,), (K,)
-        size_t angle = (size_t)(pos + i) * (hd / 2);
-        rope(q, c->dim + c->kv_dim, hd, s->rope_cos + angle, s->rope_sin + angle);  // q and k
-        for (int h = 0; h < c->n_kv_heads; h++) {
-            Matrix key = cached(s->key, c, layer, h, pos + i + 1), value = cached(s->value, c, layer, h, pos + i + 1);
-            write_row(&key, pos + i, k + h * hd);
-            write_row(&value, pos + i, v + h * hd);
-        }
-        attend_all_heads(m, layer, pos + i, q, s->xb + i * D);
-    }
-    matmul(s->delta, s->xb, D, N, &m->layer[layer].wo);
+    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, ATT_NORM, layer), c->dim);
+    matmul(s, s->qkv, s->xb, D, N, &m->layer[layer].qkv);
+    for (int i = 0; i < N; i++) cache_position(m, layer, pos + i, s->qkv + i * width);
+    Attention a = {m, layer, pos};
+    parallel(attend, &a, N * c->n_kv_heads, 2.0 * N * (pos + N) * c->dim);
+    matmul(s, s->delta, s->xb, D, N, &m->layer[layer].wo);
     for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
 }
 
@@ -831,18 +1222,62 @@ static void feed_forward(Model *m, int layer, int N) {
     State *s = &m->s;
     int H = c->hidden_dim;
     size_t D = c->dim, width = padded(2 * (size_t)H);
-    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, m->w.rms_ffn + layer * D, c->dim);
-    matmul(s->hb, s->xb, D, N, &m->layer[layer].w13);
+    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, FFN_NORM, layer), c->dim);
+    matmul(s, s->hb, s->xb, D, N, &m->layer[layer].w13);
     for (int i = 0; i < N; i++) {
         float *gate = s->hb + i * width, *up = gate + H;
-        for (int j = 0; j < H; j++) {
+        for (int j = 0; j < H; j += WIDTH) {  // beyond H it spoils the start of up, which is done with by then
             // exp(-|a|) never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
-            float a = gate[j], e = exp_minus_abs(a);
-            gate[j] = a * (a < 0 ? e : 1.0f) / (1.0f + e) * up[j];
+            Floats a = load(gate + j), e = exp_minus_abs(a);
+            Ints below = a < 0.0f;
+            Floats top = (Floats)(((Ints)e & below) | ((Ints)((Floats){0} + 1.0f) & ~below));
+            a = a * top / (1.0f + e) * load(up + j);
+            memcpy(gate + j, &a, sizeof a);
         }
     }
-    matmul(s->delta, s->hb, width, N, &m->layer[layer].w2);
+    matmul(s, s->delta, s->hb, width, N, &m->layer[layer].w2);
     for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
+}
+
+// Replaces the rough logits z, ([V],), of input x, (D,), by exact ones in every panel that may hold the best. With w, x
+// and their rounded forms w', x':  |w x - w' x'| <= |w - w'| |x| + |w'| |x - x'|, to which comes the rounding of both
+// sums. An exact panel comes from the kernel that a whole product uses, so the best token is the same to the last bit.
+static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q, float scale) {
+    const Screen *screen = &m->screen;
+    int V = m->config.vocab_size, D = m->config.dim;
+    float size = 1.001f * (float)distance(x, q, 0.0f, D);  // |x|
+    float error = 1.001f * (float)distance(x, q, scale, D) + (float)(2 * D + 32) * 1.2e-7f * size;
+    float best = -3e38f;
+    for (int i = 0; i < V; i++) {
+        float low = z[i] - (screen->error[i] * size + screen->norm[i] * error);
+        best = low > best ? low : best;
+    }
+    Product exact = {z, x, 0, 1, &m->classifier, NULL, NULL, NULL};
+    for (int p = 0; p < (int)panels(V); p++) {
+        int may = 0, end = V - p * PANEL < PANEL ? V - p * PANEL : PANEL;
+        for (int i = p * PANEL; i < p * PANEL + end; i++)
+            may |= z[i] + (screen->error[i] * size + screen->norm[i] * error) >= best;
+        if (may) multiply_panel(&exact, p, 0);
+    }
+}
+
+static void classify(Model *m, float *logits, const float *x, int N) {
+    size_t D = m->config.dim;
+    bool screened = m->greedy && m->screen.rough.at;
+    matmul(&m->s, logits, x, D, N, screened ? &m->screen.rough : &m->classifier);
+    for (int i = 0; i < N; i++) {
+        float *z = logits + i * padded(m->config.vocab_size);
+        if (screened && all_finite(z, (size_t)m->config.vocab_size))
+            make_best_exact(m, z, x + i * D, m->s.q + i * D, m->s.scale[i]);
+    }
+}
+
+static void embed(const Model *m, int token, float *x) {
+    const Tensor *t = &m->tensor[TOK];
+    const char *scale = NULL, *row = tensor_row(t, 0, token, &scale);
+    if (!t->group) memcpy(x, row, t->n * sizeof(float));
+    else
+        for (int j = 0; j < t->n; j++) x[j] = (float)(int8_t)row[j] * ((const float *)(const void *)scale)[j / t->group];
 }
 
 // Feeds N <= BATCH tokens at positions pos, pos + 1, ..., after 0..pos-1 have been fed. Returns the logits after each
@@ -851,13 +1286,13 @@ static const float *forward(Model *m, const int *token, int N, int pos, int firs
     const Config *c = &m->config;
     State *s = &m->s;
     size_t D = c->dim, V = padded(c->vocab_size);
-    for (int i = 0; i < N; i++) memcpy(s->x + i * D, m->w.tok_emb + token[i] * D, D * sizeof(float));
+    for (int i = 0; i < N; i++) embed(m, token[i], s->x + i * D);
     for (int layer = 0; layer < c->n_layers; layer++) {
         attention(m, layer, N, pos);
         feed_forward(m, layer, N);
     }
-    for (int i = first; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, m->w.rms_final, c->dim);
-    matmul(s->logits, s->xb + first * D, D, N - first, &m->classifier);
+    for (int i = first; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, NORM, 0), c->dim);
+    classify(m, s->logits, s->xb + first * D, N - first);
     for (int i = first; i < N; i++)
         if (!all_finite(s->logits + (i - first) * V, (size_t)c->vocab_size))
             die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos + i);
@@ -868,6 +1303,184 @@ static const float *forward(Model *m, const int *token, int N, int pos, int firs
 static const float *feed(Model *m, const int *token, int n, int pos) {
     for (; n > BATCH; n -= BATCH, token += BATCH, pos += BATCH) forward(m, token, BATCH, pos, BATCH);
     return forward(m, token, n, pos, n - 1);
+}
+
+// The first of the largest. Most blocks have nothing new in them, which one comparison of all of it shows.
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 0, end; i < n; i = end) {
+        int any = 0;
+        end = n - i < PANEL ? n : i + PANEL;
+        for (int j = i; j < end; j++) any |= x[j] > x[best];
+        for (int j = i; any && j < end; j++)
+            if (x[j] > x[best]) best = j;
+    }
+    return best;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Drafting: guesses of the next tokens go through the layers together with the token at hand. Where the sampler then
+// takes what was guessed, its logits are there already (block-wise parallel decoding, Stern et al. 2018, for exactly
+// the tokens of plain decoding). Where it takes another, the rest of the batch is forgotten: the cache goes on from there.
+
+enum { HEADS_MAGIC = 0x64616568, HEADS_FIELDS = 7, LINEAR = 1, NGRAM_DRAFT = 7 };  // the bytes "head"
+
+typedef struct {
+    Model *m;
+    int most;              // longest draft; 0: plain decoding
+    Matrix *head;          // (most,) each (V, D), int8 where D allows it; NULL: n-grams
+    float *logits;         // ([V],) of a head
+    int *history;          // (S,) the token at each position
+    int token[BATCH];      // of the last forward pass: the one at hand, then the draft
+    int fed, at, row;      // how many; the one whose logits were asked for last; its row in State.xb is row + at
+    double seconds[BATCH]; // of a pass with that many guesses, smoothed; 0: not tried yet
+    double right[BATCH];   // share of guesses i that come true after i - 1 did, smoothed
+    int rounds;            // lengths chosen so far
+    uint64_t passes, tokens, guessed[BATCH], hits[BATCH];  // for the report
+} Drafter;
+
+// CRC-32 (zlib's) of the norms' weights, which are float32 in every version of a trunk's file.
+static uint32_t trunk_checksum(const Model *m) {
+    static const int norms[] = {ATT_NORM, FFN_NORM, NORM};
+    uint32_t crc = ~0u;
+    for (int k = 0; k < 3; k++) {
+        const Tensor *t = &m->tensor[norms[k]];
+        for (uint64_t i = 0; i < t->count * matrix_bytes(t); i++) {
+            crc ^= (unsigned char)t->at[i];
+            for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0);
+        }
+    }
+    return ~crc;
+}
+
+// Heads' file: seven uint32 - magic, version, type, number of heads, D, V, checksum of the trunk - then each head's
+// float32 (V, D).
+static void load_heads(Drafter *d, const char *path) {
+    const Config *c = &d->m->config;
+    Map file = map_file(path, "heads file");
+    uint32_t h[HEADS_FIELDS];
+    if (file.n < sizeof h) die("%s: %zu bytes are too few for a heads file's header (%zu)", path, file.n, sizeof h);
+    memcpy(h, file.at, sizeof h);
+    if (h[0] != HEADS_MAGIC) die("%s: is no heads file: it begins with %08x; expected %08x", path, h[0], HEADS_MAGIC);
+    if (h[1] != 1 || h[2] != LINEAR)
+        die("%s: version %u, heads of type %u; this program reads version 1, type %d (linear)", path, h[1], h[2], LINEAR);
+    if (h[3] < 1 || h[3] >= BATCH) die("%s: has %u heads; expected 1 to %d", path, h[3], BATCH - 1);
+    if (h[4] != (uint32_t)c->dim || h[5] != (uint32_t)c->vocab_size)
+        die("%s: heads of dim %u, vocab_size %u; the model has %d and %d", path, h[4], h[5], c->dim, c->vocab_size);
+    uint32_t checksum = trunk_checksum(d->m);
+    if (h[6] != checksum)
+        die("%s: belongs to another trunk: checksum %08x; that of %s is %08x", path, h[6], d->m->file.path, checksum);
+    uint64_t bytes = sizeof h + (uint64_t)h[3] * c->vocab_size * c->dim * sizeof(float);
+    if (bytes != file.n)
+        die("%s: the file has %zu bytes; its header asks for %llu", path, file.n, (unsigned long long)bytes);
+    d->most = (int)h[3];
+    d->head = allocate(d->most, sizeof *d->head, "the heads");
+    Tensor t = {file.at + sizeof h, h[3], c->vocab_size, c->dim, 0};
+    if (!all_finite((const float *)(const void *)t.at, (size_t)((bytes - sizeof h) / sizeof(float))))
+        die("%s: holds numbers that are not finite", path);
+    // A wrong guess costs time and nothing else, so heads are rounded.
+    for (int i = 0; i < d->most; i++)
+        d->head[i] = pack((Packing){NULL, i, {&t}, NULL}, c->dim % 4 ? 0 : c->dim);
+}
+
+static Drafter new_drafter(Model *m, const char *how) {
+    Drafter d = {.m = m, .history = allocate(m->config.seq_len, sizeof *d.history, "the history")};
+    if (how && !strcmp(how, "ngram")) d.most = NGRAM_DRAFT;
+    else if (how) load_heads(&d, how);
+    for (int i = 0; i < BATCH; i++) d.right[i] = 0.5;
+    d.logits = buffer(padded(m->config.vocab_size), sizeof(float), "a head's logits");
+    return d;
+}
+
+// Feeds a prompt or a turn of a chat. Returns the logits after its last token.
+static const float *begin(Drafter *d, const int *token, int n, int pos) {
+    memcpy(d->history + pos, token, n * sizeof *token);
+    d->fed = 1;
+    d->at = 0;
+    d->row = (n - 1) % BATCH;
+    return feed(d->m, token, n, pos);
+}
+
+// What followed the last two tokens, or else the last one, the time before. Returns how many tokens that are, at most k.
+static int guess_from_history(const int *history, int n, int *guess, int k) {
+    for (int length = 2; length > 0; length--)
+        for (int end = n - 1; end >= length; end--) {
+            if (memcmp(history + end - length, history + n - length, length * sizeof *history)) continue;
+            if (k > n - end) k = n - end;
+            memcpy(guess, history + end, k * sizeof *guess);
+            return k;
+        }
+    return 0;
+}
+
+// Guesses up to k tokens that follow the one at pos. The heads' states are those of the position before.
+static int guess(Drafter *d, int pos, int *to, int k) {
+    Model *m = d->m;
+    if (!d->head) return k ? guess_from_history(d->history, pos + 1, to, k) : 0;
+    const float *x = m->s.xb + (size_t)(d->row + d->at) * m->config.dim;
+    for (int i = 0; i < k; i++) {
+        matmul(&m->s, d->logits, x, 0, 1, &d->head[i]);
+        to[i] = argmax(d->logits, m->config.vocab_size);
+    }
+    return k;
+}
+
+// Notes what became of the last draft.
+static void learn(Drafter *d) {
+    for (int i = 1; i < d->fed && i <= d->at + 1; i++) {
+        d->guessed[i]++;
+        d->hits[i] += i <= d->at;
+        d->right[i] += 0.1 * ((i <= d->at) - d->right[i]);
+    }
+}
+
+// The draft length for which the most tokens a second are to be expected, 0 where drafting does not pay. First all are
+// tried in turn; after that one pass in 64 tries another, since texts change.
+static int draft_length(Drafter *d, int room) {
+    int best = d->most - d->rounds;
+    if (d->rounds > d->most && d->rounds % 64 == 0) best = d->rounds / 64 % (d->most + 1);
+    else if (d->rounds > d->most) {
+        double tokens = 1.0, chance = 1.0, fastest = 0.0;
+        for (int k = 0; k <= d->most; k++) {
+            if (k) tokens += chance *= d->right[k];
+            if (d->seconds[k] == 0.0 || tokens < fastest * d->seconds[k]) continue;  // the former: a text that never
+            fastest = tokens / d->seconds[k];                                        // gave so long a guess
+            best = k;
+        }
+    }
+    d->rounds++;
+    return best < room ? best : room;
+}
+
+// Feeds the token at pos, if it was not guessed and fed before. Returns the logits after it.
+static const float *advance(Drafter *d, int token, int pos) {
+    Model *m = d->m;
+    d->history[pos] = token;
+    d->tokens++;
+    if (d->at + 1 < d->fed && d->token[d->at + 1] == token) {
+        d->at++;
+        return m->s.logits + d->at * padded(m->config.vocab_size);
+    }
+    learn(d);
+    int room = m->config.seq_len - 1 - pos, k = draft_length(d, room < BATCH - 1 ? room : BATCH - 1);
+    double start = seconds();
+    k = guess(d, pos, d->token + 1, k);
+    d->token[0] = token;
+    forward(m, d->token, 1 + k, pos, 0);
+    double took = seconds() - start, *usual = &d->seconds[k];
+    *usual += *usual == 0.0 ? took : 0.1 * ((took < 4 * *usual ? took : 4 * *usual) - *usual);
+    d->fed = 1 + k;
+    d->at = d->row = 0;
+    d->passes++;
+    return m->s.logits;
+}
+
+static void report_drafts(const Drafter *d) {
+    if (d->most == 0 || d->passes == 0) return;
+    fprintf(stderr, "drafting: %.2f tokens a pass; guesses that came true:", (double)d->tokens / (double)d->passes);
+    for (int i = 1; i <= d->most; i++) fprintf(stderr, " %llu/%llu", (unsigned long long)d->hits[i],
+                                               (unsigned long long)d->guessed[i]);
+    fputc('\n', stderr);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -894,13 +1507,6 @@ static float random_f32(uint64_t *state) {
     *state ^= *state >> 27;
     uint32_t bits = (uint32_t)((*state * 0x2545F4914F6CDD1Dull) >> 32);
     return (float)(bits >> 8) / 16777216.0f;
-}
-
-static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
 }
 
 static int sample_all(const float *probability, int n, float coin) {
@@ -977,19 +1583,14 @@ static void print_token(const Tokenizer *t, int previous, int id) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Modes
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void generate(Model *m, const Tokenizer *t, Sampler *s, const char *prompt, int steps) {
+static void generate(Drafter *d, const Tokenizer *t, Sampler *s, const char *prompt, int steps) {
     Tokens tokens = encode(t, prompt, strlen(prompt));
-    if (tokens.n > m->config.seq_len)
-        die("-i: the prompt is %d tokens with BOS; the model's context is %d tokens", tokens.n, m->config.seq_len);
+    int context = d->m->config.seq_len;
+    if (tokens.n > context)
+        die("-i: the prompt is %d tokens with BOS; the model's context is %d tokens", tokens.n, context);
     int given = tokens.n < steps ? tokens.n : steps;
     double start = seconds();
-    const float *logits = feed(m, tokens.id, given, 0);
+    const float *logits = begin(d, tokens.id, given, 0);
     double begun = seconds();  // BOS alone also pages the weights in; it does not count as decoding
     for (int i = 1; i < given; i++) print_token(t, tokens.id[i - 1], tokens.id[i]);
 
@@ -999,7 +1600,7 @@ static void generate(Model *m, const Tokenizer *t, Sampler *s, const char *promp
         if (next == BOS) break;  // the next document would begin here
         print_token(t, token, next);
         if (pos == steps) break;
-        logits = feed(m, &next, 1, pos++);
+        logits = advance(d, next, pos++);
         token = next;
     }
     putchar('\n');
@@ -1013,12 +1614,11 @@ static void generate(Model *m, const Tokenizer *t, Sampler *s, const char *promp
 static bool read_line(const char *question, Text *line) {
     fputs(question, stdout);
     flush_output();
-    errno = 0;
-    ssize_t n = getline(&line->at, &line->cap, stdin);
-    if (n < 0 && !feof(stdin)) die("cannot read standard input: %s", strerror(errno));
-    if (n < 0) return false;
-    line->n = (size_t)n - (line->at[n - 1] == '\n');
-    return true;
+    line->n = 0;
+    int c;
+    while ((c = getchar()) != EOF && c != '\n') append(line, &(char){(char)c}, 1);
+    if (ferror(stdin)) die("cannot read standard input: %s", strerror(errno));
+    return c != EOF || line->n > 0;
 }
 
 // One turn in Llama-2's template; only the first carries the system prompt.
@@ -1038,23 +1638,23 @@ static Tokens encode_turn(const Tokenizer *t, const Text *system, const Text *us
 }
 
 // Feeds a turn from position pos on and prints the answer, up to EOS, BOS or the limit. Returns the next free position.
-static int answer(Model *m, const Tokenizer *t, Sampler *s, Tokens turn, int pos, int steps) {
+static int answer(Drafter *d, const Tokenizer *t, Sampler *s, Tokens turn, int pos, int steps) {
     if (turn.n > steps - pos) die("this turn is %d tokens; %d of %d steps are left", turn.n, steps - pos, steps);
-    const float *logits = feed(m, turn.id, turn.n, pos);
+    const float *logits = begin(d, turn.id, turn.n, pos);
     pos += turn.n;
     for (int token = turn.id[turn.n - 1];;) {
         int next = sample(s, logits);
         if (next == BOS) return pos;  // the next turn brings its own
         if (next != EOS) print_token(t, token, next);
         if (pos == steps) return pos;
-        logits = feed(m, &next, 1, pos++);
+        logits = advance(d, next, pos++);
         if (next == EOS) return pos;
         token = next;
     }
 }
 
 // Talks until the input ends or the steps are used up. system, user: NULL asks for them.
-static void chat(Model *m, const Tokenizer *t, Sampler *s, const char *system, const char *user, int steps) {
+static void chat(Drafter *d, const Tokenizer *t, Sampler *s, const char *system, const char *user, int steps) {
     Text system_text = {0}, user_text = {0};
     bool open = true;
     if (system) append_string(&system_text, system);
@@ -1065,7 +1665,7 @@ static void chat(Model *m, const Tokenizer *t, Sampler *s, const char *system, c
         Tokens turn = encode_turn(t, &system_text, &user_text);
         system_text.n = 0;
         fputs("Assistant: ", stdout);
-        pos = answer(m, t, s, turn, pos, steps);
+        pos = answer(d, t, s, turn, pos, steps);
         free(turn.id);
         putchar('\n');
         flush_output();
@@ -1121,9 +1721,9 @@ static void score(Model *m, const Tokenizer *t) {
 // Command line
 
 typedef struct {
-    const char *model, *tokenizer, *mode, *prompt, *system;  // NULL where a flag was not given
+    const char *model, *tokenizer, *mode, *prompt, *system, *draft;  // NULL where a flag was not given
     float temperature, top_p;
-    uint64_t seed, steps;
+    uint64_t seed, steps, threads;
     bool steps_given;
 } Options;
 
@@ -1137,6 +1737,8 @@ static const char USAGE[] =
     "  -z FILE    tokenizer (default: tokenizer.bin beside the model, else in the working directory)\n"
     "  -m MODE    generate, chat or score (default generate); score reads its text from standard input\n"
     "  -y TEXT    system prompt of -m chat\n"
+    "  -d DRAFT   guess tokens ahead, for the same text sooner: a file of heads (export.py --heads), or ngram\n"
+    "  -j INT     threads; 0 chooses by the size of the model (default: OMP_NUM_THREADS, else 0)\n"
     "example: run stories15M.bin -n 256 -i \"Once upon a time\"\n";
 
 static float parse_float(char flag, const char *s, float max) {
@@ -1170,7 +1772,9 @@ static _Noreturn void usage_error(const char *what, const char *arg) {
 }
 
 static Options parse_options(int argc, char **argv) {
-    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f};
+    const char *omp = getenv("OMP_NUM_THREADS");  // may be a list, of which the first number counts
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .threads = omp ? strtoul(omp, NULL, 10) : 0};
+    if (o.threads > MAX_THREADS) o.threads = MAX_THREADS;
     for (int i = 1; i < argc; i += i == 1 ? 1 : 2)  // in a flag's place only: "-i -h" is a prompt
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
             fputs(USAGE, stdout);
@@ -1182,7 +1786,7 @@ static Options parse_options(int argc, char **argv) {
     o.model = argv[1];
     for (int i = 2; i < argc; i += 2) {
         const char *flag = argv[i], *value = argv[i + 1];  // argv[argc] is NULL
-        if (flag[0] != '-' || !flag[1] || flag[2] || !strchr("tpsnizmy", flag[1])) usage_error("unknown flag ", flag);
+        if (flag[0] != '-' || !flag[1] || flag[2] || !strchr("tpsnizmydj", flag[1])) usage_error("unknown flag ", flag);
         if (!value) usage_error("a value is missing after ", flag);
         switch (flag[1]) {
             case 't': o.temperature = parse_float('t', value, 1e30f); break;
@@ -1193,9 +1797,13 @@ static Options parse_options(int argc, char **argv) {
             case 'z': o.tokenizer = value; break;
             case 'm': o.mode = parse_mode(value); break;
             case 'y': o.system = value; break;
+            case 'd': o.draft = value; break;
+            case 'j': o.threads = parse_integer('j', value); break;
         }
     }
+    if (o.threads > MAX_THREADS) die("-j %llu: expected at most %d threads", (unsigned long long)o.threads, MAX_THREADS);
     if (o.prompt && !strcmp(o.mode, "score")) die("-i: -m score reads its text from standard input");
+    if (o.draft && !strcmp(o.mode, "score")) die("-d: -m score has nothing to guess");
     if (o.seed == 0) o.seed = (uint64_t)time(NULL);
     return o;
 }
@@ -1222,22 +1830,30 @@ static Tokenizer find_tokenizer(const Options *o, int vocab_size) {
 
 #ifndef RUN_NO_MAIN  // tests include this file to reach single functions
 int main(int argc, char **argv) {
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
     Options o = parse_options(argc, argv);
-    Model m = load_model(o.model);
+    double start = seconds();
+    bool scoring = !strcmp(o.mode, "score");
+    static Model m;  // static: what it holds is still in use when the program ends, and no leak
+    m = load_model(o.model, !scoring && o.temperature == 0.0f, (int)o.threads);
+    double loaded = seconds();
     int V = m.config.vocab_size, steps = steps_within(&o, m.config.seq_len);
-    Tokenizer t = find_tokenizer(&o, V);
-    Sampler s = {V, o.temperature, o.top_p, o.seed, allocate(padded(V), sizeof(float), "the probabilities"),
-                 allocate(V, sizeof(Candidate), "the sampling candidates")};
+    static Tokenizer t;
+    t = find_tokenizer(&o, V);
+    static Sampler s;
+    s = (Sampler){V, o.temperature, o.top_p, o.seed, buffer(padded(V), sizeof(float), "the probabilities"),
+                  allocate(V, sizeof(Candidate), "the sampling candidates")};
+    static Drafter d;
+    d = new_drafter(&m, o.draft);
 
-    if (!strcmp(o.mode, "generate")) generate(&m, &t, &s, o.prompt ? o.prompt : "", steps);
-    else if (!strcmp(o.mode, "chat")) chat(&m, &t, &s, o.system, o.prompt, steps);
-    else score(&m, &t);
-
-    flush_output();
-    free(s.probability);
-    free(s.candidate);
-    free_tokenizer(&t);
-    free_model(&m);
+    if (scoring) score(&m, &t);
+    else if (!strcmp(o.mode, "chat")) chat(&d, &t, &s, o.system, o.prompt, steps);
+    else generate(&d, &t, &s, o.prompt ? o.prompt : "", steps);
+    report_drafts(&d);
+    fprintf(stderr, "load: %.3f s, threads: %d, peak memory: %.1f MB\n", loaded - start, pool.threads, peak_memory());
     return EXIT_SUCCESS;
 }
 #endif

@@ -13,8 +13,11 @@ import tinystories
 import toystories
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZE = "-g -O1 -DSEPARATE_BUFFERS -fsanitize=address,undefined -fno-sanitize-recover=all"
 BUILDS = {"plain": "-O3", "fast": "-O3 -ffast-math -march=native", "sanitized": SANITIZE}
+SPECIAL_BUILDS = {"native": "-O3 -march=native", "avx2": "-O3 -mavx2 -mfma",
+                  "screened": "-O3 -march=native -DSCREEN_FROM=1", "screened portable": "-O3 -DSCREEN_FROM=1",
+                  "races": "-g -O1 -fsanitize=thread"}
 os.environ["WANDB_SILENT"] = "true"  # no advertisement in the tests' output
 torch.set_num_threads(1)  # tiny models: a second thread would only wait for the first
 
@@ -61,14 +64,16 @@ def build(tmp_path_factory):
 
     def get(kind, source="run.c"):
         if (kind, source) not in made:
-            out = folder / f"{kind}_{Path(source).stem}"
-            warnings = "-std=c11 -Wall -Wextra -Wpedantic -Werror" if source == "run.c" else "-std=c11"
-            command = [*cc.split(), *warnings.split(), *BUILDS[kind].split(), "-o", out, ROOT / source, "-lm"]
+            out = folder / f"{kind.replace(' ', '_')}_{Path(source).stem}"
+            flags = (BUILDS | SPECIAL_BUILDS)[kind].split()
+            if source == "run.c":
+                flags += ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+            command = [*cc.split(), "-std=c11", "-pthread", *flags, "-o", out, ROOT / source, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode and kind == "sanitized":
+            if done.returncode and kind in ("sanitized", "races"):
                 empty = folder / "empty.c"
                 empty.write_text("int main(void) { return 0; }\n")
-                command = [*cc.split(), *SANITIZE.split(), "-o", folder / "empty", empty]
+                command = [*cc.split(), *flags, "-o", folder / "empty", empty]
                 probe = subprocess.run(command, capture_output=True, check=False)
                 if probe.returncode:
                     pytest.skip(f"{cc} cannot build with sanitizers")

@@ -17,6 +17,5 @@ int main(int argc, char **argv) {
         at += sizeof n + n;
     }
     free(in.at);
-    free_tokenizer(&t);
     return 0;
 }

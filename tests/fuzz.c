@@ -1,7 +1,9 @@
 // Fuzzes run.c's readers: make fuzz (clang with libFuzzer, address and undefined-behaviour sanitizers).
-// The first byte of an input chooses what the rest is: a model file, a tokenizer file, or a prompt. What loads is used,
-// so that a size that passes the checks and should not have is found by the sanitizers.
-#define _POSIX_C_SOURCE 200809L  // as run.c, which is included after these
+// The first byte of an input chooses what the rest is: a model file, a tokenizer file, a prompt, or a heads file. What
+// loads is used, so that a size that passes the checks and should not have is found by the sanitizers.
+#define _GNU_SOURCE  // as run.c, which is included after these
+#define SEPARATE_BUFFERS
+#define SCREEN_FROM 1
 #include <fcntl.h>
 #include <setjmp.h>
 #include <stdint.h>
@@ -74,8 +76,8 @@ static const char *write_file(const char *name, const void *data, size_t n) {
     return name;
 }
 
-static void use_model(const char *path) {
-    Model m = load_model(path);
+static void use_model(const char *path, bool greedy) {
+    Model m = load_model(path, greedy, 1);
     int token[3] = {1, m.config.vocab_size - 1, 0}, n = m.config.seq_len < 3 ? m.config.seq_len : 3;
     feed(&m, token, n, 0);
 }
@@ -84,6 +86,24 @@ static void use_tokenizer(const char *path, int vocab_size, const char *prompt, 
     Tokenizer t = load_tokenizer(path, vocab_size);
     Tokens tokens = encode(&t, prompt, n);
     for (int i = 1; i < tokens.n; i++) print_token(&t, tokens.id[i - 1], tokens.id[i]);
+}
+
+static void use_heads(const char *model, const char *path) {
+    Model m = load_model(model, true, 1);
+    Drafter d = new_drafter(&m, path);
+    int token = BOS;
+    begin(&d, &token, 1, 0);
+    for (int pos = 1; pos < m.config.seq_len; pos++) advance(&d, pos % 3, pos);
+}
+
+// A version 0 file: dim 4, hidden_dim 4, one layer of one head, 5 tokens, a context of 8. All weights are 0.5.
+static size_t good_model(char *to) {
+    int32_t header[FIELDS] = {4, 4, 1, 1, 1, 5, 8};
+    float weights[5 * 4 + 3 * 4 + 4 * 16 + 3 * 16 + 8 * 4];
+    for (size_t i = 0; i < sizeof weights / sizeof weights[0]; i++) weights[i] = 0.5f;
+    memcpy(to, header, sizeof header);
+    memcpy(to + sizeof header, weights, sizeof weights);
+    return sizeof header + sizeof weights;
 }
 
 // A vocabulary of the bytes and a few pieces that merge.
@@ -107,20 +127,23 @@ static size_t good_tokenizer(char *to) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
-    static char model[64], tokenizer[64], good[64];
+    static char model[64], tokenizer[64], heads[64], good[64], trunk[64];
     if (!good[0]) {
         static char bytes[VOCAB * 24];
         const char *folder = access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm";
         snprintf(model, sizeof model, "%s/fuzz_%d_model", folder, (int)getpid());
         snprintf(tokenizer, sizeof tokenizer, "%s/fuzz_%d_tokenizer", folder, (int)getpid());
         snprintf(good, sizeof good, "%s/fuzz_%d_good", folder, (int)getpid());
+        snprintf(heads, sizeof heads, "%s/fuzz_%d_heads", folder, (int)getpid());
+        snprintf(trunk, sizeof trunk, "%s/fuzz_%d_trunk", folder, (int)getpid());
         write_file(good, bytes, good_tokenizer(bytes));
+        write_file(trunk, bytes, good_model(bytes));
     }
     if (n == 0) return 0;
     const char *rest = (const char *)data + 1;
     if (setjmp(out) == 0) {
-        switch (data[0] % 3) {
-            case 0: use_model(write_file(model, rest, n - 1)); break;
+        switch (data[0] % 4) {
+            case 0: use_model(write_file(model, rest, n - 1), data[0] & 4); break;
             case 1: {  // the next byte is the vocabulary's size; with a small one the last entry is soon reached
                 if (n < 2) break;
                 int vocab_size = data[1] ? data[1] : VOCAB;
@@ -129,6 +152,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
                 break;
             }
             case 2: use_tokenizer(good, VOCAB, rest, n - 1); break;
+            case 3: use_heads(trunk, write_file(heads, rest, n - 1)); break;
         }
     }
     release();

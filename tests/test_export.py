@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import export
-from export import load_model, write_version0
+from export import load_model, write_trunk
 from model import ModelArgs, Transformer
 from tokenizer import BOS, load_tokenizer, write_bin
 
@@ -88,7 +88,7 @@ def test_c_and_python_tell_the_same_story_and_score_the_same_loss(run, data_dir,
 def test_a_byte_model_runs_in_c(run, tmp_path):
     model, tokenizer = random_model(vocab_size=259), load_tokenizer(tmp_path, 259)
     write_bin(tokenizer, tmp_path / "tokenizer.bin")
-    write_version0(model, tmp_path / "model.bin")
+    write_trunk(model, tmp_path / "model.bin")
     ids = torch.tensor([BOS, *tokenizer.encode("A café.")])
     with torch.no_grad():
         loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:])
@@ -100,7 +100,7 @@ def test_a_byte_model_runs_in_c(run, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_layout_of_version_0(tmp_path, tied):
     model = random_model(tie_embeddings=tied, n_future_heads=1)
-    write_version0(model, tmp_path / "m.bin")
+    write_trunk(model, tmp_path / "m.bin")
     data, state = (tmp_path / "m.bin").read_bytes(), model.state_dict()
     assert struct.unpack_from("<7i", data) == (32, 88, 3, 4, 2, 512 if tied else -512, 256)
     floats = torch.frombuffer(bytearray(data[28:]), dtype=torch.float32)
@@ -119,12 +119,91 @@ def test_layout_of_version_0(tmp_path, tied):
     assert at == len(floats)  # and no future head
 
 
+NORMS = [f"layers.{i}.{name}" for name in ("attention_norm", "ffn_norm") for i in range(3)] + ["norm"]
+MATRICES = ["tok_embeddings", *(f"layers.{i}.{name}" for name in
+            ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
+             "feed_forward.w3") for i in range(3))]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("version", [1, 2])
+def test_layout_of_versions_1_and_2(tmp_path, tied, version):
+    model = random_model(tie_embeddings=tied, n_future_heads=1, multiple_of=32)
+    with torch.no_grad():
+        model.tok_embeddings.weight[7] = 0  # a scale of 0, and no NaN
+    write_trunk(model, tmp_path / "m.bin", version)
+    data, state = (tmp_path / "m.bin").read_bytes(), model.state_dict()
+    assert struct.unpack_from("<4si7iB", data) == (b"24ka", version, 32, 96, 3, 4, 2, 512, 256, tied)
+    group = struct.unpack_from("<i", data, 37)[0]
+    assert group == (32 if version == 2 else 0) and data[41:256] == bytes(256 - 41)
+    at = 256
+
+    def take(count: int, dtype=torch.float32):
+        nonlocal at
+        tensor = torch.frombuffer(bytearray(data[at : at + count * dtype.itemsize]), dtype=dtype)
+        at += count * dtype.itemsize
+        return tensor
+
+    for name in NORMS:
+        assert torch.equal(take(state[f"{name}.weight"].numel()), state[f"{name}.weight"]), name
+    for name in MATRICES + ([] if tied else ["output"]):
+        tensor = state[f"{name}.weight"]
+        if version == 1:
+            assert torch.equal(take(tensor.numel()).view_as(tensor), tensor), name
+            continue
+        q, scale = take(tensor.numel(), torch.int8).view(-1, group).float(), take(tensor.numel() // group)[:, None]
+        rows = tensor.view(-1, group)
+        assert (q * scale - rows).abs().le(scale * 0.5001).all() and q.abs().max() == 127, name
+        assert torch.equal(scale[:, 0], rows.abs().amax(1) / 127), name
+    assert at == len(data)
+
+
+def test_group_size_divides_every_input(tmp_path):
+    for dim, hidden, group in [(64, 172, 4), (288, 768, 32), (512, 1376, 32), (768, 2048, 64), (40, 24, 8)]:
+        assert export.largest_group(ModelArgs(dim=dim, hidden_dim=hidden, n_heads=4)) == group
+    with pytest.raises(ValueError, match="hidden_dim 86"):
+        write_trunk(random_model(hidden_dim=86), tmp_path / "m.bin", 2)
+    assert not (tmp_path / "m.bin").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_version_scores_alike_in_c(run, tmp_path, data_dir, tied):
+    (tmp_path / "tokenizer.bin").write_bytes((data_dir / "toy" / "tok512" / "tokenizer.bin").read_bytes())
+    model, scores = random_model(tie_embeddings=tied, scale=3.0), []
+    for version in (0, 1, 2):
+        write_trunk(model, tmp_path / "m.bin", version)
+        scores.append(float(tell(run, tmp_path / "m.bin", "-m", "score", stdin=TEXT)))
+    assert scores[0] == scores[1] and scores[2] == pytest.approx(scores[0], abs=0.05) and scores[2] != scores[0]
+
+
+def test_heads_file(run, tmp_path, data_dir, capsys):
+    """Its layout; run takes it for every version of its own trunk, and for no other."""
+    (tmp_path / "tokenizer.bin").write_bytes((data_dir / "toy" / "tok512" / "tokenizer.bin").read_bytes())
+    model = random_model(n_future_heads=2)
+    path, heads = save(model, tmp_path / "ckpt.pt"), tmp_path / "m.heads.bin"
+    for version in (2, 1, 0):
+        export.main([str(path), str(tmp_path / "m.bin"), f"--version={version}", f"--heads={heads}"])
+        flags = [tmp_path / "m.bin", "-n", 60, "-s", 3]
+        assert tell(run, *flags, "-d", heads) == tell(run, *flags)
+    assert "m.heads.bin: 131,100 bytes, 32,768 parameters" in capsys.readouterr().err
+    data = heads.read_bytes()
+    assert struct.unpack_from("<4s5I", data) == (b"head", 1, 1, 2, 32, 512)
+    weights = torch.frombuffer(bytearray(data[28:]), dtype=torch.float32).view(2, 512, 32)
+    assert all(torch.equal(weights[i], model.future_heads[i].weight) for i in range(2))
+    write_trunk(random_model(seed=1), tmp_path / "m.bin")
+    done = subprocess.run([run, tmp_path / "m.bin", "-d", heads], capture_output=True, timeout=60)
+    assert done.returncode == 1 and b"another trunk" in done.stderr
+    with pytest.raises(ValueError, match="1 to 31 future heads, found 0"):
+        export.write_heads(random_model(), tmp_path / "none.bin")
+
+
 def test_heads_do_not_change_the_file(tmp_path):
     one, two = random_model(), random_model(n_future_heads=2)
     two.load_state_dict(one.state_dict(), strict=False)
-    write_version0(one, tmp_path / "one.bin")
-    write_version0(two, tmp_path / "two.bin")
-    assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
+    for version in (0, 1, 2):
+        write_trunk(one, tmp_path / "one.bin", version)
+        write_trunk(two, tmp_path / "two.bin", version)
+        assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
 
 
 def test_the_runs_tokenizer_lands_beside_the_model(data_dir, tmp_path, capsys):

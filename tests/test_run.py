@@ -8,9 +8,12 @@ import io
 import itertools
 import os
 import random
+import re
+import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +72,11 @@ def tensor_shapes(c, shared):
     return shapes if shared else {**shapes, "wcls": (V, D)}
 
 
-def write_model(path, shared=True, seed=0, change=None, **sizes):
-    """Writes a random version 0 file; returns (config, weights). change(weights) edits them before they are written."""
+def write_model(path, shared=True, seed=0, change=None, version=0, group=4, **sizes):
+    """Writes a random model file; returns (config, weights). change(weights) edits them before they are written.
+
+    In version 2 the weights that are returned are those that the file stands for, and `group` is in the config.
+    """
     c = {**TINY, **sizes}
     rng = np.random.default_rng(seed)
     w = {name: rng.normal(0, 0.6, shape).astype(np.float32) for name, shape in tensor_shapes(c, shared).items()}
@@ -78,16 +84,50 @@ def write_model(path, shared=True, seed=0, change=None, **sizes):
     if change:
         change(w)
     header = [c[f] for f in FIELDS]
-    header[5] *= 1 if shared else -1
-    path.write_bytes(struct.pack("<7i", *header) + b"".join(a.tobytes() for a in w.values()))
+    if version == 0:
+        header[5] *= 1 if shared else -1
+        path.write_bytes(struct.pack("<7i", *header) + b"".join(a.tobytes() for a in w.values()))
+        return c, w
+    head = struct.pack("<Ii7iBi", 0x616B3432, version, *header, shared, group if version == 2 else 0)
+    norms, matrices = ("rms_att", "rms_ffn", "rms_final"), ("tok_emb", *MATRICES, *(["wcls"] if not shared else []))
+    body = b"".join(w[name].tobytes() for name in norms)
+    if version == 1:
+        body += b"".join(w[name].tobytes() for name in matrices)
+    else:
+        c = {**c, "group": group}
+        for name in matrices:
+            for layer in w[name] if w[name].ndim == 3 else [w[name]]:
+                q, scale = rounded(layer, group)
+                body += q.astype(np.int8).tobytes() + scale.astype(np.float32).tobytes()
+                layer[:] = (q * scale.astype(np.float32)).reshape(layer.shape)
+    path.write_bytes(head.ljust(256, b"\0") + body)
     return c, w
 
 
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+def rounded(x, group):
+    """Q8_0: whole numbers of -127..127 in rows of `group`, and each row's scale."""
+    x = x.reshape(*x.shape[:-1], -1, group)
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return np.floor(x / np.where(scale > 0, scale, 1) + 0.5), scale
+
+
 def reference_logits(c, w, ids):
-    """Logits (T, V) of a Llama in float64, all positions at once; RoPE as complex numbers."""
+    """Logits (T, V) of a Llama in float64, all positions at once; RoPE as complex numbers.
+
+    With a "group" in the config the inputs of products are rounded as version 2 has it.
+    """
     T, heads, hd = len(ids), c["n_heads"], c["dim"] // c["n_heads"]
     w = {name: a.astype(np.float64) for name, a in w.items()}
     turn = np.exp(1j * np.outer(np.arange(T), 10000.0 ** (-np.arange(0, hd, 2) / hd)))[:, None]  # (T, 1, hd/2)
+
+    def times(x, weight):
+        if "group" in c:
+            q, scale = rounded(x, c["group"])
+            x = (q * scale).reshape(x.shape)
+        return x @ weight.T
 
     def norm(x, weight):
         return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
@@ -99,17 +139,17 @@ def reference_logits(c, w, ids):
     x = w["tok_emb"][ids]
     for layer in range(c["n_layers"]):
         h = norm(x, w["rms_att"][layer])
-        q = rotated((h @ w["wq"][layer].T).reshape(T, heads, hd))
-        k = rotated((h @ w["wk"][layer].T).reshape(T, -1, hd)).repeat(heads // c["n_kv_heads"], 1)
-        v = (h @ w["wv"][layer].T).reshape(T, -1, hd).repeat(heads // c["n_kv_heads"], 1)
+        q = rotated(times(h, w["wq"][layer]).reshape(T, heads, hd))
+        k = rotated(times(h, w["wk"][layer]).reshape(T, -1, hd)).repeat(heads // c["n_kv_heads"], 1)
+        v = times(h, w["wv"][layer]).reshape(T, -1, hd).repeat(heads // c["n_kv_heads"], 1)
         scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(hd) + np.triu(np.full((T, T), -np.inf), 1)
         att = np.exp(scores - scores.max(-1, keepdims=True))
         att /= att.sum(-1, keepdims=True)
-        x = x + np.einsum("hts,shd->thd", att, v).reshape(T, -1) @ w["wo"][layer].T
+        x = x + times(np.einsum("hts,shd->thd", att, v).reshape(T, -1), w["wo"][layer])
         h = norm(x, w["rms_ffn"][layer])
-        gate, up = h @ w["w1"][layer].T, h @ w["w3"][layer].T
-        x = x + (gate / (1 + np.exp(-np.maximum(gate, -700))) * up) @ w["w2"][layer].T
-    return norm(x, w["rms_final"]) @ w.get("wcls", w["tok_emb"]).T
+        gate, up = times(h, w["w1"][layer]), times(h, w["w3"][layer])
+        x = x + times(gate / (1 + np.exp(-np.maximum(gate, -700))) * up, w["w2"][layer])
+    return times(norm(x, w["rms_final"]), w.get("wcls", w["tok_emb"]))
 
 
 def reference_score(c, w, ids):
@@ -234,12 +274,46 @@ def test_score_equals_float64_reference(build, tmp_path, kind, shape):
             assert got == pytest.approx(reference_score(c, w, ids), abs=1e-5), (shared, text)
 
 
+@pytest.mark.parametrize("kind", [*BUILDS, "native", "avx2"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_int8_score_equals_float64_reference(build, tmp_path, kind, shared):
+    pieces = byte_pieces(300)
+    tokenizer = write_tokenizer(tmp_path / "tok.bin", pieces)
+    _, scores = read_tokenizer(tokenizer)
+    errors, effect = [], []
+    for seed, group in enumerate((4, 8, 24)):
+        c, w = write_model(tmp_path / "m.bin", shared, seed, version=2, group=group, dim=48, hidden_dim=72, n_layers=2,
+                           n_heads=6, n_kv_heads=2, seq_len=40)
+        floats = {name: value for name, value in c.items() if name != "group"}
+        for text in [b"the hen in the inn" * 3, b"Q" * 39, b"a\0b\xff\0"]:
+            ids = slow_encode(pieces, scores, text)
+            run = [build(kind), tmp_path / "m.bin", "-z", tokenizer, "-m", "score"]
+            expected = reference_score(c, w, ids)
+            errors.append(abs(float(succeeds(*run, stdin=text)) - expected))
+            effect.append(abs(reference_score(floats, w, ids) - expected))
+    # an input on the border between two steps may round the other way in float32: rare, and a small effect
+    assert sorted(errors)[len(errors) // 2] < 1e-5 and max(errors) < 4e-3, errors
+    assert sorted(effect)[len(effect) // 2] > 1e-2  # of rounding the inputs at all
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_version_1_scores_as_version_0(build, tmp_path, kind):
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    for shape in SHAPES.values():
+        for shared in (True, False):
+            scores = []
+            for version in (0, 1):
+                write_model(tmp_path / "m.bin", shared, seed=4, version=version, **shape)
+                scores.append(succeeds(build(kind), tmp_path / "m.bin", "-m", "score", stdin=b"the hen in the inn"))
+            assert scores[0] == scores[1], shape
+
+
 def test_score_reports_tokens_and_bits_per_byte(build, tiny):
     done = execute(build("plain"), tiny[0], "-m", "score", stdin=b"the hen")
     nats = float(done.stdout)
     n = len(slow_encode(*read_tokenizer(tiny[1]), b"the hen")) - 1
     assert done.stdout == b"%.6f\n" % nats
-    said = done.stderr.decode().replace(",", "").split()
+    said = done.stderr.decode().splitlines()[0].replace(",", "").split()
     assert [said[0], said[1], *said[4:]] == [str(n), "tokens", said[4], "bits", "per", "byte"]
     assert float(said[3]) == pytest.approx(np.exp(nats), rel=1e-5)
     assert float(said[4]) == pytest.approx(nats * n / np.log(2) / len(b"the hen"), abs=1e-4)
@@ -297,11 +371,12 @@ class Sampler:
         return int(order[chosen[0] if len(chosen) else -1])
 
 
-@pytest.mark.parametrize("kind", BUILDS)
-def test_tokens_together_equal_one_at_a_time(build, tmp_path, kind):
+@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("kind", [*BUILDS, "native", "avx2"])
+def test_tokens_together_equal_one_at_a_time(build, tmp_path, kind, version):
     """Bit for bit, for every batch size; dimensions that are no multiples of a panel, several panels of positions."""
-    write_model(tmp_path / "m.bin", seed=2, dim=24, n_heads=4, n_kv_heads=2, n_layers=2, hidden_dim=70, vocab_size=131,
-                seq_len=150)
+    write_model(tmp_path / "m.bin", seed=2, dim=24, n_heads=4, n_kv_heads=2, n_layers=2, hidden_dim=72, vocab_size=131,
+                seq_len=150, version=version, group=8)
     succeeds(build(kind, "tests/batch_main.c"), tmp_path / "m.bin")
 
 
@@ -371,6 +446,190 @@ def test_flat_distribution_with_tiny_top_p_takes_the_first(build, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shortcuts that must not show: the screened classifier, threads, drafts
+
+def nearly_equal_rows(w):
+    """Pairs of rows that differ in the last bit of one weight, next to rows with one huge weight and rows of zeros."""
+    rows = w["wcls"]
+    rows[1::2] = rows[:-1:2][: len(rows[1::2])]
+    rows[1::2, 3] = np.nextafter(rows[1::2, 3], np.float32(9))
+    rows[::7, 2] *= 40
+    rows[5::11] = 0
+
+
+@pytest.mark.parametrize("kind", ["screened", "screened portable"])
+@pytest.mark.parametrize("change", [None, lambda w: w["wcls"].__imul__(1e-3), nearly_equal_rows,
+                                    lambda w: w["wcls"].__setitem__(slice(20, 280), w["wcls"][20]),
+                                    lambda w: w["rms_final"].__imul__(1e4), lambda w: w["wcls"].__imul__(1e-36)])
+def test_screened_classifier_takes_the_same_tokens(build, tmp_path, kind, change):
+    """The best token by a rounded classifier and exact panels, against the best of all exact logits, bit for bit."""
+    tokenizer = write_tokenizer(tmp_path / "tok.bin", visible_pieces(300))
+    plain = build("native" if kind == "screened" else "plain")
+    for seed in range(12):
+        write_model(tmp_path / "m.bin", False, seed=seed, seq_len=100, dim=16, n_heads=4, change=change)
+        flags = [tmp_path / "m.bin", "-z", tokenizer, "-t", "0", "-n", "0"]
+        for draft in ([], ["-d", "ngram"]):
+            assert succeeds(build(kind), *flags, *draft) == succeeds(plain, *flags), seed
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_screened_classifier_of_damaged_weights(build, tmp_path, value):
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    for name in ("wcls", "rms_final"):
+        write_model(tmp_path / "m.bin", False, change=lambda w, name=name: w[name].fill(value))
+        done = execute(build("screened"), tmp_path / "m.bin", "-t", "0")
+        assert done.returncode == 1 and b"not finite" in done.stderr, done
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose products are large enough for several threads, as float32 and int8, and its tokenizer."""
+    folder, sizes = tmp_path_factory.mktemp("wide"), {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256}
+    write_tokenizer(folder / "tokenizer.bin", byte_pieces(300))
+    for version in (0, 2):
+        write_model(folder / f"m{version}.bin", seed=6, n_layers=2, seq_len=200, version=version, group=32, **sizes)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast", "races"])
+@pytest.mark.parametrize("version", [0, 2])
+def test_threads_do_not_change_the_text(build, wide, kind, version):
+    run = [build(kind), wide / f"m{version}.bin"]
+    for flags, stdin in [(["-t", "0", "-n", "60"], b""), (["-s", "5", "-n", "60", "-i", "the inn " * 9], b""),
+                         (["-m", "score"], b"the hen in the inn " * 30)]:
+        alone = execute(*run, *flags, "-j", "1", stdin=stdin)
+        for threads in ("2", "5"):
+            done = execute(*run, *flags, "-j", threads, stdin=stdin)
+            assert f"threads: {threads}".encode() in done.stderr
+            assert alone.returncode == done.returncode == 0 and alone.stdout == done.stdout, (flags, done.stderr)
+
+
+def test_number_of_threads(build, wide, monkeypatch):
+    for value, flags, expected in [("3", [], 3), ("3,2", [], 3), ("3", ["-j", "2"], 2), ("x", [], 1), ("", [], 1)]:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        done = execute(build("plain"), wide / "m0.bin", "-n", "2", *flags)
+        assert f"threads: {expected},".encode() in done.stderr, (value, flags)
+
+
+def crc_of_norms(w):
+    return zlib.crc32(b"".join(w[name].tobytes() for name in ("rms_att", "rms_ffn", "rms_final")))
+
+
+def write_heads(path, c, w, heads, **changes):
+    """A heads file for a model of write_model; heads: (n, V, D)."""
+    fields = {"magic": 0x64616568, "version": 1, "type": 1, "n": len(heads), "dim": c["dim"],
+              "vocab_size": c["vocab_size"], "checksum": crc_of_norms(w)} | changes
+    path.write_bytes(struct.pack("<7I", *fields.values()) + np.asarray(heads, np.float32).tobytes())
+    return path
+
+
+DRAFTS = re.compile(rb"drafting: ([0-9.]+) tokens a pass; guesses that came true:((?: \d+/\d+)+)\n")
+
+
+def drafted(done):
+    """(tokens a pass, [(came true, guessed) of each length]) that run reports."""
+    rate, pairs = DRAFTS.search(done.stderr).groups()
+    return float(rate), [tuple(map(int, pair.split(b"/"))) for pair in pairs.split()]
+
+
+def endless(w):
+    """Logits near each other, so that sampled texts vary, but for BOS's, which is far below: they are long."""
+    w["tok_emb"][:, 0], w["wo"][:, 0], w["w2"][:, 0] = 3, 0, 0  # x[0] is 3 at every position
+    w["wcls"] *= 0.1
+    w["wcls"][:, 0] = 0
+    w["wcls"][1], w["rms_final"][0] = -50 * (np.arange(w["wcls"].shape[1]) == 0), 1
+
+
+@pytest.mark.parametrize("kind", [*BUILDS, "screened"])
+@pytest.mark.parametrize("version", [0, 2])
+def test_drafting_tells_the_same_story(build, tmp_path, kind, version):
+    """Greedy and sampled, with heads and with n-grams; few tokens, so that many a random guess comes true."""
+    tokenizer = write_tokenizer(tmp_path / "tok.bin", [*SPECIAL, *(b"%c" % c for c in b"abcdef")])
+    true = 0
+    for seed in range(6):
+        c, w = write_model(tmp_path / "m.bin", False, seed, vocab_size=9, seq_len=150, dim=16, n_heads=4,
+                           version=version, change=endless)
+        heads = write_heads(tmp_path / "m.heads.bin", c, w, np.random.default_rng(seed).normal(size=(3, 9, 16)))
+        run = [build(kind), tmp_path / "m.bin", "-z", tokenizer, "-n", "0"]
+        for flags in ["-t 0", "-t 1 -s 3", "-t 0.5 -s 4 -p 0.5", "-t 2 -s 5 -p 1 -i abcabcabc"]:
+            plain = execute(*run, *flags.split())
+            assert plain.returncode == 0 and b"drafting" not in plain.stderr
+            for draft in (heads, "ngram"):
+                done = execute(*run, *flags.split(), "-d", draft)
+                assert done.stdout == plain.stdout, (seed, flags, draft)
+                pairs = drafted(done)[1]
+                assert all(0 <= hits <= guesses for hits, guesses in pairs)
+                true += pairs[0][0]
+    assert true > 20
+
+
+@pytest.mark.parametrize("kind", [*BUILDS, "native", "avx2"])
+@pytest.mark.parametrize("version", [0, 2])
+def test_drafting_gives_the_same_logits(build, tmp_path, kind, version):
+    """Bit for bit, with drafts of every length in any order."""
+    for seed in range(2):
+        c, w = write_model(tmp_path / "m.bin", False, seed, vocab_size=9, seq_len=150, dim=16, n_heads=4,
+                           version=version, change=endless)
+        heads = write_heads(tmp_path / "m.heads.bin", c, w, np.random.default_rng(seed).normal(size=(5, 9, 16)))
+        for draft in (heads, "ngram"):
+            hits = succeeds(build(kind, "tests/draft_main.c"), tmp_path / "m.bin", draft).split()
+            assert int(hits[0]) > 5 and int(hits[1]) > 0, hits
+
+
+def test_good_guesses_save_passes(build, tmp_path):
+    """A model that says one token for ever: n-grams and a head that knows it are always right."""
+    tokenizer = write_tokenizer(tmp_path / "tok.bin", visible_pieces(40))
+    c, w = write_model(tmp_path / "m.bin", vocab_size=40, seq_len=400, change=lambda w: w["rms_final"].fill(0))
+    for draft in (write_heads(tmp_path / "h.bin", c, w, np.zeros((4, 40, 8))), "ngram"):
+        done = execute(build("plain"), tmp_path / "m.bin", "-z", tokenizer, "-t", "0", "-n", "0", "-d", draft)
+        rate, pairs = drafted(done)
+        assert done.stdout == b"<unk>" * 400 + b"\n" and rate > 1.1
+        assert all(hits == guesses for hits, guesses in pairs[:3]) and pairs[0][0] > 10
+
+
+def test_chat_with_drafts(build, tmp_path):
+    write_model(tmp_path / "m.bin", seed=8, seq_len=400, change=lambda w: w["tok_emb"][3:259].__imul__(0.1))
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    run = [build("sanitized"), tmp_path / "m.bin", "-m", "chat", "-t", "1", "-s", "2", "-n", "0"]
+    stdin = b"\nthe hen\nin the inn\nthe hen\n"
+    assert execute(*run, "-d", "ngram", stdin=stdin).stdout == execute(*run, stdin=stdin).stdout
+
+
+def test_heads_files_that_do_not_fit(build, tmp_path):
+    c, w = write_model(tmp_path / "m.bin")
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    bad, zeros = tmp_path / "bad.heads.bin", np.zeros((2, 300, 8))
+    run = [build("sanitized"), tmp_path / "m.bin", "-n", "4", "-d", bad]
+    refuses(*run, says=["bad.heads.bin", "cannot open"])
+    assert b"drafting" in execute(*run[:-1], write_heads(bad, c, w, zeros)).stderr
+    for change, says in [({"magic": 7}, "no heads file"), ({"version": 2}, "version 2"), ({"type": 9}, "type 9"),
+                         ({"n": 0}, "has 0 heads"), ({"n": 32}, "expected 1 to 31"), ({"n": 3}, "asks for"),
+                         ({"n": 1}, "asks for"), ({"n": 2**32 - 1}, "heads; expected"), ({"dim": 16}, "dim 16"),
+                         ({"vocab_size": 2**32 - 300}, "the model has"), ({"checksum": 1}, "another trunk")]:
+        refuses(*run[:-1], write_heads(bad, c, w, zeros, **change), says=["bad.heads.bin", says])
+    refuses(*run[:-1], write_heads(bad, c, w, zeros + np.nan), says=["bad.heads.bin", "not finite"])
+    good = write_heads(bad, c, w, zeros).read_bytes()
+    for size in [*range(0, 30), 5000, len(good) - 1]:
+        bad.write_bytes(good[:size])
+        refuses(*run, says="bad.heads.bin")
+    bad.write_bytes(good + b"\0")
+    refuses(*run, says=["bad.heads.bin", "asks for"])
+    refuses(*run[:2], "-m", "score", "-d", "ngram", says="-d: -m score")
+
+
+def test_damaged_heads_never_crash(build, tmp_path):
+    rng, (c, w) = random.Random(5), write_model(tmp_path / "m.bin")
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    good = write_heads(tmp_path / "h.bin", c, w, np.random.default_rng(1).normal(size=(3, 300, 8))).read_bytes()
+    for _ in range(40):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(28 if rng.random() < 0.5 else len(data))] = rng.choice([0, 255, 127, rng.randrange(256)])
+        (tmp_path / "h.bin").write_bytes(data)
+        execute(build("sanitized"), tmp_path / "m.bin", "-t", "0", "-n", "8", "-d", tmp_path / "h.bin")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Encoding
 
 AWKWARD = ["", " ", "  two  spaces ", "<s>", "</s>", "<unk>", "<0x41>", "a<0x0A>b", "\u2581", "a\u2581b",
@@ -429,7 +688,7 @@ def test_invalid_utf8_falls_back_to_bytes(build, tmp_path, kind):
     pieces = byte_pieces(300)
     write_tokenizer(tmp_path / "tok.bin", pieces)
     _, scores = read_tokenizer(tmp_path / "tok.bin")
-    texts = byte_strings(random.Random(2), 2000)
+    texts = byte_strings(random.Random(2), 10_000 if kind == "plain" else 2000)
     got = encode_all(build(kind, "tests/encode_main.c"), tmp_path / "tok.bin", 300, texts)
     for text, ids in zip(texts, got, strict=True):
         assert ids == slow_encode(pieces, scores, text), text
@@ -545,9 +804,10 @@ def test_prompt_may_fill_the_context(build, tiny):
 def test_story_on_stdout_speed_on_stderr(build, tiny):
     done = execute(build("plain"), tiny[0], "-t", "0", "-i", "the")
     assert done.stdout.startswith(b"the") and done.stdout.endswith(b"\n") and b"tok/s" not in done.stdout
-    prompt, achieved = done.stderr.splitlines()
+    prompt, achieved, load = done.stderr.splitlines()
     assert prompt.startswith(b"prompt: 2 tokens, tok/s: ") and float(prompt.split()[-1]) > 0
     assert achieved.startswith(b"achieved tok/s: ") and float(achieved.split()[-1]) > 0
+    assert load.startswith(b"load: ") and b"threads: 1, peak memory: " in load and float(load.split()[-2]) > 0.5
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
@@ -634,7 +894,8 @@ def test_chat_ends_with_the_context(build, tmp_path):
     (["-n", "4294967297"], "-n 4294967297"), (["-m", "sing"], '-m: "sing"'), (["-x", "1"], "unknown flag -x"),
     (["-tt", "1"], "unknown flag -tt"), (["t", "1"], "unknown flag t"), (["-"], "unknown flag -"),
     (["-t"], "missing after -t"), (["-t", "0", "-n"], "missing after -n"),
-    (["-m", "score", "-i", "x"], "-i: -m score reads"),
+    (["-m", "score", "-i", "x"], "-i: -m score reads"), (["-j", "65"], "-j 65: expected at most 64"),
+    (["-j", "two"], '-j: "two"'), (["-d"], "missing after -d"), (["-d", ""], "cannot open the heads file"),
     (["-i", "z" * 15], ["17 tokens", "16 tokens"]),
 ])
 @pytest.mark.parametrize("kind", ["fast", "sanitized"])  # fast: NaN must be seen under -ffast-math too
@@ -692,8 +953,8 @@ def test_files_that_are_no_model(build, tiny, tmp_path):
     refuses(run, tmp_path, says=[str(tmp_path), "folder"])
     good = tiny[0].read_bytes()
     for data, says in [(b"", "is empty"), (b"\x40", "too few"), (good[:27], "too few"), (good + b"\0", "asks for"),
-                       (struct.pack("<Ii", 0x616B3432, 1), "version 1"),
-                       (struct.pack("<Ii", 0x616B3432, 2) + good, "version 2"),
+                       (struct.pack("<Ii", 0x616B3432, 1) + good[:247], "too few"),
+                       (struct.pack("<Ii", 0x616B3432, 3) + good, "version 3"),
                        (struct.pack(">7i", *struct.unpack("<7i", good[:28])) + good[28:], "big-endian")]:
         bad.write_bytes(data)
         refuses(run, bad, says=["bad.bin", says])
@@ -768,6 +1029,49 @@ def test_truncated_tokenizers(build, tiny):
     for size in [*range(60), *range(60, len(good), 97), len(good) - 1]:
         cut.write_bytes(good[:size])
         refuses(build("sanitized"), tiny[0], "-z", cut, says="cut.bin")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_damaged_files_of_versions_1_and_2(build, tmp_path, version):
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    write_model(tmp_path / "m.bin", version=version)
+    run, good, bad = build("sanitized"), (tmp_path / "m.bin").read_bytes(), tmp_path / "bad.bin"
+    assert execute(run, tmp_path / "m.bin", "-n", "4").returncode == 0
+    for size in [*range(0, 256, 5), 256, 300, len(good) // 2, len(good) - 1]:
+        bad.write_bytes(good[:size])
+        refuses(run, bad, says="bad.bin")
+    for i, field in enumerate(FIELDS):
+        for value in (0, -1, -(2**31), 2**31 - 1, 2**24 + 1):
+            bad.write_bytes(good[:8 + 4 * i] + struct.pack("<i", value) + good[12 + 4 * i:])
+            refuses(run, bad, says=["bad.bin", field])
+    for group in (0, -4, 1, 3, 6, 8, 2**31 - 1, -(2**31)) if version == 2 else ():  # dim 8, hidden_dim 12: 4 alone fits
+        bad.write_bytes(good[:37] + struct.pack("<i", group) + good[41:])
+        refuses(run, bad, says=["bad.bin", f"group size is {group}"])
+    rng = random.Random(version)
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 5)):
+            data[rng.randrange(len(data) if rng.random() < 0.7 else 60)] = rng.choice([0, 255, 127, rng.randrange(256)])
+        bad.write_bytes(data)
+        execute(run, bad, "-t", "0", "-n", "8", "-i", "the")
+
+
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
+def test_valgrind_finds_nothing(build, wide, tmp_path):
+    write_model(tmp_path / "m.bin", seq_len=60)
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    for flags in ([tmp_path / "m.bin", "-t", "0", "-d", "ngram"], [tmp_path / "m.bin", "-m", "score"],
+                  [wide / "m2.bin", "-j", "2", "-n", "5", "-i", "the hen"]):
+        command = ["valgrind", "--quiet", "--error-exitcode=9", build("plain"), *flags]
+        done = subprocess.run(command, input=b"the inn", capture_output=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not shutil.which("x86_64-w64-mingw32-gcc"), reason="mingw-w64 is not installed")
+def test_compiles_for_windows(tmp_path):
+    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread", "-o", tmp_path / "run.exe"]
+    done = subprocess.run(["x86_64-w64-mingw32-gcc", *flags, ROOT / "run.c", "-lm"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -1,0 +1,29 @@
+// Does run.c's drafting give the logits of plain decoding, bit for bit, whatever the lengths of the drafts?
+// draft_main MODEL.bin (HEADS.bin | ngram): exit code 0 if so; prints how many guesses of each length came true.
+#define RUN_NO_MAIN
+#include "../run.c"
+
+int main(int argc, char **argv) {
+    if (argc != 3) return 2;
+    Model one = load_model(argv[1], false, 1), many = load_model(argv[1], false, 1);
+    Drafter plain = new_drafter(&one, NULL), d = new_drafter(&many, argv[2]);
+    int V = one.config.vocab_size, S = one.config.seq_len, prompt[40] = {BOS};
+    Sampler s = {V, 1.0f, 0.9f, 7, allocate(padded(V), sizeof(float), "p"), allocate(V, sizeof(Candidate), "c")};
+    uint64_t lengths = 99;
+    for (int given = 1; given <= 40; given += 13) {  // one token, and prompts of one batch and more
+        for (int i = 1; i < given; i++) prompt[i] = 3 + i % 5;
+        const float *a = begin(&plain, prompt, given, 0), *b = begin(&d, prompt, given, 0);
+        for (int pos = given;; pos++) {
+            if (memcmp(a, b, V * sizeof(float))) die("other logits at position %d after a prompt of %d", pos, given);
+            if (pos == S) break;
+            s.temperature = given == 1 ? 0.0f : 1.0f;
+            int token = sample(&s, a);
+            d.rounds = (int)(random_f32(&lengths) * (float)(d.most + 1));  // length: most - rounds
+            a = advance(&plain, token, pos);
+            b = advance(&d, token, pos);
+        }
+    }
+    if (plain.passes != plain.tokens || d.passes >= d.tokens) die("%d passes", (int)d.passes);
+    for (int i = 1; i <= d.most; i++) printf("%d ", (int)d.hits[i]);
+    return 0;
+}
