@@ -453,19 +453,19 @@ static struct {
     void *context;
     int pieces;
     atomic_uint round;        // one more: there is work
-    atomic_int busy, asleep;  // workers that are not done; workers that need waking
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
-} pool = {.threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+    atomic_int busy;          // workers that are not done
+} pool = {.threads = 1};
 
 static void work_share(int thread) {
     int64_t end = (int64_t)pool.pieces * (thread + 1) / pool.threads;
     for (int64_t i = (int64_t)pool.pieces * thread / pool.threads; i < end; i++) pool.work(pool.context, (int)i, thread);
 }
 
-// Waits a moment, giving way to other programs from the SPINS-th time on.
+// Waits a moment: at first in a few cycles, then giving way to other programs, then, when nothing has come for so long
+// that somebody must be typing, asleep.
 static void wait_a_moment(int tries) {
-    if (tries >= SPINS) sched_yield();
+    if (tries >= SPINS + YIELDS) nanosleep(&(struct timespec){0, 200000}, NULL);
+    else if (tries >= SPINS) sched_yield();
 #if defined __x86_64__ || defined __i386__
     else __builtin_ia32_pause();
 #endif
@@ -473,15 +473,8 @@ static void wait_a_moment(int tries) {
 
 static void *worker(void *thread) {
     for (unsigned seen = 0;; seen++) {
-        for (int tries = 0; atomic_load_explicit(&pool.round, memory_order_acquire) == seen; tries++) {
+        for (int tries = 0; atomic_load_explicit(&pool.round, memory_order_acquire) == seen; tries += tries < INT_MAX)
             wait_a_moment(tries);
-            if (tries < SPINS + YIELDS) continue;
-            pthread_mutex_lock(&pool.mutex);  // nothing to do for a while: somebody is typing
-            atomic_fetch_add(&pool.asleep, 1);
-            while (atomic_load(&pool.round) == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
-            atomic_fetch_sub(&pool.asleep, 1);
-            pthread_mutex_unlock(&pool.mutex);
-        }
         work_share((int)(intptr_t)thread);
         atomic_fetch_sub_explicit(&pool.busy, 1, memory_order_release);
     }
@@ -505,13 +498,8 @@ static void parallel(Work *work, void *context, int pieces, double cost) {
     pool.work = work;
     pool.context = context;
     pool.pieces = pieces;
-    atomic_store(&pool.busy, pool.threads - 1);
-    atomic_fetch_add(&pool.round, 1);  // before asleep is read, as a worker counts itself asleep before it reads round
-    if (atomic_load(&pool.asleep)) {
-        pthread_mutex_lock(&pool.mutex);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.mutex);
-    }
+    atomic_store_explicit(&pool.busy, pool.threads - 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&pool.round, 1, memory_order_release);  // publishes all of the above
     work_share(0);
     for (int tries = 0; atomic_load_explicit(&pool.busy, memory_order_acquire); tries++) wait_a_moment(tries);
 }
@@ -595,7 +583,9 @@ static void quantise(const float *restrict x, int n, int group, int8_t *restrict
     }
 }
 
-#if defined __AVX512F__
+#if defined SCALAR
+enum { WIDTH = 1, REGISTERS = 8 };  // one number at a time, to compare with
+#elif defined __AVX512F__
 enum { WIDTH = 16, REGISTERS = 16 };  // numbers in a register; registers for sums, half of those there are
 #elif defined __AVX__
 enum { WIDTH = 8, REGISTERS = 8 };
@@ -608,9 +598,9 @@ typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alia
 
 // sum plus, in each lane, the products of four unsigned bytes of w with the four signed bytes of x
 INLINE Ints dot4(Ints sum, Ints w, int32_t x) {
-#if defined __AVX512VNNI__ && defined __AVX512F__
+#if defined __AVX512VNNI__ && defined __AVX512F__ && !defined SCALAR
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined __AVX2__ && !defined __AVX512F__  // two products of 16-bit numbers at a time, bytes 0 and 2, then 1 and 3
+#elif defined __AVX2__ && !defined __AVX512F__ && !defined SCALAR  // two products of 16-bit numbers at a time, bytes 0 and 2, then 1 and 3
     int32_t even = (int8_t)x & 0xffff, odd = (int8_t)(x >> 8) & 0xffff;
     even |= (int32_t)((uint32_t)(int8_t)(x >> 16) << 16);
     odd |= (int32_t)((uint32_t)(int8_t)(x >> 24) << 16);
@@ -689,7 +679,7 @@ INLINE void multiply_columns(const Product *a, int p, int input, int C) {
     const char *panel = a->W->at + p * panel_bytes(a->W);
     float *out = a->out + input * padded(a->W->rows) + (size_t)p * PANEL;
     if (a->W->group) {
-        const int R = fitting(REGISTERS / 2, C);
+        const int R = fitting(WIDTH == 16 ? REGISTERS : REGISTERS / 2, C);  // the sums of floats may wait in the cache
         for (int first = 0; first < PANEL; first += R * WIDTH) multiply_int8(a, panel, first, out, input, R, C);
     } else {
         const int R = fitting(REGISTERS, C);
@@ -1041,6 +1031,7 @@ static void matmul(const State *s, float *out, const float *x, size_t x_stride, 
 static inline float sum_lanes(Floats v) {
     typedef float Four __attribute__((vector_size(16)));
     Four sum = {0}, part;
+    if (WIDTH < 4) return v[0];
     for (int i = 0; i < WIDTH; i += 4) {
         memcpy(&part, (const char *)&v + i * sizeof(float), sizeof part);
         sum += part;
