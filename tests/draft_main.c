@@ -1,7 +1,27 @@
 // Does run.c's drafting give the logits of plain decoding, bit for bit, whatever the lengths of the drafts?
-// draft_main MODEL.bin (HEADS.bin | ngram): exit code 0 if so; prints how many guesses of each length came true.
+// And does each head guess from the state at the position before? draft_main MODEL.bin (HEADS.bin | ngram): exit code 0
+// if so; prints how many guesses of each length came true.
 #define RUN_NO_MAIN
 #include "../run.c"
+
+static int differing, guesses;
+
+// Compares the guesses of d's last pass with the best of each head's float32 logits, straight from the file.
+static void check_guesses(const Drafter *d, const Map *file, const float *state) {
+    int D = d->m->config.dim, V = d->m->config.vocab_size;
+    for (int i = 1; i < d->fed && d->at == 0; i++) {
+        const float *head = (const float *)(const void *)(file->at + 28) + (size_t)(i - 1) * V * D;
+        int best = 0;
+        double most = -1e30;
+        for (int v = 0; v < V; v++) {
+            double sum = 0.0;
+            for (int j = 0; j < D; j++) sum += (double)head[v * D + j] * state[j];
+            if (sum > most) most = sum, best = v;
+        }
+        differing += best != d->token[i];
+        guesses++;
+    }
+}
 
 int main(int argc, char **argv) {
     if (argc != 3) return 2;
@@ -10,6 +30,8 @@ int main(int argc, char **argv) {
     int V = one.config.vocab_size, S = one.config.seq_len, prompt[40] = {BOS};
     Sampler s = {V, 1.0f, 0.9f, 7, allocate(padded(V), sizeof(float), "p"), allocate(V, sizeof(Candidate), "c")};
     uint64_t lengths = 99;
+    Map file = d.head ? map_file(argv[2], "heads file") : (Map){0};
+    float *state = allocate(one.config.dim, sizeof *state, "s");
     for (int given = 1; given <= 40; given += 13) {  // one token, and prompts of one batch and more
         for (int i = 1; i < given; i++) prompt[i] = 3 + i % 5;
         const float *a = begin(&plain, prompt, given, 0), *b = begin(&d, prompt, given, 0);
@@ -19,10 +41,14 @@ int main(int argc, char **argv) {
             s.temperature = given == 1 ? 0.0f : 1.0f;
             int token = sample(&s, a);
             d.rounds = (int)(random_f32(&lengths) * (float)(d.most + 1));  // length: most - rounds
+            memcpy(state, one.s.xb + plain.row * one.config.dim, one.config.dim * sizeof *state);
             a = advance(&plain, token, pos);
             b = advance(&d, token, pos);
+            if (d.head) check_guesses(&d, &file, state);
+            if (pos == given && differing * 20 > guesses) die("the first guesses after a prompt of %d differ", given);
         }
     }
+    if (differing * 20 > guesses) die("%d of %d guesses are not the heads'", differing, guesses);  // heads are rounded
     if (plain.passes != plain.tokens || d.passes >= d.tokens) die("%d passes", (int)d.passes);
     for (int i = 1; i <= d.most; i++) printf("%d ", (int)d.hits[i]);
     return 0;
