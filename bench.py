@@ -28,7 +28,7 @@ from model import ModelArgs, Transformer
 from tinystories import read_stories
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build"
+BUILD, MODELS = ROOT / "build", ROOT / "out" / "bench"
 STEPS = 256
 SIZES = {  # dim, hidden_dim, layers, heads, kv heads, vocabulary: stories260K's shape, and llama2.c's three larger ones
     "260K": (64, 172, 5, 8, 4, 512), "15M": (288, 768, 6, 6, 6, 32000), "42M": (512, 1376, 8, 8, 8, 32000),
@@ -88,7 +88,7 @@ def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> N
     read = compile_c("read", BUILDS["run"], "tests/read_main.c")
     rows, speeds = [], {}
     for size in tqdm(sizes, desc="sizes", file=sys.stderr):
-        models = ROOT / "out" / "bench" / size
+        models = MODELS / size
         random_model(size, models)
         cases = [("scalar fp32", 1), *itertools.product(list(VARIANTS)[1:], threads)]
         if size == "260K":

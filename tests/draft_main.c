@@ -44,8 +44,9 @@ int main(int argc, char **argv) {
             memcpy(state, one.s.xb + plain.row * one.config.dim, one.config.dim * sizeof *state);
             a = advance(&plain, token, pos);
             b = advance(&d, token, pos);
+            int before = differing;
             if (d.head) check_guesses(&d, &file, state);
-            if (pos == given && differing * 20 > guesses) die("the first guesses after a prompt of %d differ", given);
+            if (pos == given && differing > before) die("the first guesses after a prompt of %d differ", given);
         }
     }
     if (differing * 20 > guesses) die("%d of %d guesses are not the heads'", differing, guesses);  // heads are rounded
