@@ -1,19 +1,20 @@
 /*
 run.c: run a small Llama in plain C. One file, one program, libc and libm.
 
-It reads a model file (llama2.c's version 0: seven ints, then float32 weights) and a tokenizer file, and then
+It reads a model file (llama2.c's versions 0 and 1, float32, or 2, int8) and a tokenizer file, and then
   generate   continues a prompt: BOS and the prompt go in, tokens come out until BOS or the step limit (default)
   chat       holds a conversation in Llama-2's chat template
   score      prints the mean negative log-likelihood, in nats per token, of the text on standard input
+With -d it guesses tokens ahead and tells the same text sooner.
 
-Build:  cc -O3 -march=native -o run run.c -lm       (for large models on several cores: -fopenmp)
+Build:  cc -O3 -march=native -pthread -o run run.c -lm
 Run:    ./run model.bin -z tokenizer.bin -t 0 -n 200 -i "Once upon a time"
 Flags:  ./run --help
 
 The story goes to standard output, all else to standard error; anything wrong ends in a message and exit code 1.
-Left out on purpose: training, several conversations at once, GPUs, big-endian machines, Windows.
+Left out on purpose: training, several conversations at once, GPUs, big-endian machines.
 
-The file follows the data: text -> tokens -> model file -> logits -> next token -> text.
+The file follows the data: text -> tokens -> model file -> packed matrices -> logits -> guesses -> next token -> text.
 Letters in shapes:
   D dim   H hidden_dim   L n_layers   V vocab_size   S seq_len (the context)
   hd = D / n_heads, the size of a head   K = n_kv_heads * hd, the size of all keys of one position
@@ -45,6 +46,8 @@ Letters in shapes:
 #include <io.h>
 #else
 #include <sys/mman.h>
+#endif
+#ifdef __APPLE__
 #include <sys/resource.h>
 #endif
 #ifdef __AVX2__
@@ -82,15 +85,15 @@ static void *allocate(uint64_t n, size_t element, const char *what) {
     return p;
 }
 
-// Zeroed memory that lives as long as the program, on a cache line's border. Small buffers lie side by side, so that the
-// whole of a small model is in one huge page, where the system has such: fewer misses of the TLB and in the caches.
+// Zeroed memory that lives as long as the program, on a cache line's border. Small buffers lie side by side, so that
+// the whole of a small model is in one huge page, where the system has such: fewer misses of the TLB and in the caches.
 static void *buffer(uint64_t n, size_t element, const char *what) {
 #ifdef SEPARATE_BUFFERS  // for sanitizers, which see where each ends
     return allocate(n, element, what);
 #endif
     enum { LINE = 64, PAGE = 1 << 21 };
     static char *free_at, *end;
-    uint64_t most = SIZE_MAX / 2 / element, lines = n < most ? (n * element + LINE - 1) / LINE * LINE : SIZE_MAX;
+    uint64_t bytes = n < SIZE_MAX / 2 / element ? n * element : SIZE_MAX / 2, lines = (bytes + LINE - 1) / LINE * LINE;
     if (lines > (uint64_t)(end - free_at)) {
         uint64_t size = lines / PAGE * PAGE + 2 * PAGE;  // of which up to one is lost in front
         char *p = allocate(size, 1, what);
@@ -457,8 +460,8 @@ static struct {
 } pool = {.threads = 1};
 
 static void work_share(int thread) {
-    int64_t end = (int64_t)pool.pieces * (thread + 1) / pool.threads;
-    for (int64_t i = (int64_t)pool.pieces * thread / pool.threads; i < end; i++) pool.work(pool.context, (int)i, thread);
+    int64_t n = pool.pieces, end = n * (thread + 1) / pool.threads;
+    for (int64_t i = n * thread / pool.threads; i < end; i++) pool.work(pool.context, (int)i, thread);
 }
 
 // Waits a moment: at first in a few cycles, then giving way to other programs, then, when nothing has come for so long
@@ -512,7 +515,7 @@ static void parallel(Work *work, void *context, int pieces, double cost) {
 //            64 scales as floats. A weight is (byte - 128) * scale; inputs are rounded in the same groups.
 // Rows beyond the last are zero.
 
-enum { PANEL = 64, COLUMNS = 4 };
+enum { PANEL = 64, COLUMNS = 4, MAX_GROUP = 1 << 15 };  // the last: so that sums of int8 products fit 32 bits
 
 typedef struct {
     char *at;   // panels(rows) of panel_bytes each
@@ -539,19 +542,18 @@ static Matrix new_matrix(int rows, int n, int group) {
 // may be fewer than PANEL.
 static void interleave(const Matrix *m, int p, const char *const *row, const char *const *scale, int count) {
     char *to = m->at + p * panel_bytes(m);
-    int unit = 4;  // bytes that stay together: one float or four int8
-    for (int j = 0; j < (m->group ? m->n / 4 : m->n); j++) {
+    size_t unit = 4;  // bytes that stay together: one float or four int8
+    int units = m->group ? m->n / 4 : m->n, units_of_group = m->group ? m->group / 4 : m->n;
+    for (int j = 0; j < units; j++, to += PANEL * unit) {
         for (int r = 0; r < count; r++) {
             uint32_t bits;
-            memcpy(&bits, row[r] + (size_t)j * unit, sizeof bits);
+            memcpy(&bits, row[r] + j * unit, sizeof bits);
             if (m->group) bits ^= 0x80808080u;  // int8 to int8 + 128
             memcpy(to + r * unit, &bits, sizeof bits);
         }
+        if (!m->group || (j + 1) % units_of_group) continue;
         to += PANEL * unit;
-        if (!m->group || (j + 1) * 4 % m->group) continue;
-        for (int r = 0; r < count; r++)
-            memcpy(to + r * sizeof(float), scale[r] + ((j + 1) * 4 / m->group - 1) * sizeof(float), sizeof(float));
-        to += PANEL * sizeof(float);
+        for (int r = 0; r < count; r++) memcpy(to + r * unit, scale[r] + j / units_of_group * unit, sizeof(float));
     }
 }
 
@@ -600,7 +602,7 @@ typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alia
 INLINE Ints dot4(Ints sum, Ints w, int32_t x) {
 #if defined __AVX512VNNI__ && defined __AVX512F__ && !defined SCALAR
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined __AVX2__ && !defined __AVX512F__ && !defined SCALAR  // two products of 16-bit numbers at a time, bytes 0 and 2, then 1 and 3
+#elif defined __AVX2__ && !defined __AVX512F__ && !defined SCALAR  // in 16 bits: bytes 0 and 2, then 1 and 3
     int32_t even = (int8_t)x & 0xffff, odd = (int8_t)(x >> 8) & 0xffff;
     even |= (int32_t)((uint32_t)(int8_t)(x >> 16) << 16);
     odd |= (int32_t)((uint32_t)(int8_t)(x >> 24) << 16);
@@ -809,7 +811,7 @@ static Config read_config(const Map *file) {
     }
     if (versioned && first[1] == 2) {
         memcpy(&group, file->at + sizeof first + sizeof h + 1, sizeof group);
-        if (group < 4 || group % 4 || h[0] % group || h[1] % group)
+        if (group < 4 || group % 4 || group > MAX_GROUP || h[0] % group || h[1] % group)
             die("%s: the group size is %d; expected a multiple of 4 that divides dim %d and hidden_dim %d", path,
                 (int)group, (int)h[0], (int)h[1]);
     }
@@ -856,8 +858,8 @@ static void map_tensors(const Map *file, const Config *c, Tensor *tensor) {
     }
     if (bytes != file->n)
         die("%s: the file has %zu bytes; its header (version %d, dim %d, hidden_dim %d, n_layers %d, n_heads %d, "
-            "n_kv_heads %d, vocab_size %d, seq_len %d) asks for %llu", file->path, file->n, c->version, c->dim,
-            c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->vocab_size, c->seq_len, (unsigned long long)bytes);
+            "n_kv_heads %d, vocab_size %d, seq_len %d) asks for %llu", file->path, file->n, c->version, D, H,
+            c->n_layers, c->n_heads, c->n_kv_heads, V, c->seq_len, (unsigned long long)bytes);
 }
 
 static const float *norm_weights(const Model *m, int which, int layer) {
@@ -919,6 +921,8 @@ static void pack_panel(void *packing, int p, int thread) {
     free(q);
 }
 
+static int whole_row(int n) { return n % 4 || n > MAX_GROUP ? 0 : n; }  // as a group, if it can be one
+
 static Matrix pack(Packing a, int group) {
     int rows = 0;
     for (int i = 0; i < 3 && a.part[i]; i++) rows += a.part[i]->rows;
@@ -938,7 +942,7 @@ static void pack_weights(Model *m) {
                               pack((Packing){NULL, l, {&t[W1], &t[W3]}, NULL}, g),
                               pack((Packing){NULL, l, {&t[W2]}, NULL}, g)};
     m->classifier = pack((Packing){NULL, 0, {cls}, NULL}, g);
-    if (!m->greedy || g || D % 4 || (double)V * D < SCREEN_FROM) return;
+    if (!m->greedy || g || !whole_row(D) || (double)V * D < SCREEN_FROM) return;
     m->screen.norm = buffer(V, sizeof(float), "the classifier's bounds");
     m->screen.error = buffer(V, sizeof(float), "the classifier's bounds");
     m->screen.rough = pack((Packing){NULL, 0, {cls}, &m->screen}, D);
@@ -1005,7 +1009,8 @@ static Model load_model(const char *path, bool greedy, int threads) {
     m.config = read_config(&m.file);
     map_tensors(&m.file, &m.config, m.tensor);
     if (threads == 0) {
-        uint64_t worth = m.file.n / BYTES_PER_THREAD + 1, most = processors() < MAX_THREADS ? processors() : MAX_THREADS;
+        uint64_t worth = m.file.n / BYTES_PER_THREAD + 1, most = processors();
+        if (most > MAX_THREADS) most = MAX_THREADS;
         threads = (int)(worth < most ? worth : most);
     }
     start_threads(threads);
@@ -1066,7 +1071,7 @@ static void add(float *x, const float *y, int n) {
 // exp(-|x|) to a few units in the last place; from |x| = 87 on it stays at exp(-87), next to 0. Unlike expf it
 // vectorises: 2^t = 2^k * 2^f, k an integer for the exponent bits, f in [-0.5, 0.5] for a polynomial (Cephes' exp2f).
 static inline Floats exp_minus_abs(Floats x) {
-    Ints bits = (Ints)x & 0x7fffffff, over = bits > 0x42ae0000;  // 87.0f; positive floats are in the order of their bits
+    Ints bits = (Ints)x & 0x7fffffff, over = bits > 0x42ae0000;  // 87.0f; positive floats are ordered as their bits
     bits = (bits & ~over) | (0x42ae0000 & over);
     Floats t = (Floats)bits * -1.44269504f;
     Ints k = __builtin_convertvector(t - 0.5f, Ints);
@@ -1154,8 +1159,8 @@ static float *cached(float *cache, uint64_t positions, const Config *c, int laye
     return cache + ((size_t)layer * c->n_kv_heads + kv_head) * positions * c->head_size;
 }
 
-// The query heads of one token that share a key head, over everything up to it in the cache: piece i * n_kv_heads + h is
-// key head h for token i.
+// The query heads of one token that share a key head, over everything up to it in the cache: piece i * n_kv_heads + h
+// is key head h for token i.
 static void attend(void *attention, int piece, int thread) {
     const Attention *a = attention;
     const Config *c = &a->m->config;
@@ -1188,8 +1193,8 @@ static void cache_position(Model *m, int layer, int pos, float *q) {
     rope(q, c->dim + c->kv_dim, hd, m->s.rope_cos + angle, m->s.rope_sin + angle);  // q and k
     for (int i = 0; i < c->dim; i++) q[i] *= scale;
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
-        float *key = cached(m->s.key, padded(c->seq_len), c, layer, h) + (size_t)(pos / PANEL) * PANEL * hd + pos % PANEL;
-        for (int j = 0; j < hd; j++) key[j * PANEL] = k[j];
+        float *key = cached(m->s.key, padded(c->seq_len), c, layer, h) + (size_t)(pos / PANEL) * PANEL * hd;
+        for (int j = 0; j < hd; j++) key[j * PANEL + pos % PANEL] = k[j];
         memcpy(cached(m->s.value, c->seq_len, c, layer, h) + (size_t)pos * hd, v, hd * sizeof(float));
     }
 }
@@ -1265,10 +1270,10 @@ static void classify(Model *m, float *logits, const float *x, int N) {
 
 static void embed(const Model *m, int token, float *x) {
     const Tensor *t = &m->tensor[TOK];
-    const char *scale = NULL, *row = tensor_row(t, 0, token, &scale);
+    const char *scales = NULL, *row = tensor_row(t, 0, token, &scales);
+    const float *scale = (const float *)(const void *)scales;
     if (!t->group) memcpy(x, row, t->n * sizeof(float));
-    else
-        for (int j = 0; j < t->n; j++) x[j] = (float)(int8_t)row[j] * ((const float *)(const void *)scale)[j / t->group];
+    for (int j = 0; t->group && j < t->n; j++) x[j] = (float)(int8_t)row[j] * scale[j / t->group];
 }
 
 // Feeds N <= BATCH tokens at positions pos, pos + 1, ..., after 0..pos-1 have been fed. Returns the logits after each
@@ -1312,7 +1317,7 @@ static int argmax(const float *x, int n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Drafting: guesses of the next tokens go through the layers together with the token at hand. Where the sampler then
 // takes what was guessed, its logits are there already (block-wise parallel decoding, Stern et al. 2018, for exactly
-// the tokens of plain decoding). Where it takes another, the rest of the batch is forgotten: the cache goes on from there.
+// the tokens of plain decoding). Where it takes another, the rest is forgotten, and the cache goes on from there.
 
 enum { HEADS_MAGIC = 0x64616568, HEADS_FIELDS = 7, LINEAR = 1, NGRAM_DRAFT = 7 };  // the bytes "head"
 
@@ -1354,7 +1359,7 @@ static void load_heads(Drafter *d, const char *path) {
     memcpy(h, file.at, sizeof h);
     if (h[0] != HEADS_MAGIC) die("%s: is no heads file: it begins with %08x; expected %08x", path, h[0], HEADS_MAGIC);
     if (h[1] != 1 || h[2] != LINEAR)
-        die("%s: version %u, heads of type %u; this program reads version 1, type %d (linear)", path, h[1], h[2], LINEAR);
+        die("%s: version %u, heads of type %u; this program reads version 1, type 1 (linear)", path, h[1], h[2]);
     if (h[3] < 1 || h[3] >= BATCH) die("%s: has %u heads; expected 1 to %d", path, h[3], BATCH - 1);
     if (h[4] != (uint32_t)c->dim || h[5] != (uint32_t)c->vocab_size)
         die("%s: heads of dim %u, vocab_size %u; the model has %d and %d", path, h[4], h[5], c->dim, c->vocab_size);
@@ -1371,7 +1376,7 @@ static void load_heads(Drafter *d, const char *path) {
         die("%s: holds numbers that are not finite", path);
     // A wrong guess costs time and nothing else, so heads are rounded.
     for (int i = 0; i < d->most; i++)
-        d->head[i] = pack((Packing){NULL, i, {&t}, NULL}, c->dim % 4 ? 0 : c->dim);
+        d->head[i] = pack((Packing){NULL, i, {&t}, NULL}, whole_row(c->dim));
 }
 
 static Drafter new_drafter(Model *m, const char *how) {
@@ -1392,7 +1397,7 @@ static const float *begin(Drafter *d, const int *token, int n, int pos) {
     return feed(d->m, token, n, pos);
 }
 
-// What followed the last two tokens, or else the last one, the time before. Returns how many tokens that are, at most k.
+// What followed the last two tokens, or else the last one, the time before. Returns how many tokens, at most k.
 static int guess_from_history(const int *history, int n, int *guess, int k) {
     for (int length = 2; length > 0; length--)
         for (int end = n - 1; end >= length; end--) {
@@ -1792,7 +1797,8 @@ static Options parse_options(int argc, char **argv) {
             case 'j': o.threads = parse_integer('j', value); break;
         }
     }
-    if (o.threads > MAX_THREADS) die("-j %llu: expected at most %d threads", (unsigned long long)o.threads, MAX_THREADS);
+    if (o.threads > MAX_THREADS)
+        die("-j %llu: expected at most %d threads", (unsigned long long)o.threads, MAX_THREADS);
     if (o.prompt && !strcmp(o.mode, "score")) die("-i: -m score reads its text from standard input");
     if (o.draft && !strcmp(o.mode, "score")) die("-d: -m score has nothing to guess");
     if (o.seed == 0) o.seed = (uint64_t)time(NULL);
