@@ -656,7 +656,8 @@ def test_encode_equals_sentencepiece(build, tmp_path, kind):
     pieces[1:3] = SPECIAL[1:3]
     write_tokenizer(tmp_path / "tok.bin", pieces, [oracle.get_score(i) for i in range(400)])
     alphabet = sorted(set("".join(lines))) + list("\n\u2581<>0x") + ["\u00fc", "\u4e2d", "  "]
-    texts = AWKWARD + lines + ["".join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(500)]
+    count = 10_000 if kind == "plain" else 500
+    texts = AWKWARD + lines + ["".join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(count)]
     got = encode_all(build(kind, "tests/encode_main.c"), tmp_path / "tok.bin", 400, [t.encode() for t in texts])
     for text, ids in zip(texts, got, strict=True):
         assert ids == [1] + oracle.encode(text), text
