@@ -451,17 +451,27 @@ enum { MAX_THREADS = 64, SPINS = 4000, YIELDS = 1000 };
 enum { PARALLEL_FROM = 1 << 15 };  // multiply-adds; for fewer, the meeting of the threads costs more than it saves
 
 static struct {
-    int threads;              // the caller among them
-    Work *work;               // of this round, with its context and its number of pieces
+    int threads;                  // the caller among them
+    Work *work;                   // of this round
     void *context;
-    int pieces;
-    atomic_uint round;        // one more: there is work
-    atomic_int busy;          // workers that are not done
+    atomic_uint_fast64_t ticket;  // round << 32 | pieces that nobody has taken
+    atomic_int left;              // pieces that are not done
 } pool = {.threads = 1};
 
-static void work_share(int thread) {
-    int64_t n = pool.pieces, end = n * (thread + 1) / pool.threads;
-    for (int64_t i = n * thread / pool.threads; i < end; i++) pool.work(pool.context, (int)i, thread);
+// Takes a part of the pieces that are left, and does them; false if there are none. What a thread does not come to,
+// because another program has its processor, the others do. Of an older round nothing can be taken: its ticket is gone.
+static bool take_share(int thread) {
+    uint_fast64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
+    int left, n;
+    do {
+        left = (int)(ticket & 0xffffffffu);
+        n = (left + 2 * pool.threads - 1) / (2 * pool.threads);
+        if (left == 0) return false;
+    } while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - (unsigned)n, memory_order_acq_rel,
+                                                    memory_order_acquire));
+    for (int i = left - n; i < left; i++) pool.work(pool.context, i, thread);
+    atomic_fetch_sub_explicit(&pool.left, n, memory_order_release);
+    return true;
 }
 
 // Waits a moment: at first in a few cycles, then giving way to other programs, then, when nothing has come for so long
@@ -475,11 +485,9 @@ static void wait_a_moment(int tries) {
 }
 
 static void *worker(void *thread) {
-    for (unsigned seen = 0;; seen++) {
-        for (int tries = 0; atomic_load_explicit(&pool.round, memory_order_acquire) == seen; tries += tries < INT_MAX)
-            wait_a_moment(tries);
-        work_share((int)(intptr_t)thread);
-        atomic_fetch_sub_explicit(&pool.busy, 1, memory_order_release);
+    for (int tries = 0;; tries += tries < INT_MAX) {
+        if (take_share((int)(intptr_t)thread)) tries = 0;
+        else wait_a_moment(tries);
     }
     return NULL;
 }
@@ -500,11 +508,11 @@ static void parallel(Work *work, void *context, int pieces, double cost) {
     }
     pool.work = work;
     pool.context = context;
-    pool.pieces = pieces;
-    atomic_store_explicit(&pool.busy, pool.threads - 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&pool.round, 1, memory_order_release);  // publishes all of the above
-    work_share(0);
-    for (int tries = 0; atomic_load_explicit(&pool.busy, memory_order_acquire); tries++) wait_a_moment(tries);
+    atomic_store_explicit(&pool.left, pieces, memory_order_relaxed);
+    uint_fast64_t round = atomic_load_explicit(&pool.ticket, memory_order_relaxed) >> 32;
+    atomic_store_explicit(&pool.ticket, (round + 1) << 32 | (unsigned)pieces, memory_order_release);
+    while (take_share(0)) continue;
+    for (int tries = 0; atomic_load_explicit(&pool.left, memory_order_acquire); tries++) wait_a_moment(tries);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
