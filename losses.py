@@ -24,6 +24,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+
+WHOLE = 1 << 24  # a head's logits are formed all at once up to so many (64 MiB), else a CHUNK of them at a time
+CHUNK = 1 << 21  # 8 MiB
+IGNORED = -100  # a target that does not count, as F.cross_entropy has it
+
+
+def chunk_rows(positions: int, vocab_size: int) -> int | None:
+    """How many positions' logits are formed at a time; None: all of them.
+
+    A chunk's gradients are made while its logits are at hand, so memory does not grow with positions
+    or heads (Gloeckle et al. 2024, section 2). For a small vocabulary whole logits are as fast.
+    """
+    return None if positions * vocab_size <= WHOLE else max(1, CHUNK // vocab_size)
 
 
 class Loss(NamedTuple):
@@ -64,6 +78,20 @@ def ahead_loss(logits: Tensor, y: Tensor, i: int, valid: Tensor) -> Loss:
     return masked_mean(loss.view_as(valid), valid)
 
 
+@torch.compiler.disable
+def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Loss:
+    """The same from a readout - .features (B, T, D), .weight (V, D) - the logits of `rows` positions at a time."""
+    length, count = valid.shape[1], valid.sum()
+    target = y[:, i : i + length].masked_fill(~valid, IGNORED).flatten()
+    if target.numel() == 0:  # of which linear_cross_entropy makes no chunks
+        return masked_mean(head.features.new_zeros(valid.shape), valid)
+    with torch.autocast(head.features.device.type, enabled=False):
+        total = F.linear_cross_entropy(head.features[:, :length].flatten(0, 1).float(), head.weight.float(), target,
+                                       reduction="sum", ignore_index=IGNORED,
+                                       options=LinearCrossEntropyOptions(batch_chunk_size=rows))
+    return Loss(total / count.clamp(min=1), count)
+
+
 def consistency_loss(teacher: Tensor, student: Tensor, i: int, valid: Tensor) -> Loss:
     """Consistency_i: KL(softmax(teacher[t+i]) || softmax(student[t])), summed over V. Both (B, T, V).
 
@@ -75,6 +103,55 @@ def consistency_loss(teacher: Tensor, student: Tensor, i: int, valid: Tensor) ->
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # F.kl_div takes q first
     return masked_mean(kl, valid)
 
+
+class ChunkedDivergence(torch.autograd.Function):
+    """Sum over rows of counts * KL(softmax(teacher) || softmax(student)); logits are features times weight transposed.
+
+    Like F.linear_cross_entropy in chunks it has its gradients ready after the forward pass: that of
+    KL by the student's logits is softmax(student) - softmax(teacher). teacher, features: (N, D),
+    weights: (V, D), counts: (N, 1), 1 where a row counts, else 0; the teacher gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, teacher, teacher_weight, features, weight, counts, rows: int, wants_gradients: bool):
+        total = features.new_zeros(())
+        to_features, to_weight = torch.empty_like(features), torch.zeros_like(weight)
+        for start in range(0, len(features), rows):
+            part = slice(start, start + rows)
+            log_p = F.log_softmax(F.linear(teacher[part], teacher_weight), dim=-1)
+            log_q = F.log_softmax(F.linear(features[part], weight), dim=-1)
+            kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1, keepdim=True)
+            total += torch.where(counts[part] > 0, kl, 0.0).sum()
+            if wants_gradients:
+                to_logits = log_q.exp_().sub_(log_p.exp_()).mul_(counts[part])
+                torch.mm(to_logits, weight, out=to_features[part])
+                to_weight.addmm_(to_logits.T, features[part])
+        ctx.save_for_backward(to_features, to_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        to_features, to_weight = ctx.saved_tensors
+        return None, None, gradient * to_features, gradient * to_weight, None, None, None
+
+
+@torch.compiler.disable  # a loop over chunks would be unrolled
+def chunked_consistency_loss(teacher, student, i: int, valid: Tensor, rows: int) -> Loss:
+    """The same from both readouts, the logits of `rows` positions at a time."""
+    length, count = valid.shape[1], valid.sum()
+    with torch.autocast(valid.device.type, enabled=False):
+        total = ChunkedDivergence.apply(
+            teacher.features[:, i : i + length].detach().flatten(0, 1).float(), teacher.weight.detach().float(),
+            student.features[:, :length].flatten(0, 1).float(), student.weight.float(),
+            valid.reshape(-1, 1).float(), rows, torch.is_grad_enabled())
+    return Loss(total / count.clamp(min=1), count)
+
+
+def chunked_hits(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Tensor:
+    """Where the head's best token is y[t+i]: bool, the shape of `valid`."""
+    length = valid.shape[1]
+    best = [F.linear(part, head.weight).argmax(-1) for part in head.features[:, :length].flatten(0, 1).split(rows)]
+    return torch.cat(best).view_as(valid) == y[:, i : i + length]
 
 def parse_name(name: str) -> tuple[str, int]:
     """'nitp_2' -> ('nitp', 2); 'ntp' -> ('ntp', 0)."""
@@ -90,7 +167,7 @@ def all_losses(n_future_heads: int) -> tuple[str, ...]:
 class Objective(nn.Module):
     """A model with its losses as one module, so that DDP and torch.compile see a whole step.
 
-    model: has trunk(x) -> h and readout(h, i) with .logits(), as model.Transformer has.
+    model: has trunk(x) -> h and readout(h, i) -> Readout, as model.Transformer has.
     bos: the token that starts a document, if future targets are to stay inside theirs (valid_positions); or None.
     """
 
@@ -107,21 +184,27 @@ class Objective(nn.Module):
         """
         h = self.model.trunk(x)
         heads = sorted({parse_name(name)[1] for name in names} | {0})
-        # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
-        logits = {i: self.model.readout(h, i).logits().float() for i in heads}
+        readouts = {i: self.model.readout(h, i) for i in heads}
         valid = {i: valid_positions(y, i, self.bos) for i in heads}
+        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0])
+        # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
+        logits = {} if rows else {i: readout.logits().float() for i, readout in readouts.items()}
         losses = {}
         for name in names:
             kind, i = parse_name(name)
-            if kind == "consistency":
+            if kind == "consistency" and rows:
+                losses[name] = chunked_consistency_loss(readouts[0], readouts[i], i, valid[i], rows)
+            elif kind == "consistency":
                 losses[name] = consistency_loss(logits[0], logits[i], i, valid[i])
+            elif rows:
+                losses[name] = chunked_ahead_loss(readouts[i], y, i, valid[i], rows)
             else:
                 losses[name] = ahead_loss(logits[i], y, i, valid[i])
-        if accuracy:
-            for i in heads:
-                length = valid[i].shape[1]
-                hit = logits[i][:, :length].argmax(-1) == y[:, i : i + length]
-                losses[f"acc_{i}"] = masked_mean(hit.float(), valid[i])
+        for i in heads if accuracy else ():
+            length = valid[i].shape[1]
+            hits = (chunked_hits(readouts[i], y, i, valid[i], rows) if rows else
+                    logits[i][:, :length].argmax(-1) == y[:, i : i + length])
+            losses[f"acc_{i}"] = masked_mean(hits.float(), valid[i])
         return losses
 
     def counts(self, y: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:

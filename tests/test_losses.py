@@ -6,9 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import losses
 from losses import Objective, all_losses, loss_weights, schedule, valid_positions, weighted_total
+from model import ModelArgs, Readout, Transformer
 
 BOS = 1
+
+
+@pytest.fixture(params=["whole", "chunks"])
+def chunks(request, monkeypatch):
+    """Each test that asks for this runs with whole logits, and with those of four positions at a time."""
+    if request.param == "chunks":
+        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size: 4)
+
 
 
 class Table(torch.nn.Module):
@@ -24,7 +34,7 @@ class Table(torch.nn.Module):
 
     def readout(self, h, i):
         self.read.add(i)
-        return SimpleNamespace(logits=lambda: self.tables[i])
+        return Readout(self.tables[i], torch.eye(self.tables[i].shape[-1], dtype=self.tables[i].dtype))
 
 
 def random_case(n: int, boundaries: bool, B=3, T=9, V=7, seed=0):
@@ -63,7 +73,7 @@ def slow_losses(x, y, tables, n: int, masked: bool) -> dict:
 
 @pytest.mark.parametrize("boundaries,masked", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked):
+def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, chunks):
     x, y, logits = random_case(n, boundaries, seed=n)
     weights = {name: 0.3 + 0.1 * k for k, name in enumerate(all_losses(n))}  # all different: a swap shows
 
@@ -83,7 +93,7 @@ def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked):
         torch.testing.assert_close(fast.model.tables[i].grad, slow[i].grad, rtol=1e-4, atol=1e-7)
 
 
-def test_a_perfect_student_has_no_consistency_loss():
+def test_a_perfect_student_has_no_consistency_loss(chunks):
     """Head i that says at t what the NTP head says at t+i: the shift itself, without a reference."""
     x, y, logits = random_case(2, False)
     for i in (1, 2):
@@ -93,7 +103,7 @@ def test_a_perfect_student_has_no_consistency_loss():
     assert got["consistency_2"].mean.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_consistency_is_forward_kl_and_its_teacher_is_detached():
+def test_consistency_is_forward_kl_and_its_teacher_is_detached(chunks):
     """KL(teacher || student) by hand on one position: teacher (.9, .1), student (.5, .5)."""
     teacher, student = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
     tables = [torch.stack([torch.zeros(2), teacher])[None], torch.stack([student, torch.zeros(2)])[None]]
@@ -106,7 +116,7 @@ def test_consistency_is_forward_kl_and_its_teacher_is_detached():
     assert objective.model.tables[1].grad.abs().sum() > 0
 
 
-def test_each_loss_reaches_its_own_head_and_nothing_else():
+def test_each_loss_reaches_its_own_head_and_nothing_else(chunks):
     x, y, logits = random_case(3, False)
     for name in all_losses(3):
         objective = Objective(Table(logits))
@@ -124,7 +134,7 @@ def test_a_head_that_no_loss_asks_for_is_not_run():
 
 
 @pytest.mark.parametrize("n,T", [(3, 3), (5, 2), (1, 1)])
-def test_no_valid_target_gives_zero_not_nan(n, T):
+def test_no_valid_target_gives_zero_not_nan(n, T, chunks):
     x, y, logits = random_case(n, False, T=T)
     objective = Objective(Table(logits))
     got = objective(x, y, all_losses(n), accuracy=True)
@@ -177,7 +187,7 @@ def test_accuracy_is_top_1_of_each_head_at_its_own_target():
     assert got["acc_2"].mean.item() == pytest.approx(2 / 3)
 
 
-def test_micro_batches_add_up_to_the_whole_batch():
+def test_micro_batches_add_up_to_the_whole_batch(chunks):
     """Also where document ends leave them unequal numbers of targets."""
     x, y, logits = random_case(2, True, B=4, seed=5)
     y[0] = BOS  # a micro-batch nearly without future targets
@@ -195,6 +205,49 @@ def test_micro_batches_add_up_to_the_whole_batch():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("name", all_losses(2))
+def test_chunks_equal_the_whole_with_a_real_model(name, monkeypatch):
+    """Gradients of trunk and heads, through unembeddings that are tied and shared by several losses."""
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, n_future_heads=2))
+    x, y = torch.randint(0, 300, (2, 3, 20))
+    results = []
+    for rows in (None, 7):
+        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size, rows=rows: rows)
+        model.zero_grad()
+        got = Objective(model, bos=BOS)(x, y, ("ntp", name), accuracy=True)
+        (got["ntp"].mean + 0.3 * got[name].mean).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*(loss.mean for loss in got.values()), *gradients])
+    assert len(results[0]) == len(results[1]) > 12
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_a_large_vocabulary_never_has_all_its_logits():
+    """No tensor of the step, forward or backward, is larger than a chunk, the weights aside."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor) and t.shape[-1:] == (V,):
+                    Largest.numel = max(Largest.numel, t.numel())
+            return out
+
+    V, B, T = 20_000, 4, 300
+    assert B * T * V > losses.WHOLE
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=V, n_future_heads=1))
+    x, y = torch.randint(0, V, (2, B, T))
+    with Largest():
+        got = Objective(model)(x, y, all_losses(1), accuracy=True)
+        sum(loss.mean for name, loss in got.items() if not name.startswith("acc")).backward()
+    assert 0 < Largest.numel <= losses.CHUNK
+
+
 class SimpleRows(torch.nn.Module):
     """Some rows of a Table, sharing its parameters."""
 
@@ -206,7 +259,8 @@ class SimpleRows(torch.nn.Module):
         return x
 
     def readout(self, h, i):
-        return SimpleNamespace(logits=lambda: self.table.tables[i][self.rows])
+        features, weight = self.table.readout(h, i)
+        return Readout(features[self.rows], weight)
 
 
 # ---------------------------------------------------------------------------------------------
