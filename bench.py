@@ -14,6 +14,8 @@ import itertools
 import os
 import platform
 import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,8 +43,10 @@ VARIANTS = {  # name: (build, version of the file)
 
 def compile_c(name: str, flags: str, source: str = "run.c") -> Path:
     BUILD.mkdir(exist_ok=True)
-    command = [os.environ.get("CC", "cc"), *flags.split(), "-pthread", "-o", BUILD / name, ROOT / source, "-lm"]
-    subprocess.run(command, check=True)
+    cc = os.environ.get("CC", "cc").split()
+    command = [*cc, *flags.split(), "-pthread", "-o", BUILD / name, ROOT / source, "-lm"]
+    if not shutil.which(command[0]) or subprocess.run(command, check=False).returncode:
+        raise ValueError(f"cannot compile {source}: {shlex.join(map(str, command))}")
     return BUILD / name
 
 
@@ -64,13 +68,21 @@ def random_model(size: str, folder: Path) -> None:
     write_trunk(model, folder / "v2.bin", 2)
 
 
-def told(command: list, pattern: str = r"achieved tok/s: ([0-9.]+)") -> tuple[float, str, bytes]:
-    """A run's tokens a second, what it said of itself, and its story."""
+def told(command: list) -> tuple[float, str, bytes]:
+    """A run's tokens a second (0 for a story that ends where it begins), what it said of itself, and its story."""
     done = subprocess.run([str(c) for c in command], capture_output=True, check=False)
     said = done.stderr.decode(errors="replace")
-    if done.returncode or not re.search(pattern, said):
-        sys.exit(f"bench.py: {' '.join(map(str, command))}: {said}")
-    return float(re.search(pattern, said).group(1)), said, done.stdout
+    if done.returncode:
+        raise ValueError(f"{shlex.join(map(str, command))}: {said}")
+    speed = re.search(r"achieved tok/s: ([0-9.]+)", said)
+    return float(speed.group(1)) if speed else 0.0, said, done.stdout
+
+
+def positive(text: str) -> int:
+    """A number of the command line that must be at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 up, found {text!r}")
+    return int(text)
 
 
 def machine() -> str:
@@ -163,17 +175,21 @@ def draft(model: Path, heads: Path, stories: Path, prompts: int, temperature: fl
             command = [run, model, "-t", temperature, "-s", 1, "-n", 0, "-i", prompt, *flags]
             rate, said, text = told(command)
             texts.add(text)
+            if rate == 0.0:
+                break
             speed[kind].append(rate)
             report = re.search(r"drafting: ([0-9.]+) tokens a pass; guesses that came true:(.*)", said)
             if report:
                 passes[kind].append(float(report.group(1)))
                 hits[kind].append([[int(n) for n in pair.split("/")] for pair in report.group(2).split()])
         if len(texts) > 1:
-            sys.exit(f"bench.py: drafting changed the story that begins with {prompt!r}")
+            raise ValueError(f"drafting changed the story that begins with {prompt!r}")
     print(f"{model}, temperature {temperature}, {len(beginnings)} prompts, {machine()}\n")
     print("| drafts | tokens/s | x plain | tokens a pass | guesses that came true, by distance |")
     print("|---|---|---|---|---|")
     for kind in kinds:
+        if not speed[kind]:
+            raise ValueError("every story ended where it began")
         ratio = statistics.median(a / b for a, b in zip(speed[kind], speed["plain"], strict=True))
         sums = [[sum(column) for column in zip(*pairs, strict=True)] for pairs in zip(*hits[kind], strict=True)]
         shares = ", ".join(f"{right / tried:.0%} of {tried}" if tried else "-" for right, tried in sums)
@@ -186,14 +202,14 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("decode", help="tokens a second by size, precision and threads")
     p.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
-    p.add_argument("--rounds", type=int, default=7, help="default: 7")
-    p.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    p.add_argument("--rounds", type=positive, default=5, help="default: 5")
+    p.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
     p.add_argument("--folder", type=Path, default=ROOT / "doc", help="for decode.md and decode.svg; default: doc")
     p = commands.add_parser("draft", help="drafting against plain decoding on the beginnings of stories")
-    p.add_argument("model", type=Path)
-    p.add_argument("heads", type=Path)
+    p.add_argument("model", type=Path, help="as export.py writes it")
+    p.add_argument("heads", type=Path, help="its heads, from export.py --heads")
     p.add_argument("stories", type=Path, help="a text as in data/<dataset>/val.txt")
-    p.add_argument("--prompts", type=int, default=60, help="default: 60")
+    p.add_argument("--prompts", type=positive, default=60, help="default: 60")
     p.add_argument("--temperature", type=float, default=0.0, help="default: 0")
     args = vars(parser.parse_args(argv))
     {"decode": decode, "draft": draft}[args.pop("command")](**args)

@@ -1,7 +1,7 @@
 """A trained checkpoint becomes a file that run.c, and every other llama2.c port, reads.
 
     python export.py out/ckpt.pt out/model.bin                             # float32
-    python export.py out/ckpt.pt out/model.q8.bin --version=2              # int8, a quarter of the size
+    python export.py out/ckpt.pt out/model.q8.bin --version=2              # int8, a quarter to a half of the size
     python export.py out/ckpt.pt out/model.bin --heads=out/model.heads.bin # the future heads, for drafting
 
 writes the trunk and the NTP head in llama2.c's formats (doc/formats.md), never a future head, and
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: cannot read this checkpoint: {error.strerror or error}") from error
     except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(f"{path}: not a checkpoint, or a broken one: {reason}") from error
     parts = checkpoint if isinstance(checkpoint, dict) else {}
     if not all(isinstance(parts.get(k), dict) for k in ("model", "model_args")):
@@ -190,14 +190,20 @@ def trunk_checksum(model: Transformer) -> int:
     return zlib.crc32(b"".join(float_bytes(norm.weight) for norm in norms))
 
 
+def check_heads(model: Transformer, path: str | Path) -> None:
+    """ValueError if the model has no future heads to write to `path`, or more than run.c takes."""
+    if not 1 <= model.args.n_future_heads <= MAX_HEADS:
+        found = model.args.n_future_heads
+        raise ValueError(f"{path}: expected a model with 1 to {MAX_HEADS} future heads, found {found}")
+
+
 def write_heads(model: Transformer, path: str | Path) -> None:
     """Write the future heads, for drafting (`run model.bin -d model.heads.bin`).
 
-    Errors: ValueError if the model has none, or more than run.c takes, or the file cannot be written.
+    Errors: ValueError if check_heads says so, or the file cannot be written.
     """
+    check_heads(model, path)
     args = model.args
-    if not 1 <= args.n_future_heads <= MAX_HEADS:
-        raise ValueError(f"{path}: expected a model with 1 to {MAX_HEADS} future heads, found {args.n_future_heads}")
     with atomic_write(path) as f:
         f.write(struct.pack("<7I", HEADS_MAGIC, 1, HEAD_TYPES[args.head], args.n_future_heads, args.dim,
                             args.vocab_size, trunk_checksum(model)))
@@ -230,9 +236,15 @@ def main(argv: list[str]) -> None:
                         help="llama2.c's format: 0 float32 (default), 1 float32 with a longer header, 2 int8")
     parser.add_argument("--heads", type=Path, metavar="FILE", help="also write the future heads, for run's -d")
     args = parser.parse_args(argv)
+    paths = [args.checkpoint, args.out, args.out.parent / "tokenizer.bin", *([args.heads] if args.heads else [])]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"{', '.join(map(str, paths))}: expected different files for checkpoint, model, tokenizer "
+                         "and heads")
     checkpoint = read_checkpoint(args.checkpoint)
     model = Transformer(model_args_of(checkpoint, args.checkpoint))
     load_weights(model, checkpoint["model"], args.checkpoint)
+    if args.heads:
+        check_heads(model, args.heads)  # before anything is written
     write_trunk(model, args.out, args.version)
     counts = model.parameter_counts()
     print(f"wrote {args.out}: {args.out.stat().st_size:,} bytes, {counts['trunk']:,} parameters", file=sys.stderr)

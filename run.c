@@ -1,5 +1,5 @@
 /*
-run.c: run a small Llama in plain C. One file, one program, libc and libm.
+run.c: run a small Llama in plain C. One file, one program; libc, libm and threads; gcc 9, clang 10 or later.
 
 It reads a model file (llama2.c's versions 0 and 1, float32, or 2, int8) and a tokenizer file, and then
   generate   continues a prompt: BOS and the prompt go in, tokens come out until BOS or the step limit (default)
@@ -28,6 +28,7 @@ Letters in shapes:
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -50,12 +51,15 @@ Letters in shapes:
 #ifdef __APPLE__
 #include <sys/resource.h>
 #endif
-#ifdef __AVX2__
+#ifdef __AVX512VNNI__
 #include <immintrin.h>
 #endif
 
 #ifndef O_BINARY
 #define O_BINARY 0  // of Windows
+#endif
+#ifndef O_NONBLOCK
+#define O_NONBLOCK 0
 #endif
 #ifndef SCREEN_FROM
 #define SCREEN_FROM 1e6  // weights of a classifier that is worth screening (see Screen)
@@ -138,10 +142,10 @@ typedef struct {
     size_t n;
 } Map;
 
-// Maps a whole file read-only, so that a model larger than memory loads at once and pages in as it is used.
+// Maps a whole file read-only.
 static Map map_file(const char *path, const char *what) {
     struct stat st;
-    int fd = open(path, O_RDONLY | O_BINARY);
+    int fd = open(path, O_RDONLY | O_BINARY | O_NONBLOCK);  // the last: not to wait for the other end of a pipe
     if (fd < 0 || fstat(fd, &st) < 0) die("%s: cannot open the %s: %s", path, what, strerror(errno));
     if (S_ISDIR(st.st_mode)) die("%s: is a folder; expected a %s", path, what);
     if (!S_ISREG(st.st_mode)) die("%s: is not a regular file; expected a %s", path, what);
@@ -610,12 +614,6 @@ typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alia
 INLINE Ints dot4(Ints sum, Ints w, int32_t x) {
 #if defined __AVX512VNNI__ && defined __AVX512F__ && !defined SCALAR
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined __AVX2__ && !defined __AVX512F__ && !defined SCALAR  // in 16 bits: bytes 0 and 2, then 1 and 3
-    int32_t even = (int8_t)x & 0xffff, odd = (int8_t)(x >> 8) & 0xffff;
-    even |= (int32_t)((uint32_t)(int8_t)(x >> 16) << 16);
-    odd |= (int32_t)((uint32_t)(int8_t)(x >> 24) << 16);
-    return sum + (Ints)_mm256_madd_epi16((__m256i)(w & 0xff00ff), _mm256_set1_epi32(even)) +
-           (Ints)_mm256_madd_epi16((__m256i)(w >> 8 & 0xff00ff), _mm256_set1_epi32(odd));
 #else
     return sum + (w & 255) * (int8_t)x + (w >> 8 & 255) * (int8_t)(x >> 8) + (w >> 16 & 255) * (int8_t)(x >> 16) +
            (w >> 24 & 255) * (int8_t)(x >> 24);
@@ -779,7 +777,7 @@ typedef struct {
     State s;
 } Model;
 
-enum { FIELDS = 7, MAGIC = 0x616b3432, HEADER_V1 = 256 };
+enum { FIELDS = 7, MAGIC = 0x616b3432, HEADER_V1 = 256, HEADS_MAGIC = 0x64616568 };  // the last: "head"
 
 static uint32_t swap_bytes(uint32_t v) { return v >> 24 | (v >> 8 & 0xff00) | (v << 8 & 0xff0000) | v << 24; }
 
@@ -801,6 +799,7 @@ static Config read_config(const Map *file) {
     size_t size = sizeof h;
     if (file->n >= sizeof first) memcpy(first, file->at, sizeof first);
     bool versioned = first[0] == MAGIC;
+    if (first[0] == HEADS_MAGIC) die("%s: is a file of future heads; they go with -d", path);
     if (versioned && first[1] != 1 && first[1] != 2)
         die("%s: is a version %d model file; this program reads versions 0, 1 and 2", path, (int)first[1]);
     if (versioned) size = HEADER_V1;
@@ -1042,13 +1041,8 @@ static void matmul(const State *s, float *out, const float *x, size_t x_stride, 
 
 // The sum over a register.
 static inline float sum_lanes(Floats v) {
-    typedef float Four __attribute__((vector_size(16)));
-    Four sum = {0}, part;
-    if (WIDTH < 4) return v[0];
-    for (int i = 0; i < WIDTH; i += 4) {
-        memcpy(&part, (const char *)&v + i * sizeof(float), sizeof part);
-        sum += part;
-    }
+    float sum[4] = {0};
+    for (int i = 0; i < WIDTH; i++) sum[i % 4] += v[i];
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -1096,28 +1090,19 @@ static inline Floats exp_minus_abs(Floats x) {
 // x[0..n) becomes exp(x - max); returns one over its sum. x has room for [n].
 static float exponentials(float *x, int n) {
     int end = (n + WIDTH - 1) / WIDTH * WIDTH;
-    for (int i = n; i < end; i++) x[i] = x[0];
-    Floats high = load(x);
-    Ints bad = {0};
-    for (int i = 0; i < end; i += WIDTH) {
-        Floats v = load(x + i);
-        Ints bits, above = v > high;
-        memcpy(&bits, &v, sizeof bits);
-        bad |= (bits & 0x7f800000) == 0x7f800000;  // infinity or NaN
-        high = (Floats)(((Ints)v & above) | ((Ints)high & ~above));
-    }
-    float max = high[0];
-    int any = bad[0];
-    for (int i = 1; i < WIDTH; i++) {
-        max = high[i] > max ? high[i] : max;
-        any |= bad[i];
-    }
-    if (any) {  // numbers so large that they overflowed: NaNs, which forward finds in the logits
+    if (!all_finite(x, (size_t)n)) {  // numbers so large that they overflowed: NaNs, which are found in the logits
         memset(x, 0xff, (size_t)end * sizeof *x);
         return x[0];
     }
-    Floats sum = {0};
-    for (int i = n; i < end; i++) x[i] = max - 1000.0f;  // exp of it adds nothing
+    for (int i = n; i < end; i++) x[i] = x[0];
+    Floats high = load(x), sum = {0};
+    for (int i = 0; i < end; i += WIDTH) {
+        Ints above = load(x + i) > high;
+        high = (Floats)(((Ints)load(x + i) & above) | ((Ints)high & ~above));
+    }
+    float max = high[0];
+    for (int i = 1; i < WIDTH; i++) max = high[i] > max ? high[i] : max;
+    for (int i = n; i < end; i++) x[i] = max > 0.0f ? -3e38f : 3e38f;  // so far from max that it adds nothing
     for (int i = 0; i < end; i += WIDTH) {
         Floats e = exp_minus_abs(load(x + i) - max);
         memcpy(x + i, &e, sizeof e);
@@ -1251,18 +1236,24 @@ static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q,
     int V = m->config.vocab_size, D = m->config.dim;
     float size = 1.001f * (float)distance(x, q, 0.0f, D);  // |x|
     float error = 1.001f * (float)distance(x, q, scale, D) + (float)(2 * D + 32) * 1.2e-7f * size;
-    float best = -3e38f;
+    float tiny = (float)D * 2e-34f;  // of numbers too small to be normal, which a processor may take for 0
+    float best = -FLT_MAX;
     for (int i = 0; i < V; i++) {
-        float low = z[i] - (screen->error[i] * size + screen->norm[i] * error);
+        float low = z[i] - (screen->error[i] * size + screen->norm[i] * error + tiny);
         best = low > best ? low : best;
     }
     Product exact = {z, x, 0, 1, &m->classifier, NULL, NULL, NULL};
     for (int p = 0; p < (int)panels(V); p++) {
         int may = 0, end = V - p * PANEL < PANEL ? V - p * PANEL : PANEL;
         for (int i = p * PANEL; i < p * PANEL + end; i++)
-            may |= z[i] + (screen->error[i] * size + screen->norm[i] * error) >= best;
+            may |= z[i] + (screen->error[i] * size + screen->norm[i] * error + tiny) >= best;
         if (may) multiply_panel(&exact, p, 0);
     }
+}
+
+static void exact_logits(Model *m, float *z, const float *x) {
+    Product exact = {z, x, 0, 1, &m->classifier, NULL, NULL, NULL};  // not matmul: its scratch holds the other inputs
+    for (int p = 0; p < (int)panels(m->config.vocab_size); p++) multiply_panel(&exact, p, 0);
 }
 
 static void classify(Model *m, float *logits, const float *x, int N) {
@@ -1273,6 +1264,8 @@ static void classify(Model *m, float *logits, const float *x, int N) {
         float *z = logits + i * padded(m->config.vocab_size);
         if (screened && all_finite(z, (size_t)m->config.vocab_size))
             make_best_exact(m, z, x + i * D, m->s.q + i * D, m->s.scale[i]);
+        else if (screened)  // a rounded logit may overflow where the exact one does not
+            exact_logits(m, z, x + i * D);
     }
 }
 
@@ -1281,15 +1274,16 @@ static void embed(const Model *m, int token, float *x) {
     const char *scales = NULL, *row = tensor_row(t, 0, token, &scales);
     const float *scale = (const float *)(const void *)scales;
     if (!t->group) memcpy(x, row, t->n * sizeof(float));
-    for (int j = 0; t->group && j < t->n; j++) x[j] = (float)(int8_t)row[j] * scale[j / t->group];
+    else
+        for (int j = 0; j < t->n; j++) x[j] = (float)(int8_t)row[j] * scale[j / t->group];
 }
 
 // Feeds N <= BATCH tokens at positions pos, pos + 1, ..., after 0..pos-1 have been fed. Returns the logits after each
-// of them from `first` on, (N - first, [V]), all of them finite.
+// of them from `first` on, (N - first, [V]); see checked.
 static const float *forward(Model *m, const int *token, int N, int pos, int first) {
     const Config *c = &m->config;
     State *s = &m->s;
-    size_t D = c->dim, V = padded(c->vocab_size);
+    size_t D = c->dim;
     for (int i = 0; i < N; i++) embed(m, token[i], s->x + i * D);
     for (int layer = 0; layer < c->n_layers; layer++) {
         attention(m, layer, N, pos);
@@ -1297,16 +1291,23 @@ static const float *forward(Model *m, const int *token, int N, int pos, int firs
     }
     for (int i = first; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, NORM, 0), c->dim);
     classify(m, s->logits, s->xb + first * D, N - first);
-    for (int i = first; i < N; i++)
-        if (!all_finite(s->logits + (i - first) * V, (size_t)c->vocab_size))
-            die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos + i);
     return s->logits;
+}
+
+// The logits after the token at pos, row `row` of what forward returned. Only those that are used are looked at: a
+// wrong guess of -d must not end a story that has no use for it.
+static const float *checked(const Model *m, int row, int pos) {
+    const float *logits = m->s.logits + row * padded(m->config.vocab_size);
+    if (!all_finite(logits, (size_t)m->config.vocab_size))
+        die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos);
+    return logits;
 }
 
 // Feeds any number of tokens, BATCH at a time. Returns the logits (V,) after the last.
 static const float *feed(Model *m, const int *token, int n, int pos) {
     for (; n > BATCH; n -= BATCH, token += BATCH, pos += BATCH) forward(m, token, BATCH, pos, BATCH);
-    return forward(m, token, n, pos, n - 1);
+    forward(m, token, n, pos, n - 1);
+    return checked(m, 0, pos + n - 1);
 }
 
 // The first of the largest. Most blocks have nothing new in them, which one comparison of all of it shows.
@@ -1327,7 +1328,7 @@ static int argmax(const float *x, int n) {
 // takes what was guessed, its logits are there already (block-wise parallel decoding, Stern et al. 2018, for exactly
 // the tokens of plain decoding). Where it takes another, the rest is forgotten, and the cache goes on from there.
 
-enum { HEADS_MAGIC = 0x64616568, HEADS_FIELDS = 7, LINEAR = 1, NGRAM_DRAFT = 7 };  // the bytes "head"
+enum { HEADS_FIELDS = 7, LINEAR = 1, NGRAM_DRAFT = 7 };
 
 typedef struct {
     Model *m;
@@ -1441,15 +1442,14 @@ static void learn(Drafter *d) {
 // The draft length for which the most tokens a second are to be expected, 0 where drafting does not pay. First all are
 // tried in turn; after that one pass in 64 tries another, since texts change.
 static int draft_length(Drafter *d, int room) {
-    int best = d->most - d->rounds;
+    int best = d->rounds <= d->most ? d->most - d->rounds : 0;
     if (d->rounds > d->most && d->rounds % 64 == 0) best = d->rounds / 64 % (d->most + 1);
     else if (d->rounds > d->most) {
         double tokens = 1.0, chance = 1.0, fastest = 0.0;
         for (int k = 0; k <= d->most; k++) {
             if (k) tokens += chance *= d->right[k];
-            if (d->seconds[k] == 0.0 || tokens < fastest * d->seconds[k]) continue;  // the former: a text that never
-            fastest = tokens / d->seconds[k];                                        // gave so long a guess
-            best = k;
+            if (d->seconds[k] == 0.0) continue;  // the text never gave a guess of that length
+            if (tokens > fastest * d->seconds[k]) fastest = tokens / d->seconds[k], best = k;
         }
     }
     d->rounds++;
@@ -1462,8 +1462,7 @@ static const float *advance(Drafter *d, int token, int pos) {
     d->history[pos] = token;
     d->tokens++;
     if (d->at + 1 < d->fed && d->token[d->at + 1] == token) {
-        d->at++;
-        return m->s.logits + d->at * padded(m->config.vocab_size);
+        return checked(m, ++d->at, pos);
     }
     learn(d);
     int room = m->config.seq_len - 1 - pos, k = draft_length(d, room < BATCH - 1 ? room : BATCH - 1);
@@ -1476,7 +1475,7 @@ static const float *advance(Drafter *d, int token, int pos) {
     d->fed = 1 + k;
     d->at = d->row = 0;
     d->passes++;
-    return m->s.logits;
+    return checked(m, 0, pos);
 }
 
 static void report_drafts(const Drafter *d) {
@@ -1662,7 +1661,7 @@ static void chat(Drafter *d, const Tokenizer *t, Sampler *s, const char *system,
     Text system_text = {0}, user_text = {0};
     bool open = true;
     if (system) append_string(&system_text, system);
-    else open = read_line("Enter system prompt (optional): ", &system_text);
+    else open = read_line("Enter system prompt (optional): ", &system_text) || user;
     for (int pos = 0; open && pos < steps;) {
         if (pos == 0 && user) append_string(&user_text, user);
         else if (!(open = read_line("User: ", &user_text))) break;
@@ -1710,8 +1709,8 @@ static void score(Model *m, const Tokenizer *t) {
         N = n - i < BATCH ? n - i : BATCH;
         if (N > S - i % S) N = S - i % S;  // up to the end of the window
         if (i % 1000 < BATCH && isatty(STDERR_FILENO)) fprintf(stderr, "\r%d / %d tokens\r", i, n);
-        const float *logits = forward(m, tokens.id + i, N, i % S, 0);
-        for (int k = 0; k < N; k++) nats += surprise(logits + k * padded(V), V, tokens.id[i + k + 1]);
+        forward(m, tokens.id + i, N, i % S, 0);
+        for (int k = 0; k < N; k++) nats += surprise(checked(m, k, i % S + k), V, tokens.id[i + k + 1]);
     }
     printf("%.6f\n", nats / n);
     flush_output();
@@ -1777,8 +1776,9 @@ static _Noreturn void usage_error(const char *what, const char *arg) {
 
 static Options parse_options(int argc, char **argv) {
     const char *omp = getenv("OMP_NUM_THREADS");  // may be a list, of which the first number counts
-    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .threads = omp ? strtoul(omp, NULL, 10) : 0};
-    if (o.threads > MAX_THREADS) o.threads = MAX_THREADS;
+    Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .threads = 0};
+    long wanted = omp ? strtol(omp, NULL, 10) : 0;
+    if (wanted > 0) o.threads = wanted < MAX_THREADS ? (uint64_t)wanted : MAX_THREADS;
     for (int i = 1; i < argc; i += i == 1 ? 1 : 2)  // in a flag's place only: "-i -h" is a prompt
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
             fputs(USAGE, stdout);
@@ -1844,7 +1844,6 @@ int main(int argc, char **argv) {
     bool scoring = !strcmp(o.mode, "score");
     static Model m;  // static: what it holds is still in use when the program ends, and no leak
     m = load_model(o.model, !scoring && o.temperature == 0.0f, (int)o.threads);
-    double loaded = seconds();
     int V = m.config.vocab_size, steps = steps_within(&o, m.config.seq_len);
     static Tokenizer t;
     t = find_tokenizer(&o, V);
@@ -1853,6 +1852,7 @@ int main(int argc, char **argv) {
                   allocate(V, sizeof(Candidate), "the sampling candidates")};
     static Drafter d;
     d = new_drafter(&m, o.draft);
+    double loaded = seconds();
 
     if (scoring) score(&m, &t);
     else if (!strcmp(o.mode, "chat")) chat(&d, &t, &s, o.system, o.prompt, steps);

@@ -21,7 +21,7 @@ def test_decode_writes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
         ("scalar fp32", "1"), ("fp32", "1"), ("fp32", "2"), ("int8", "1"), ("int8", "2"))]
     assert rows[0][5] == "1.0" and all(float(row[3].replace(",", "")) > 0 for row in rows)
     assert "<svg" in (tmp_path / "decode.svg").read_text() and table in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no.bin: cannot open"):
+    with pytest.raises(ValueError, match="no.bin: cannot open"):
         bench.told([bench.BUILD / "run", tmp_path / "no.bin"])
 
 

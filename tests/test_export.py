@@ -291,6 +291,20 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
     refused("norm_eps")
 
 
+def test_no_file_is_written_over_another(tmp_path):
+    path = save(random_model(n_future_heads=1), tmp_path / "ckpt.pt")
+    before = path.read_bytes()
+    model, tokenizer = tmp_path / "m.bin", tmp_path / "tokenizer.bin"
+    for words in ([path], [model, f"--heads={path}"], [model, f"--heads={model}"], [tokenizer],
+                  [model, f"--heads={tokenizer}"]):
+        with pytest.raises(ValueError, match="different files"):
+            export.main([str(path), *map(str, words)])
+    save(random_model(), tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="found 0"):
+        export.main([str(tmp_path / "none.pt"), str(tmp_path / "m.bin"), f"--heads={tmp_path / 'h.bin'}"])
+    assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "none.pt"]
+
+
 def test_errors_end_the_command_without_a_file(tmp_path, capsys):
     with pytest.raises(ValueError, match="none.pt"):
         export.main([str(tmp_path / "none.pt"), str(tmp_path / "m.bin")])

@@ -389,8 +389,9 @@ def test_tokens_equal_reference(build, tmp_path, kind):
     greedy = continue_with(c, w, [1], 16, lambda z: int(z.argmax()))
     assert len(greedy) > 8 and len(set(greedy)) > 3  # else the comparison would say little
     assert succeeds(*run, "-t", "0", "-n", "0").decode() == shown(greedy)
-    for tiny_temperature in ("1e-30", "1e-39"):  # divided by the second, logits overflow
-        assert succeeds(*run, "-t", tiny_temperature, "-s", "3").decode() == shown(greedy)
+    for tiny_temperature in ("1e-12", "1e-30", "1e-39"):  # divided by the last, logits overflow
+        for top_p in ("0.9", "1"):
+            assert succeeds(*run, "-t", tiny_temperature, "-s", "3", "-p", top_p).decode() == shown(greedy)
     stories = set()
     for temperature, top_p, seed in [(1, 0.9, 1), (1, 0.9, 2), (1, 1, 7), (0.8, 0, 2**64 - 1), (1.7, 0.5, 11),
                                      (3, 0.99, 4)]:
@@ -460,7 +461,8 @@ def nearly_equal_rows(w):
 @pytest.mark.parametrize("kind", ["screened", "screened portable"])
 @pytest.mark.parametrize("change", [None, lambda w: w["wcls"].__imul__(1e-3), nearly_equal_rows,
                                     lambda w: w["wcls"].__setitem__(slice(20, 280), w["wcls"][20]),
-                                    lambda w: w["rms_final"].__imul__(1e4), lambda w: w["wcls"].__imul__(1e-36)])
+                                    lambda w: w["rms_final"].__imul__(1e4), lambda w: w["wcls"].__imul__(1e-36),
+                                    lambda w: (w["wcls"].__imul__(1e-29), w["rms_final"].__imul__(1e-12))])
 def test_screened_classifier_takes_the_same_tokens(build, tmp_path, kind, change):
     """The best token by a rounded classifier and exact panels, against the best of all exact logits, bit for bit."""
     tokenizer = write_tokenizer(tmp_path / "tok.bin", visible_pieces(300))
@@ -479,6 +481,17 @@ def test_screened_classifier_of_damaged_weights(build, tmp_path, value):
         write_model(tmp_path / "m.bin", False, change=lambda w, name=name: w[name].fill(value))
         done = execute(build("screened"), tmp_path / "m.bin", "-t", "0")
         assert done.returncode == 1 and b"not finite" in done.stderr, done
+
+
+def test_screened_classifier_where_rounding_overflows(build, tmp_path):
+    """One huge weight meets an input of 0: the exact logits are finite, those of the rounded row are not."""
+    def one_huge(w):
+        w["wcls"][5, 3], w["rms_final"][3], w["rms_final"][7] = 2e38, 0, 1e30
+
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    write_model(tmp_path / "m.bin", False, change=one_huge)
+    told = [succeeds(build(kind), tmp_path / "m.bin", "-t", "0", "-n", "0") for kind in ("screened", "native")]
+    assert told[0] == told[1]
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +518,8 @@ def test_threads_do_not_change_the_text(build, wide, kind, version):
 
 
 def test_number_of_threads(build, wide, monkeypatch):
-    for value, flags, expected in [("3", [], 3), ("3,2", [], 3), ("3", ["-j", "2"], 2), ("x", [], 1), ("", [], 1)]:
+    for value, flags, expected in [("3", [], 3), ("3,2", [], 3), ("3", ["-j", "2"], 2), ("x", [], 1), ("", [], 1),
+                                   ("-1", [], 1), ("0", [], 1), ("999", [], 64)]:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         done = execute(build("plain"), wide / "m0.bin", "-n", "2", *flags)
         assert f"threads: {expected},".encode() in done.stderr, (value, flags)
@@ -585,6 +599,23 @@ def test_good_guesses_save_passes(build, tmp_path):
         rate, pairs = drafted(done)
         assert done.stdout == b"<unk>" * 400 + b"\n" and rate > 1.1
         assert all(hits == guesses for hits, guesses in pairs[:3]) and pairs[0][0] > 10
+
+
+def test_a_wrong_guess_does_no_harm(build, tmp_path):
+    """A head that guesses a token whose embedding is damaged, and which is never taken."""
+    tokenizer = write_tokenizer(tmp_path / "tok.bin", [*SPECIAL, *(b"%c" % c for c in b"abcdef")])
+
+    def never_eight(w):
+        endless(w)
+        w["wcls"][8], w["tok_emb"][8] = w["wcls"][1], np.nan
+
+    c, w = write_model(tmp_path / "m.bin", False, vocab_size=9, seq_len=100, dim=16, n_heads=4, change=never_eight)
+    head = np.zeros((1, 9, 16))
+    head[0, 8, 0] = 1  # x[0] is positive
+    heads = write_heads(tmp_path / "h.bin", c, w, head)
+    run = [build("sanitized"), tmp_path / "m.bin", "-z", tokenizer, "-n", "0", "-t", "1", "-s", "4"]
+    done = execute(*run, "-d", heads)
+    assert done.stdout == succeeds(*run) and drafted(done)[1][0][1] > 0, done.stderr
 
 
 def test_chat_with_drafts(build, tmp_path):
@@ -857,6 +888,7 @@ def test_chat_takes_turns_until_the_input_ends(build, tmp_path):
     run = [build("sanitized"), tmp_path / "m.bin", "-m", "chat", "-t", "0", "-n", "0"]
     turn, ask = b"User: Assistant: \n", b"Enter system prompt (optional): "
     assert succeeds(*run, stdin=b"") == ask + b"\n"
+    assert succeeds(*run, "-i", "hi", stdin=b"") == ask + b"Assistant: \nUser: \n"
     assert succeeds(*run, stdin=b"\n") == ask + b"User: \n"
     assert succeeds(*run, stdin=b"\nhi\n\nno newline") == ask + 3 * turn + b"User: \n"
     assert succeeds(*run, "-y", "s" * 600, stdin=b"hi\n" * 4) == 4 * turn + b"User: \n"
@@ -952,6 +984,10 @@ def test_files_that_are_no_model(build, tiny, tmp_path):
     run, bad = build("sanitized"), tmp_path / "bad.bin"
     refuses(run, bad, says=["bad.bin", "cannot open"])
     refuses(run, tmp_path, says=[str(tmp_path), "folder"])
+    os.mkfifo(tmp_path / "pipe")
+    refuses(run, tmp_path / "pipe", says=["pipe", "not a regular file"])
+    bad.write_bytes(struct.pack("<7I", 0x64616568, 1, 1, 1, 8, 300, 0))
+    refuses(run, bad, says=["future heads", "-d"])
     good = tiny[0].read_bytes()
     for data, says in [(b"", "is empty"), (b"\x40", "too few"), (good[:27], "too few"), (good + b"\0", "asks for"),
                        (struct.pack("<Ii", 0x616B3432, 1) + good[:247], "too few"),
