@@ -944,15 +944,15 @@ static void pack_weights(Model *m) {
     int g = m->config.group, V = m->config.vocab_size, D = m->config.dim;
     m->layer = allocate(m->config.n_layers, sizeof *m->layer, "the layers");
     for (int l = 0; l < m->config.n_layers; l++)
-        m->layer[l] = (Layer){pack((Packing){NULL, l, {&t[WQ], &t[WK], &t[WV]}, NULL}, g),
-                              pack((Packing){NULL, l, {&t[WO]}, NULL}, g),
-                              pack((Packing){NULL, l, {&t[W1], &t[W3]}, NULL}, g),
-                              pack((Packing){NULL, l, {&t[W2]}, NULL}, g)};
-    m->classifier = pack((Packing){NULL, 0, {cls}, NULL}, g);
+        m->layer[l] = (Layer){pack((Packing){.which = l, .part = {&t[WQ], &t[WK], &t[WV]}}, g),
+                              pack((Packing){.which = l, .part = {&t[WO]}}, g),
+                              pack((Packing){.which = l, .part = {&t[W1], &t[W3]}}, g),
+                              pack((Packing){.which = l, .part = {&t[W2]}}, g)};
+    m->classifier = pack((Packing){.part = {cls}}, g);
     if (!m->greedy || g || !whole_row(D) || (double)V * D < SCREEN_FROM) return;
     m->screen.norm = buffer(V, sizeof(float), "the classifier's bounds");
     m->screen.error = buffer(V, sizeof(float), "the classifier's bounds");
-    m->screen.rough = pack((Packing){NULL, 0, {cls}, &m->screen}, D);
+    m->screen.rough = pack((Packing){.part = {cls}, .bounds = &m->screen}, D);
     // Weights so large that their norms overflow: no bound holds, so every row is looked at.
     if (!all_finite(m->screen.norm, V)) m->greedy = false;
 }
@@ -1239,14 +1239,16 @@ static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q,
     float tiny = (float)D * 2e-34f;  // of numbers too small to be normal, which a processor may take for 0
     float best = -FLT_MAX;
     for (int i = 0; i < V; i++) {
-        float low = z[i] - (screen->error[i] * size + screen->norm[i] * error + tiny);
-        best = low > best ? low : best;
+        float bound = screen->error[i] * size + screen->norm[i] * error + tiny;
+        best = z[i] - bound > best ? z[i] - bound : best;
     }
     Product exact = {z, x, 0, 1, &m->classifier, NULL, NULL, NULL};
     for (int p = 0; p < (int)panels(V); p++) {
-        int may = 0, end = V - p * PANEL < PANEL ? V - p * PANEL : PANEL;
-        for (int i = p * PANEL; i < p * PANEL + end; i++)
-            may |= z[i] + (screen->error[i] * size + screen->norm[i] * error + tiny) >= best;
+        int may = 0, last = (p + 1) * PANEL < V ? (p + 1) * PANEL : V;
+        for (int i = p * PANEL; i < last; i++) {
+            float bound = screen->error[i] * size + screen->norm[i] * error + tiny;
+            may |= z[i] + bound >= best;
+        }
         if (may) multiply_panel(&exact, p, 0);
     }
 }
@@ -1380,12 +1382,13 @@ static void load_heads(Drafter *d, const char *path) {
         die("%s: the file has %zu bytes; its header asks for %llu", path, file.n, (unsigned long long)bytes);
     d->most = (int)h[3];
     d->head = allocate(d->most, sizeof *d->head, "the heads");
+    d->logits = buffer(padded(c->vocab_size), sizeof(float), "a head's logits");
     Tensor t = {file.at + sizeof h, h[3], c->vocab_size, c->dim, 0};
     if (!all_finite((const float *)(const void *)t.at, (size_t)((bytes - sizeof h) / sizeof(float))))
         die("%s: holds numbers that are not finite", path);
     // A wrong guess costs time and nothing else, so heads are rounded.
     for (int i = 0; i < d->most; i++)
-        d->head[i] = pack((Packing){NULL, i, {&t}, NULL}, whole_row(c->dim));
+        d->head[i] = pack((Packing){.which = i, .part = {&t}}, whole_row(c->dim));
 }
 
 static Drafter new_drafter(Model *m, const char *how) {
@@ -1393,7 +1396,6 @@ static Drafter new_drafter(Model *m, const char *how) {
     if (how && !strcmp(how, "ngram")) d.most = NGRAM_DRAFT;
     else if (how) load_heads(&d, how);
     for (int i = 0; i < BATCH; i++) d.right[i] = 0.5;
-    d.logits = buffer(padded(m->config.vocab_size), sizeof(float), "a head's logits");
     return d;
 }
 
