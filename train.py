@@ -46,6 +46,7 @@ from files import atomic_write
 from log import Log
 from losses import Objective, all_losses, loss_weights, weighted_total
 from model import FUTURE_HEADS, ModelArgs, Transformer
+from optimizer import make_optimizer
 from tinystories import TrainBatches, Windows, eval_batches
 from tokenizer import BOS, BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE, vocab_folder
 
@@ -92,12 +93,13 @@ class Settings:
     aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
     aux_end: Fraction = 1.0  # fraction of the run from which they are 0 (1: never)
     # optimisation
-    learning_rate: Positive = 5e-4  # peak of AdamW's learning rate
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
+    learning_rate: Positive = 5e-4  # peak of the learning rate
     max_iters: AtLeast1 = 100_000  # iterations of the whole run
     warmup_iters: AtLeast0 = 1000  # iterations in which the rate rises to its peak
     decay_lr: bool = True  # fall to min_lr in half a cosine by max_iters; false: stay at the peak
     min_lr: NonNegative = 0.0  # where the cosine ends
-    weight_decay: NonNegative = 0.1  # AdamW's, on matrices only
+    weight_decay: NonNegative = 0.1  # on matrices only
     beta1: FractionBelow1 = 0.9  # AdamW's
     beta2: FractionBelow1 = 0.95  # AdamW's
     grad_clip: NonNegative = 1.0  # largest norm of the whole gradient; 0: no clipping
@@ -282,14 +284,6 @@ def learning_rate(s: Settings, it: int) -> float:
         return s.learning_rate
     done = (it - s.warmup_iters) / (s.max_iters - s.warmup_iters)
     return s.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
-
-
-def make_optimizer(s: Settings, model: Transformer) -> torch.optim.AdamW:
-    """AdamW over every parameter, heads included; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
 
 
 @torch.no_grad()

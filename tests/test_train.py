@@ -168,7 +168,15 @@ def test_learning_rate():
 # resuming and stopping
 
 
-@pytest.mark.parametrize("changes", [HEADS, {"dropout": 0.2}, {"dtype": "float16"}])
+def states(checkpoint) -> list[dict]:
+    """The state of each parameter, of one optimiser or of several."""
+    optimizer = checkpoint["optimizer"]
+    parts = [optimizer] if "state" in optimizer else optimizer.values()
+    return [state for part in parts for state in part["state"].values()]
+
+
+@pytest.mark.parametrize("changes", [HEADS, {"dropout": 0.2}, {"dtype": "float16"}, HEADS | {"optimizer": "muon"},
+                                     {"optimizer": "muon", "dtype": "float16"}])
 def test_resuming_is_never_having_stopped(words, tmp_path, changes):
     """2N steps = N steps + resume + N steps, to the bit: weights, optimizer and log."""
     common = changes | {"decay_lr": False}  # so that a run of 4 is the beginning of a run of 8
@@ -177,12 +185,19 @@ def test_resuming_is_never_having_stopped(words, tmp_path, changes):
     run(words(out_dir=tmp_path / "halves", max_iters=8, init_from="resume", **common))
     whole, halves = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in ("whole", "halves"))
     assert same_weights(whole["model"], halves["model"])
-    for a, b in zip(whole["optimizer"]["state"].values(), halves["optimizer"]["state"].values(), strict=True):
+    assert len(states(whole)) > 10
+    for a, b in zip(states(whole), states(halves), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert whole["best_val_ntp"] == halves["best_val_ntp"] and whole["tokens"] == halves["tokens"]
     assert without_times(log_lines(tmp_path / "whole")) == without_times(log_lines(tmp_path / "halves"))
     assert [line["seconds"] for line in log_lines(tmp_path / "halves")] == sorted(
         line["seconds"] for line in log_lines(tmp_path / "halves"))
+
+
+def test_a_run_is_not_resumed_with_another_optimizer(words, tmp_path, capsys):
+    run(words(max_iters=2))
+    assert train.main(words(init_from="resume", max_iters=4, optimizer="muon")) == 1
+    assert "last.pt: its optimizer" in capsys.readouterr().err
 
 
 def wait_for(process, text: str) -> None:

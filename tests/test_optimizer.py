@@ -1,0 +1,70 @@
+"""Which parameters go to which optimiser, and that each does what torch's own does."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import ModelArgs, Transformer
+from optimizer import make_optimizer
+
+SETTINGS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+
+
+def tiny_model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelArgs(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=50, n_future_heads=1))
+
+
+def with_gradients(model: Transformer) -> Transformer:
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_place_and_only_matrices_decay(name):
+    model = tiny_model()
+    optimizer = make_optimizer(SimpleNamespace(optimizer=name, **SETTINGS), model)
+    placed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, placed)) == sorted(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_muon_takes_the_matrices_of_the_trunk_and_adamw_the_rest():
+    """One step, against torch.optim.Muon and torch.optim.AdamW by hand."""
+    model = with_gradients(tiny_model())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    by_hand = with_gradients(copy.deepcopy(model))
+    optimizer = make_optimizer(SimpleNamespace(optimizer="muon", **SETTINGS), model)
+    for group in optimizer.param_groups:  # as train.py sets the rate
+        group["lr"] = 0.003
+    optimizer.step()
+    for name, p in by_hand.named_parameters():
+        decay = 0.1 if p.dim() >= 2 else 0.0
+        if name.startswith("layers.") and p.dim() == 2:
+            torch.optim.Muon([p], lr=0.003, weight_decay=decay, adjust_lr_fn="match_rms_adamw").step()
+        else:
+            torch.optim.AdamW([p], lr=0.003, weight_decay=decay, betas=(0.9, 0.95)).step()
+        after = dict(model.named_parameters())[name]
+        torch.testing.assert_close(after, p, msg=name)
+        assert not torch.equal(after, before[name])
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_state_comes_back():
+    one, two = with_gradients(tiny_model()), with_gradients(tiny_model())
+    settings = SimpleNamespace(optimizer="muon", **SETTINGS)
+    a, b = make_optimizer(settings, one), make_optimizer(settings, two)
+    a.step()
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    two.load_state_dict(one.state_dict())
+    a.step()
+    b.step()
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+    with pytest.raises(KeyError, match="muon"):
+        b.load_state_dict(torch.optim.AdamW(one.parameters()).state_dict())
