@@ -45,11 +45,15 @@ class Loss(NamedTuple):
     count: Tensor  # scalar, int64: how many positions the mean is over
 
 
-def masked_mean(per_position: Tensor, valid: Tensor) -> Loss:
-    """The mean of per_position (B, S) where valid (B, S) is true; 0, not NaN, where it nowhere is."""
+def mean_over(total: Tensor, valid: Tensor) -> Loss:
+    """A sum over the positions where valid (B, S) is true as their mean; 0, not NaN, where it nowhere is."""
     count = valid.sum()
-    # where, not a product: 0 * inf would be NaN
-    return Loss(torch.where(valid, per_position, 0.0).sum() / count.clamp(min=1), count)
+    return Loss(total / count.clamp(min=1), count)
+
+
+def masked_mean(per_position: Tensor, valid: Tensor) -> Loss:
+    """The mean of per_position (B, S) where valid (B, S) is true."""
+    return mean_over(torch.where(valid, per_position, 0.0).sum(), valid)  # not a product: 0 * inf would be NaN
 
 
 def valid_positions(y: Tensor, i: int, bos: int | None) -> Tensor:
@@ -81,7 +85,7 @@ def ahead_loss(logits: Tensor, y: Tensor, i: int, valid: Tensor) -> Loss:
 @torch.compiler.disable
 def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Loss:
     """The same from a readout - .features (B, T, D), .weight (V, D) - the logits of `rows` positions at a time."""
-    length, count = valid.shape[1], valid.sum()
+    length = valid.shape[1]
     target = y[:, i : i + length].masked_fill(~valid, IGNORED).flatten()
     if target.numel() == 0:  # of which linear_cross_entropy makes no chunks
         return masked_mean(head.features.new_zeros(valid.shape), valid)
@@ -89,7 +93,7 @@ def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Los
         total = F.linear_cross_entropy(head.features[:, :length].flatten(0, 1).float(), head.weight.float(), target,
                                        reduction="sum", ignore_index=IGNORED,
                                        options=LinearCrossEntropyOptions(batch_chunk_size=rows))
-    return Loss(total / count.clamp(min=1), count)
+    return mean_over(total, valid)
 
 
 def consistency_loss(teacher: Tensor, student: Tensor, i: int, valid: Tensor) -> Loss:
@@ -138,13 +142,13 @@ class ChunkedDivergence(torch.autograd.Function):
 @torch.compiler.disable  # a loop over chunks would be unrolled
 def chunked_consistency_loss(teacher, student, i: int, valid: Tensor, rows: int) -> Loss:
     """The same from both readouts, the logits of `rows` positions at a time."""
-    length, count = valid.shape[1], valid.sum()
+    length = valid.shape[1]
     with torch.autocast(valid.device.type, enabled=False):
         total = ChunkedDivergence.apply(
             teacher.features[:, i : i + length].detach().flatten(0, 1).float(), teacher.weight.detach().float(),
             student.features[:, :length].flatten(0, 1).float(), student.weight.float(),
             valid.reshape(-1, 1).float(), rows, torch.is_grad_enabled())
-    return Loss(total / count.clamp(min=1), count)
+    return mean_over(total, valid)
 
 
 def chunked_hits(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Tensor:

@@ -539,10 +539,12 @@ static uint64_t panels(uint64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
 static uint64_t padded(uint64_t rows) { return panels(rows) * PANEL; }
 
-static size_t panel_bytes(const Matrix *m) {
-    size_t cells = (size_t)m->n * PANEL;
-    return m->group ? cells + cells / m->group * sizeof(float) : cells * sizeof(float);
+// Of so many weights, in a file as in a panel: float32, or int8 and a float32 scale for each group.
+static uint64_t weight_bytes(uint64_t weights, int group) {
+    return group ? weights + weights / group * sizeof(float) : weights * sizeof(float);
 }
+
+static size_t panel_bytes(const Matrix *m) { return (size_t)weight_bytes((uint64_t)m->n * PANEL, m->group); }
 
 static Matrix new_matrix(int rows, int n, int group) {
     Matrix m = {NULL, rows, n, group};
@@ -756,7 +758,7 @@ typedef struct {
     float *delta;                // (N, [D]) what a residual branch adds
     float *qkv;                  // (N, [D + 2K])
     float *hb;                   // (N, [2H]) hidden activations, gate and up side by side
-    float *att;                  // (threads, [S]) attention weights of one head
+    float *att;                  // (threads, n_heads / n_kv_heads, [S]) attention weights of one key head's queries
     float *key;                  // (L, n_kv_heads) matrices ([S], hd): the cache of keys, its positions in panels
     float *value;                // (L, n_kv_heads, S, hd) the cache of values
     float *rope_cos, *rope_sin;  // (S, hd / 2)
@@ -833,10 +835,7 @@ static Config read_config(const Map *file) {
     return c;
 }
 
-static uint64_t matrix_bytes(const Tensor *t) {
-    uint64_t cells = (uint64_t)t->rows * t->n;
-    return t->group ? cells + cells / t->group * sizeof(float) : cells * sizeof(float);
-}
+static uint64_t matrix_bytes(const Tensor *t) { return weight_bytes((uint64_t)t->rows * t->n, t->group); }
 
 static void map_tensors(const Map *file, const Config *c, Tensor *tensor) {
     int D = c->dim, H = c->hidden_dim, K = c->kv_dim, V = c->vocab_size, g = c->group;
@@ -985,7 +984,7 @@ static State new_state(const Config *c) {
         .xb = buffer(BATCH * D, f, what),
         .delta = buffer(BATCH * padded(D), f, what),
         .qkv = buffer(BATCH * padded(D + 2 * K), f, what),
-        .hb = buffer(BATCH * padded(2 * H) + WIDTH, f, what),
+        .hb = buffer(BATCH * padded(2 * H), f, what),
         .logits = buffer(BATCH * padded(c->vocab_size), f, "the logits"),
         .q = buffer(BATCH * widest, 1, what),
         .scale = buffer(BATCH * widest, f, what),
@@ -1215,7 +1214,8 @@ static void feed_forward(Model *m, int layer, int N) {
     matmul(s, s->hb, s->xb, D, N, &m->layer[layer].w13);
     for (int i = 0; i < N; i++) {
         float *gate = s->hb + i * width, *up = gate + H;
-        for (int j = 0; j < H; j += WIDTH) {  // beyond H it spoils the start of up, which is done with by then
+        // The last round spoils the start of up, which is done with by then, and reads beyond 2H, but not beyond [2H].
+        for (int j = 0; j < H; j += WIDTH) {
             // exp(-|a|) never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
             Floats a = load(gate + j), e = exp_minus_abs(a);
             Ints below = a < 0.0f;
@@ -1231,6 +1231,7 @@ static void feed_forward(Model *m, int layer, int N) {
 // Replaces the rough logits z, ([V],), of input x, (D,), by exact ones in every panel that may hold the best. With w, x
 // and their rounded forms w', x':  |w x - w' x'| <= |w - w'| |x| + |w'| |x - x'|, to which comes the rounding of both
 // sums. An exact panel comes from the kernel that a whole product uses, so the best token is the same to the last bit.
+// A rough logit may overflow where the exact one does not; then any panel may hold the best.
 static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q, float scale) {
     const Screen *screen = &m->screen;
     int V = m->config.vocab_size, D = m->config.dim;
@@ -1238,13 +1239,14 @@ static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q,
     float error = 1.001f * (float)distance(x, q, scale, D) + (float)(2 * D + 32) * 1.2e-7f * size;
     float tiny = (float)D * 2e-34f;  // of numbers too small to be normal, which a processor may take for 0
     float best = -FLT_MAX;
+    bool overflow = !all_finite(z, (size_t)V);
     for (int i = 0; i < V; i++) {
         float bound = screen->error[i] * size + screen->norm[i] * error + tiny;
         best = z[i] - bound > best ? z[i] - bound : best;
     }
     Product exact = {z, x, 0, 1, &m->classifier, NULL, NULL, NULL};
     for (int p = 0; p < (int)panels(V); p++) {
-        int may = 0, last = (p + 1) * PANEL < V ? (p + 1) * PANEL : V;
+        int may = overflow, last = (p + 1) * PANEL < V ? (p + 1) * PANEL : V;
         for (int i = p * PANEL; i < last; i++) {
             float bound = screen->error[i] * size + screen->norm[i] * error + tiny;
             may |= z[i] + bound >= best;
@@ -1253,22 +1255,12 @@ static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q,
     }
 }
 
-static void exact_logits(Model *m, float *z, const float *x) {
-    Product exact = {z, x, 0, 1, &m->classifier, NULL, NULL, NULL};  // not matmul: its scratch holds the other inputs
-    for (int p = 0; p < (int)panels(m->config.vocab_size); p++) multiply_panel(&exact, p, 0);
-}
-
 static void classify(Model *m, float *logits, const float *x, int N) {
     size_t D = m->config.dim;
     bool screened = m->greedy && m->screen.rough.at;
     matmul(&m->s, logits, x, D, N, screened ? &m->screen.rough : &m->classifier);
-    for (int i = 0; i < N; i++) {
-        float *z = logits + i * padded(m->config.vocab_size);
-        if (screened && all_finite(z, (size_t)m->config.vocab_size))
-            make_best_exact(m, z, x + i * D, m->s.q + i * D, m->s.scale[i]);
-        else if (screened)  // a rounded logit may overflow where the exact one does not
-            exact_logits(m, z, x + i * D);
-    }
+    for (int i = 0; screened && i < N; i++)
+        make_best_exact(m, logits + i * padded(m->config.vocab_size), x + i * D, m->s.q + i * D, m->s.scale[i]);
 }
 
 static void embed(const Model *m, int token, float *x) {
@@ -1463,9 +1455,7 @@ static const float *advance(Drafter *d, int token, int pos) {
     Model *m = d->m;
     d->history[pos] = token;
     d->tokens++;
-    if (d->at + 1 < d->fed && d->token[d->at + 1] == token) {
-        return checked(m, ++d->at, pos);
-    }
+    if (d->at + 1 < d->fed && d->token[d->at + 1] == token) return checked(m, ++d->at, pos);
     learn(d);
     int room = m->config.seq_len - 1 - pos, k = draft_length(d, room < BATCH - 1 ? room : BATCH - 1);
     double start = seconds();
