@@ -27,17 +27,20 @@ from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 
 WHOLE = 1 << 24  # a head's logits are formed all at once up to so many (64 MiB), else a CHUNK of them at a time
-CHUNK = 1 << 21  # 8 MiB
+CHUNK = 1 << 20  # 4 MiB of float32; and no fewer than FEWEST rows
+FEWEST = 256
 IGNORED = -100  # a target that does not count, as F.cross_entropy has it
 
 
-def chunk_rows(positions: int, vocab_size: int) -> int | None:
+def chunk_rows(positions: int, vocab_size: int, kernels: bool = False) -> int | None:
     """How many positions' logits are formed at a time; None: all of them.
 
     A chunk's gradients are made while its logits are at hand, so memory does not grow with positions
-    or heads (Gloeckle et al. 2024, section 2). For a small vocabulary whole logits are as fast.
+    or heads (Gloeckle et al. 2024, section 2). For a small vocabulary whole logits are as fast, but
+    not where kernels.py takes them: it reads and writes a chunk while it is in the cache.
     """
-    return None if positions * vocab_size <= WHOLE else max(1, CHUNK // vocab_size)
+    whole = positions * vocab_size <= WHOLE and not kernels
+    return None if whole else max(FEWEST, CHUNK // vocab_size)
 
 
 class Loss(NamedTuple):
@@ -82,20 +85,6 @@ def ahead_loss(logits: Tensor, y: Tensor, i: int, valid: Tensor) -> Loss:
     return masked_mean(loss.view_as(valid), valid)
 
 
-@torch.compiler.disable
-def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Loss:
-    """The same from a readout - .features (B, T, D), .weight (V, D) - the logits of `rows` positions at a time."""
-    length = valid.shape[1]
-    target = y[:, i : i + length].masked_fill(~valid, IGNORED).flatten()
-    if target.numel() == 0:  # of which linear_cross_entropy makes no chunks
-        return masked_mean(head.features.new_zeros(valid.shape), valid)
-    with torch.autocast(head.features.device.type, enabled=False):
-        total = F.linear_cross_entropy(head.features[:, :length].flatten(0, 1).float(), head.weight.float(), target,
-                                       reduction="sum", ignore_index=IGNORED,
-                                       options=LinearCrossEntropyOptions(batch_chunk_size=rows))
-    return mean_over(total, valid)
-
-
 def consistency_loss(teacher: Tensor, student: Tensor, i: int, valid: Tensor) -> Loss:
     """Consistency_i: KL(softmax(teacher[t+i]) || softmax(student[t])), summed over V. Both (B, T, V).
 
@@ -108,54 +97,91 @@ def consistency_loss(teacher: Tensor, student: Tensor, i: int, valid: Tensor) ->
     return masked_mean(kl, valid)
 
 
-class ChunkedDivergence(torch.autograd.Function):
-    """Sum over rows of counts * KL(softmax(teacher) || softmax(student)); logits are features times weight transposed.
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of a loss over rows of logits, features times weight transposed, `rows` of them at a time.
 
-    Like F.linear_cross_entropy in chunks it has its gradients ready after the forward pass: that of
-    KL by the student's logits is softmax(student) - softmax(teacher). teacher, features: (N, D),
-    weights: (V, D), counts: (N, 1), 1 where a row counts, else 0; the teacher gets no gradient.
+    Like F.linear_cross_entropy in chunks it has its gradients ready after the forward pass.
+    features: (N, D), weight: (V, D), which is rounded to the type of the features; loss_of(logits,
+    part) returns the losses of the rows in slice `part`, (rows,) float32, and if `gradients` leaves
+    each loss's gradient by its logits in their place.
     """
 
     @staticmethod
-    def forward(ctx, teacher, teacher_weight, features, weight, counts, rows: int, wants_gradients: bool):
-        total = features.new_zeros(())
+    def forward(ctx, features, weight, rows: int, loss_of, gradients: bool):
+        rounded = weight.to(features.dtype)
         to_features, to_weight = torch.empty_like(features), torch.zeros_like(weight)
+        total = torch.zeros((), device=features.device)
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
-            log_p = F.log_softmax(F.linear(teacher[part], teacher_weight), dim=-1)
-            log_q = F.log_softmax(F.linear(features[part], weight), dim=-1)
-            kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1, keepdim=True)
-            total += torch.where(counts[part] > 0, kl, 0.0).sum()
-            if wants_gradients:
-                to_logits = log_q.exp_().sub_(log_p.exp_()).mul_(counts[part])
-                torch.mm(to_logits, weight, out=to_features[part])
-                to_weight.addmm_(to_logits.T, features[part])
+            logits = F.linear(features[part], rounded)
+            total += loss_of(logits, part).sum()
+            if gradients:
+                torch.mm(logits, rounded, out=to_features[part])
+                if weight.dtype == logits.dtype:
+                    to_weight.addmm_(logits.T, features[part])
+                else:
+                    to_weight += logits.T @ features[part]
         ctx.save_for_backward(to_features, to_weight)
         return total
 
     @staticmethod
     def backward(ctx, gradient):
         to_features, to_weight = ctx.saved_tensors
-        return None, None, gradient * to_features, gradient * to_weight, None, None, None
+        return gradient * to_features, gradient * to_weight, None, None, None
+
+
+def divergence(teacher: Tensor, logits: Tensor, counts: Tensor, gradients: bool) -> Tensor:
+    """KL(softmax(teacher) || softmax(logits)) of rows (N, V) -> (N,); 0 where counts (N,) is false.
+
+    If `gradients`, logits become its gradient by them, softmax(logits) - softmax(teacher).
+    """
+    log_p, log_q = F.log_softmax(teacher, dim=-1), F.log_softmax(logits, dim=-1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    if gradients:
+        torch.sub(log_q.exp_(), log_p.exp_(), out=logits).masked_fill_(~counts[:, None], 0.0)
+    return torch.where(counts, kl, 0.0)
 
 
 @torch.compiler.disable  # a loop over chunks would be unrolled
-def chunked_consistency_loss(teacher, student, i: int, valid: Tensor, rows: int) -> Loss:
-    """The same from both readouts, the logits of `rows` positions at a time."""
-    length = valid.shape[1]
-    with torch.autocast(valid.device.type, enabled=False):
-        total = ChunkedDivergence.apply(
-            teacher.features[:, i : i + length].detach().flatten(0, 1).float(), teacher.weight.detach().float(),
-            student.features[:, :length].flatten(0, 1).float(), student.weight.float(),
-            valid.reshape(-1, 1).float(), rows, torch.is_grad_enabled())
+def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int, kernels=None) -> Loss:
+    """ahead_loss from a readout - .features (B, T, D), .weight (V, D) - the logits of `rows` positions at a time."""
+    target = y[:, i:].masked_fill(~valid, IGNORED)
+    target = F.pad(target, (0, y.shape[1] - target.shape[1]), value=IGNORED).flatten()  # (B T,): no copy of features
+    features, gradients = head.features.flatten(0, 1), torch.is_grad_enabled()
+    if kernels:
+        total = ChunkedLoss.apply(features, head.weight, rows, lambda logits, part:
+                                  kernels.cross_entropy(logits, target[part], gradients), gradients)
+        return mean_over(total, valid)
+    with torch.autocast(y.device.type, enabled=False):
+        total = F.linear_cross_entropy(features.float(), head.weight.float(), target, reduction="sum",
+                                       ignore_index=IGNORED, options=LinearCrossEntropyOptions(batch_chunk_size=rows))
     return mean_over(total, valid)
+
+
+@torch.compiler.disable
+def chunked_consistency_loss(teacher, student, i: int, valid: Tensor, rows: int, kernels=None) -> Loss:
+    """consistency_loss from both readouts, the logits of `rows` positions at a time."""
+    wide = torch.float32 if kernels is None else student.features.dtype
+    beyond = student.features.shape[1] - valid.shape[1]  # positions at a row's end that have no teacher
+    teacher_features = F.pad(teacher.features.detach().to(wide)[:, i:], (0, 0, 0, beyond)).flatten(0, 1)  # t reads t+i
+    teacher_weight = teacher.weight.detach().to(wide)
+    features, counts = student.features.to(wide).flatten(0, 1), F.pad(valid, (0, beyond)).flatten()
+    gradients = torch.is_grad_enabled()
+
+    def loss_of(logits, part):
+        z = F.linear(teacher_features[part], teacher_weight)
+        return (kernels.divergence if kernels else divergence)(z, logits, counts[part], gradients)
+
+    with torch.autocast(valid.device.type, enabled=False):
+        return mean_over(ChunkedLoss.apply(features, student.weight, rows, loss_of, gradients), valid)
 
 
 def chunked_hits(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Tensor:
     """Where the head's best token is y[t+i]: bool, the shape of `valid`."""
-    length = valid.shape[1]
-    best = [F.linear(part, head.weight).argmax(-1) for part in head.features[:, :length].flatten(0, 1).split(rows)]
+    length, weight = valid.shape[1], head.weight.to(head.features.dtype)
+    best = [F.linear(part, weight).argmax(-1) for part in head.features[:, :length].flatten(0, 1).split(rows)]
     return torch.cat(best).view_as(valid) == y[:, i : i + length]
+
 
 def parse_name(name: str) -> tuple[str, int]:
     """'nitp_2' -> ('nitp', 2); 'ntp' -> ('ntp', 0)."""
@@ -171,14 +197,16 @@ def all_losses(n_future_heads: int) -> tuple[str, ...]:
 class Objective(nn.Module):
     """A model with its losses as one module, so that DDP and torch.compile see a whole step.
 
-    model: has trunk(x) -> h and readout(h, i) -> Readout, as model.Transformer has.
+    model: has trunk(x) -> h and readouts(h, heads) -> {i: Readout}, as model.Transformer has.
     bos: the token that starts a document, if future targets are to stay inside theirs (valid_positions); or None.
+    kernels: the module of that name, if its cross_entropy and divergence are to take the logits; or None.
     """
 
-    def __init__(self, model: nn.Module, bos: int | None = None):
+    def __init__(self, model: nn.Module, bos: int | None = None, kernels=None):
         super().__init__()
         self.model = model
         self.bos = bos
+        self.kernels = kernels
 
     def forward(self, x: Tensor, y: Tensor, names: tuple[str, ...], accuracy: bool = False) -> dict[str, Loss]:
         """The losses called `names` on tokens x and their next tokens y, both (B, T) int64.
@@ -188,20 +216,20 @@ class Objective(nn.Module):
         """
         h = self.model.trunk(x)
         heads = sorted({parse_name(name)[1] for name in names} | {0})
-        readouts = {i: self.model.readout(h, i) for i in heads}
+        readouts = self.model.readouts(h, heads)
         valid = {i: valid_positions(y, i, self.bos) for i in heads}
-        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0])
+        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0], self.kernels is not None)
         # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
         logits = {} if rows else {i: readout.logits().float() for i, readout in readouts.items()}
         losses = {}
         for name in names:
             kind, i = parse_name(name)
             if kind == "consistency" and rows:
-                losses[name] = chunked_consistency_loss(readouts[0], readouts[i], i, valid[i], rows)
+                losses[name] = chunked_consistency_loss(readouts[0], readouts[i], i, valid[i], rows, self.kernels)
             elif kind == "consistency":
                 losses[name] = consistency_loss(logits[0], logits[i], i, valid[i])
             elif rows:
-                losses[name] = chunked_ahead_loss(readouts[i], y, i, valid[i], rows)
+                losses[name] = chunked_ahead_loss(readouts[i], y, i, valid[i], rows, self.kernels)
             else:
                 losses[name] = ahead_loss(logits[i], y, i, valid[i])
         for i in heads if accuracy else ():

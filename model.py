@@ -2,9 +2,10 @@
 
 The trunk turns tokens into states h; the next-token (NTP) head and each future head read them:
 
-    h = model.trunk(tokens)          # (B, T, D), after the last block
-    z = model.readout(h, 0).logits() # (B, T, V), z[t] scores x[t+1]
-    a = model.readout(h, i).logits() # (B, T, V), a[t] scores x[t+1+i], i = 1..n
+    h = model.trunk(tokens)             # (B, T, D), after the last block
+    heads = model.readouts(h, [0, i])
+    z = heads[0].logits()               # (B, T, V), z[t] scores x[t+1]
+    a = heads[i].logits()               # (B, T, V), a[t] scores x[t+1+i], i = 1..n
 
 B batch, T positions, D model dim, H heads, hd head dim, V vocabulary, n future heads. Parameter
 names of the trunk are llama2.c's, so its checkpoints load; heads are under `future_heads.`.
@@ -14,6 +15,7 @@ the KV cache (run.c).
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -101,8 +103,8 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
         self.head_dim = args.dim // args.n_heads
-        self.groups = args.n_heads // args.n_kv_heads
         self.wq = nn.Linear(args.dim, args.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)
@@ -112,7 +114,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, H | H_kv, hd)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (t.repeat_interleave(self.groups, dim=2) for t in (k, v))  # query head j reads kv head j // groups
+        groups = self.n_heads // self.n_kv_heads
+        k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))  # query head j reads kv head j // groups
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, hd)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
@@ -146,7 +149,7 @@ class TransformerBlock(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# future heads: each is built from ModelArgs and maps the model and its states h to a Readout
+# future heads: each is built from ModelArgs and maps the model, its states h and norm(h) to a Readout
 
 class LinearHead(nn.Module):
     """An unembedding of its own on the trunk's normed states: V x D parameters a head."""
@@ -155,8 +158,8 @@ class LinearHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(args.vocab_size, args.dim))
 
-    def forward(self, model: "Transformer", h: Tensor) -> Readout:
-        return Readout(model.norm(h), self.weight)
+    def forward(self, model: "Transformer", h: Tensor, normed: Tensor) -> Readout:
+        return Readout(normed, self.weight)
 
 
 FUTURE_HEADS = {"linear": LinearHead}
@@ -165,14 +168,16 @@ FUTURE_HEADS = {"linear": LinearHead}
 class Transformer(nn.Module):
     """Trunk, NTP head and `n_future_heads` future heads."""
 
+    Norm, Block = RMSNorm, TransformerBlock  # kernels.py puts faster ones with the same parameters in their places
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         if args.head not in FUTURE_HEADS:
             raise ValueError(f"head={args.head}: expected one of {', '.join(FUTURE_HEADS)}")
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.layers = nn.ModuleList(self.Block(args) for _ in range(args.n_layers))
+        self.norm = self.Norm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
@@ -201,15 +206,15 @@ class Transformer(nn.Module):
             h = layer(h, self.rope_cos[:T], self.rope_sin[:T])
         return h
 
-    def readout(self, h: Tensor, i: int) -> Readout:
-        """Head i on states h: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead."""
-        if i == 0:
-            return Readout(self.norm(h), self.output.weight)
-        return self.future_heads[i - 1](self, h)
+    def readouts(self, h: Tensor, heads: Iterable[int]) -> dict[int, Readout]:
+        """{i: head i on states h}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead."""
+        normed = self.norm(h)  # once, for all heads that read it
+        ntp = Readout(normed, self.output.weight)
+        return {i: self.future_heads[i - 1](self, h, normed) if i else ntp for i in heads}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) -> NTP logits z: (B, T, V)."""
-        return self.readout(self.trunk(tokens), 0).logits()
+        return self.readouts(self.trunk(tokens), [0])[0].logits()
 
     def parameter_counts(self) -> dict[str, int]:
         """{'trunk': parameters with the NTP head, 'future heads': parameters only they have}."""

@@ -15,7 +15,6 @@ a thousandth of a step), and any loss (losses.py).
 
 import io
 import math
-import os
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import kernels
 from configurator import (
     AtLeast0,
     AtLeast1,
@@ -45,6 +45,7 @@ from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
 from log import Log
 from losses import Objective, all_losses, loss_weights, weighted_total
+from machine import Machine, StepPath, choose_path, find_machine, note
 from model import FUTURE_HEADS, ModelArgs, Transformer
 from optimizer import make_optimizer
 from tinystories import TrainBatches, Windows, eval_batches
@@ -106,8 +107,9 @@ class Settings:
     # system
     seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
     device: str = "auto"  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matrix products; float32: TF32 on CUDA
-    compile: bool = False  # torch.compile the step
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bfloat16 where it is fast
+    path: Literal["auto", "plain", "fast"] = "auto"  # fast: kernels.c, for CPUs; plain: PyTorch; auto: the fastest
+    compile: bool = False  # torch.compile the plain path
 
 
 def check(s: Settings) -> None:
@@ -133,63 +135,7 @@ def shape_of(s: Settings) -> ModelArgs:
 
 
 # ---------------------------------------------------------------------------------------------
-# the machine: one device a process, any number of processes
-
-@dataclass
-class Machine:
-    """Where this process computes and which of how many processes it is."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """x summed over all processes."""
-        if self.world > 1:
-            x = x.to(self.device)
-            dist.all_reduce(x)
-        return x
-
-    def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next counts its work."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    def put(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Copies on the device; from pinned memory and without waiting where that helps."""
-        if self.device.type == "cuda":
-            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return [t.to(self.device) for t in tensors]
-
-
-def find_machine(wanted: str) -> Machine:
-    """The device called `wanted`, and torchrun's process group if there is one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if wanted == "auto":
-        mps = torch.backends.mps.is_available() and world == 1  # several processes need gloo, which has no mps
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if wanted.partition(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device={wanted}: expected auto, cpu, cuda, cuda:N or mps")
-    try:
-        device = torch.device(wanted)
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0)
-        torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # synchronize and random numbers mean the current device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"device={wanted}: not on this machine: {reason}") from error
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Machine(device, rank, world)
-
-
-def note(text: str) -> None:
-    """Tell the user, once however many processes there are."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
+# stopping
 
 class Stop:
     """SIGINT and SIGTERM ask for a stop at the end of the step; a second one is not waited for."""
@@ -287,14 +233,14 @@ def learning_rate(s: Settings, it: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machine: Machine, autocast) -> dict:
+def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machine: Machine, path: StepPath) -> dict:
     """{name: mean over all validation batches}, of the losses `names` and of acc_i; ranks share the work."""
     names_and_accuracy = (*names, *(f"acc_{i}" for i in range(objective.model.args.n_future_heads + 1)))
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in names_and_accuracy}  # of values, of positions
     objective.eval()
     mine = batches[machine.rank :: machine.world]
     for x, y in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # None: on terminals only
-        with autocast:
+        with path.autocast():
             losses = objective(*machine.put(x, y), names, accuracy=True)
         for name, loss in losses.items():
             count = loss.count.item()
@@ -316,7 +262,7 @@ def tokens_per_step(s: Settings, machine: Machine) -> int:
     return s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len
 
 
-def announce(s: Settings, model: Transformer, train: Windows, machine: Machine) -> None:
+def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, path: StepPath) -> None:
     """Say what follows from the settings."""
     counts = model.parameter_counts()
     per_step = tokens_per_step(s, machine)
@@ -329,8 +275,7 @@ def announce(s: Settings, model: Transformer, train: Windows, machine: Machine) 
           f"{counts['future heads']:,} in {s.n_future_heads} future heads\n"
           f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
           f"{total / (len(train) * s.max_seq_len):.2f} epochs of {len(train):,} rows in {train.path}\n"
-          f"machine: {machine.world} x {machine.device}, {s.dtype}, {'compiled' if s.compile else 'eager'}, "
-          f"{torch.get_num_threads()} threads", flush=True)
+          f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {path}", flush=True)
 
 
 def show(line: dict, s: Settings, machine: Machine) -> str:
@@ -356,7 +301,7 @@ def wandb_settings(s: Settings, run_id: str | None) -> dict | None:
 def train(s: Settings) -> int:
     """Run from settings to the last checkpoint; returns the exit code: 0, or 128 + the signal that stopped it."""
     check(s)
-    checkpoint, path = load_start(s)
+    checkpoint, source = load_start(s)
     machine = find_machine(s.device)
     first, accumulate = machine.rank == 0, s.gradient_accumulation_steps
     folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
@@ -366,20 +311,19 @@ def train(s: Settings) -> int:
 
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
-    model = Transformer(shape_of(s))
-    if checkpoint and (fresh := load_weights(model, checkpoint["model"], path)):
-        note(f"{path}: has no {', '.join(fresh)}: random at the start")
+    path = choose_path(s, machine.device)
+    model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
+    if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
+        note(f"{source}: has no {', '.join(fresh)}: random at the start")
     model.to(machine.device)
     torch.manual_seed(s.seed + 1 + machine.rank)  # dropout: a stream of its own, whatever the weights drew
-    objective = raw = Objective(model, bos=BOS if s.mask_document_ends else None)
-    if s.compile:
+    objective = raw = Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None)
+    if path.kind == "compiled":
         objective = torch.compile(objective)
     if machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
         objective = DistributedDataParallel(objective, find_unused_parameters=s.n_future_heads > 0)
     optimizer = make_optimizer(s, model)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=s.dtype == "float16")
-    autocast = (nullcontext() if s.dtype == "float32" else
-                torch.autocast(machine.device.type, dtype=getattr(torch, s.dtype)))
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=path.dtype == torch.float16)
 
     start, best, seconds, tokens, wandb_id = 0, math.inf, 0.0, 0, None
     if s.init_from == "resume":
@@ -389,16 +333,16 @@ def train(s: Settings) -> int:
             scaler.load_state_dict(checkpoint["scaler"])
             restore_rng(checkpoint["rng"], machine)
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"{path}: its optimizer or random state does not fit this run: {error!r}") from error
+            raise ValueError(f"{source}: its optimizer or random state does not fit this run: {error!r}") from error
         for group, fresh_group in zip(optimizer.param_groups, fresh_groups, strict=True):
             group.update(fresh_group)  # weight_decay and betas are this run's, not the checkpoint's
         start, best, seconds, tokens = (checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens"))
         wandb_id = checkpoint.get("wandb_id")
     del checkpoint
     if first:
-        announce(s, model, train_rows, machine)
+        announce(s, model, train_rows, machine, path)
     if s.eval_only:
-        val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, autocast)
+        val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, path)
         if first:
             print("\n".join(f"val/{name} {value:.6f}" for name, value in val.items()))
         return 0
@@ -422,7 +366,7 @@ def train(s: Settings) -> int:
         line: dict = {"iter": it, "tokens": tokens, "seconds": seconds}
         evaluates = it % s.eval_interval == 0 or it == s.max_iters
         if evaluates:
-            val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, autocast)
+            val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, path)
             line |= {f"val/{name}": value for name, value in val.items()}
             if first:
                 print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
@@ -449,7 +393,7 @@ def train(s: Settings) -> int:
         means = dict.fromkeys(weights, 0.0)
         for m, (x, y) in enumerate(micro):
             with nullcontext() if machine.world == 1 or m == accumulate - 1 else objective.no_sync():
-                with autocast:
+                with path.autocast():
                     losses = objective(x, y, tuple(weights))
                 # DDP averages gradients over processes; positions are counted over all of them
                 scaler.scale(weighted_total(losses, weights, counts) * machine.world).backward()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kernels
 import losses
 from losses import Objective, all_losses, loss_weights, schedule, valid_positions, weighted_total
 from model import ModelArgs, Readout, Transformer
@@ -13,12 +14,18 @@ from model import ModelArgs, Readout, Transformer
 BOS = 1
 
 
-@pytest.fixture(params=["whole", "chunks"])
-def chunks(request, monkeypatch):
-    """Each test that asks for this runs with whole logits, and with those of four positions at a time."""
-    if request.param == "chunks":
-        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size: 4)
+@pytest.fixture(params=["whole", "chunks", "kernels"])
+def objective_of(request, monkeypatch):
+    """objective_of(logits, bos): with whole logits, with those of four positions at a time, and those in kernels.c."""
+    if request.param != "whole":
+        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size, kernels: 4)
 
+    def make(logits, bos=None):
+        if request.param == "kernels":
+            return Objective(Table([t.float() for t in logits]), bos, kernels)
+        return Objective(Table(logits), bos)
+
+    return make
 
 
 class Table(torch.nn.Module):
@@ -32,9 +39,10 @@ class Table(torch.nn.Module):
     def trunk(self, x):
         return x
 
-    def readout(self, h, i):
-        self.read.add(i)
-        return Readout(self.tables[i], torch.eye(self.tables[i].shape[-1], dtype=self.tables[i].dtype))
+    def readouts(self, h, heads):
+        self.read.update(heads)
+        V, dtype = self.tables[0].shape[-1], self.tables[0].dtype
+        return {i: Readout(self.tables[i], torch.eye(V, dtype=dtype)) for i in heads}
 
 
 def random_case(n: int, boundaries: bool, B=3, T=9, V=7, seed=0):
@@ -73,11 +81,11 @@ def slow_losses(x, y, tables, n: int, masked: bool) -> dict:
 
 @pytest.mark.parametrize("boundaries,masked", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, chunks):
+def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, objective_of):
     x, y, logits = random_case(n, boundaries, seed=n)
     weights = {name: 0.3 + 0.1 * k for k, name in enumerate(all_losses(n))}  # all different: a swap shows
 
-    fast = Objective(Table(logits), bos=BOS if masked else None)
+    fast = objective_of(logits, bos=BOS if masked else None)
     got = fast(x, y, all_losses(n))
     sum(weights[name] * loss.mean for name, loss in got.items()).backward()
 
@@ -90,24 +98,24 @@ def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, ch
         assert got[name].count.item() == count, name
         assert got[name].mean.item() == pytest.approx(mean.item(), rel=1e-5), name  # float32 against float64
     for i in range(n + 1):
-        torch.testing.assert_close(fast.model.tables[i].grad, slow[i].grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(fast.model.tables[i].grad.double(), slow[i].grad, rtol=1e-4, atol=1e-7)
 
 
-def test_a_perfect_student_has_no_consistency_loss(chunks):
+def test_a_perfect_student_has_no_consistency_loss(objective_of):
     """Head i that says at t what the NTP head says at t+i: the shift itself, without a reference."""
     x, y, logits = random_case(2, False)
     for i in (1, 2):
         logits[i][:, :-i] = logits[0][:, i:]
-    got = Objective(Table(logits))(x, y, ("consistency_1", "consistency_2"))
+    got = objective_of(logits)(x, y, ("consistency_1", "consistency_2"))
     assert got["consistency_1"].mean.item() == pytest.approx(0, abs=1e-6)
     assert got["consistency_2"].mean.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_consistency_is_forward_kl_and_its_teacher_is_detached(chunks):
+def test_consistency_is_forward_kl_and_its_teacher_is_detached(objective_of):
     """KL(teacher || student) by hand on one position: teacher (.9, .1), student (.5, .5)."""
     teacher, student = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
     tables = [torch.stack([torch.zeros(2), teacher])[None], torch.stack([student, torch.zeros(2)])[None]]
-    objective = Objective(Table(tables))
+    objective = objective_of(tables)
     loss = objective(torch.zeros(1, 2).long(), torch.zeros(1, 2).long(), ("consistency_1",))["consistency_1"]
     assert loss.count.item() == 1  # t = 1 has no teacher
     assert loss.mean.item() == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-5)
@@ -116,10 +124,10 @@ def test_consistency_is_forward_kl_and_its_teacher_is_detached(chunks):
     assert objective.model.tables[1].grad.abs().sum() > 0
 
 
-def test_each_loss_reaches_its_own_head_and_nothing_else(chunks):
+def test_each_loss_reaches_its_own_head_and_nothing_else(objective_of):
     x, y, logits = random_case(3, False)
     for name in all_losses(3):
-        objective = Objective(Table(logits))
+        objective = objective_of(logits)
         objective(x, y, (name,))[name].mean.backward()
         head = 0 if name == "ntp" else int(name[-1])
         reached = [i for i, t in enumerate(objective.model.tables) if t.grad is not None and t.grad.abs().sum() > 0]
@@ -134,9 +142,9 @@ def test_a_head_that_no_loss_asks_for_is_not_run():
 
 
 @pytest.mark.parametrize("n,T", [(3, 3), (5, 2), (1, 1)])
-def test_no_valid_target_gives_zero_not_nan(n, T, chunks):
+def test_no_valid_target_gives_zero_not_nan(n, T, objective_of):
     x, y, logits = random_case(n, False, T=T)
-    objective = Objective(Table(logits))
+    objective = objective_of(logits)
     got = objective(x, y, all_losses(n), accuracy=True)
     for kind in ("nitp", "consistency", "acc"):
         for i in range(1, n + 1):
@@ -187,19 +195,19 @@ def test_accuracy_is_top_1_of_each_head_at_its_own_target():
     assert got["acc_2"].mean.item() == pytest.approx(2 / 3)
 
 
-def test_micro_batches_add_up_to_the_whole_batch(chunks):
+def test_micro_batches_add_up_to_the_whole_batch(objective_of):
     """Also where document ends leave them unequal numbers of targets."""
     x, y, logits = random_case(2, True, B=4, seed=5)
     y[0] = BOS  # a micro-batch nearly without future targets
     names = all_losses(2)
     weights = {name: 0.5 + 0.2 * k for k, name in enumerate(names)}
 
-    whole = Objective(Table(logits), bos=BOS)
+    whole = objective_of(logits, bos=BOS)
     weighted_total(whole(x, y, names), weights, whole.counts(y, names)).backward()
-    parts = Objective(Table(logits), bos=BOS)
+    parts = objective_of(logits, bos=BOS)
     counts = parts.counts(y, names)
     for rows in (slice(0, 1), slice(1, 4)):
-        part = Objective(SimpleRows(parts.model, rows), bos=BOS)
+        part = Objective(SimpleRows(parts.model, rows), BOS, parts.kernels)
         weighted_total(part(x[rows], y[rows], names), weights, counts).backward()
     for a, b in zip(whole.model.tables, parts.model.tables, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -213,7 +221,7 @@ def test_chunks_equal_the_whole_with_a_real_model(name, monkeypatch):
     x, y = torch.randint(0, 300, (2, 3, 20))
     results = []
     for rows in (None, 7):
-        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size, rows=rows: rows)
+        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size, kernels, rows=rows: rows)
         model.zero_grad()
         got = Objective(model, bos=BOS)(x, y, ("ntp", name), accuracy=True)
         (got["ntp"].mean + 0.3 * got[name].mean).backward()
@@ -258,9 +266,8 @@ class SimpleRows(torch.nn.Module):
     def trunk(self, x):
         return x
 
-    def readout(self, h, i):
-        features, weight = self.table.readout(h, i)
-        return Readout(features[self.rows], weight)
+    def readouts(self, h, heads):
+        return {i: Readout(r.features[self.rows], r.weight) for i, r in self.table.readouts(h, heads).items()}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def test_no_head_sees_the_future(i):
     model, x = make(n_future_heads=2), tokens()
     changed = x.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 31
-    a, b = (model.readout(model.trunk(t), i).logits() for t in (x, changed))
+    a, b = (model.readouts(model.trunk(t), [i])[i].logits() for t in (x, changed))
     torch.testing.assert_close(a[:, :6], b[:, :6])
     assert not torch.allclose(a[:, 6], b[:, 6])
 
@@ -35,7 +35,7 @@ def test_forward_is_the_next_token_head():
     z = model(x)
     assert z.shape == (2, 10, 31)
     torch.testing.assert_close(z, model.norm(model.trunk(x)) @ model.output.weight.T)
-    assert not torch.allclose(z, model.readout(model.trunk(x), 1).logits())
+    assert not torch.allclose(z, model.readouts(model.trunk(x), [1])[1].logits())
 
 
 def test_grouped_queries_are_full_attention_with_repeated_key_heads():
@@ -95,7 +95,7 @@ def test_linear_heads_own_an_unembedding_each():
     assert model.parameter_counts()["future heads"] == 3 * 31 * 16
     names = {n for n in model.state_dict() if n.startswith("future_heads.")}
     assert names == {f"future_heads.{i}.weight" for i in range(3)}
-    weights = [model.readout(model.trunk(tokens()), i).weight for i in range(4)]
+    weights = [head.weight for head in model.readouts(model.trunk(tokens()), range(4)).values()]
     assert len({w.data_ptr() for w in weights}) == 4
 
 

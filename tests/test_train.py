@@ -137,7 +137,7 @@ def test_a_schedule_that_ends_is_logged_and_then_free(words, tmp_path, monkeypat
 
 def test_gradient_accumulation_equals_one_big_batch(words, tmp_path):
     """Also with masked document ends, which leave micro-batches unequal numbers of targets."""
-    common = HEADS | {"mask_document_ends": True, "max_seq_len": 64, "max_iters": 3}
+    common = HEADS | {"mask_document_ends": True, "max_seq_len": 64, "max_iters": 3, "dtype": "float32"}
     run(words(out_dir=tmp_path / "big", batch_size=8, **common))
     run(words(out_dir=tmp_path / "parts", batch_size=2, gradient_accumulation_steps=4, **common))
     big, parts = log_lines(tmp_path / "big"), log_lines(tmp_path / "parts")
@@ -146,10 +146,10 @@ def test_gradient_accumulation_equals_one_big_batch(words, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_learns_the_same(words, tmp_path, dtype):
-    run(words(out_dir=tmp_path / "full"))
-    run(words(out_dir=tmp_path / "half", dtype=dtype))
+@pytest.mark.parametrize("dtype,path", [("bfloat16", "plain"), ("bfloat16", "fast"), ("float16", "plain")])
+def test_half_precision_learns_the_same(words, tmp_path, dtype, path):
+    run(words(out_dir=tmp_path / "full", dtype="float32", path="plain"))
+    run(words(out_dir=tmp_path / "half", dtype=dtype, path=path))
     full, half = (log_lines(tmp_path / out)[-1]["val/ntp"] for out in ("full", "half"))
     assert half == pytest.approx(full, abs=0.05) and half != full
     assert all(w.dtype == torch.float32 for w in weights(tmp_path / "half").values())
@@ -375,8 +375,8 @@ def test_a_resumed_run_keeps_its_shape_and_takes_other_settings(words, tmp_path,
 
 
 def test_compiled_step_learns_the_same(words, tmp_path):
-    run(words(out_dir=tmp_path / "eager", max_iters=3, **HEADS))
-    run(words(out_dir=tmp_path / "compiled", max_iters=3, compile=True, **HEADS))
+    run(words(out_dir=tmp_path / "eager", max_iters=3, path="plain", **HEADS))
+    run(words(out_dir=tmp_path / "compiled", max_iters=3, path="plain", compile=True, **HEADS))
     eager, compiled = (log_lines(tmp_path / out)[-1]["val/ntp"] for out in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, abs=1e-3)
     assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
@@ -386,18 +386,22 @@ def test_compiled_step_learns_the_same(words, tmp_path):
 # several processes, and wandb
 
 
-def test_two_processes_learn_what_one_learns(words, tmp_path):
-    common = HEADS | {"mask_document_ends": True, "max_iters": 5, "aux_schedule": "linear", "aux_end": 0.6}
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_learn_what_one_learns(words, tmp_path, accumulate):
+    """Twice half the batch is the whole, also where masks leave the halves unequal numbers of targets."""
+    common = HEADS | {"mask_document_ends": True, "max_iters": 20, "aux_schedule": "linear", "aux_end": 0.6,
+                      "gradient_accumulation_steps": accumulate, "dtype": "float32"}
     run(words(out_dir=tmp_path / "one", batch_size=4, **common))
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
                     *words(out_dir=tmp_path / "two", batch_size=2, **common))
     _, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
     one, two = (log_lines(tmp_path / out) for out in ("one", "two"))
-    assert [line["iter"] for line in two] == list(range(6)) and two[-1]["tokens"] == one[-1]["tokens"]
+    assert [line["iter"] for line in two] == list(range(21)) and two[-1]["tokens"] == one[-1]["tokens"]
     for a, b in zip(one, two, strict=True):
-        for key in a.keys() - {"seconds", "tok_per_s"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+        for key in a.keys() - {"seconds", "tok_per_s", "grad_norm"}:
+            # a hit is a hit or none: one logit rounded the other way moves the accuracy by one of 1,024
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-3 if "acc" in key else 1e-5), key
 
 
 def leveldb_records(data: bytes):

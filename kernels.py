@@ -1,0 +1,234 @@
+"""kernels.c in PyTorch: a training step several times faster on a CPU, with the same parameters and mathematics.
+
+    model = KernelTransformer(args)                 # in place of Transformer
+    objective = Objective(model, kernels=kernels)   # this module
+    with torch.autocast("cpu", torch.bfloat16): ... # or without, in float32
+
+kernels.c is compiled once, by the C compiler that also builds run.c, and kept in build/ (`library`).
+
+What this leaves out on purpose: dropout, float16 and devices that are not CPUs; those take model.Transformer.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from model import RMSNorm, Transformer, TransformerBlock
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
+# In order of preference. OpenMP is the one that PyTorch has loaded, so both share their threads.
+MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"], [])
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels.c, built on first use (2 s) unless build/ has it for this source, compiler and processor.
+
+    CC names the compiler (default cc). Errors: ValueError if there is none or it fails.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    for flags in MACHINE_FLAGS:
+        # the compiler's own macros tell its version and the processor's instructions
+        macros = _run([*compiler, *FLAGS, *flags, "-dM", "-E", str(SOURCE)])
+        if macros.returncode == 0:
+            break
+    text = repr((macros.stdout, SOURCE.read_bytes(), FLAGS, flags)).encode()
+    built = SOURCE.parent / "build" / f"kernels-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not built.exists():
+        try:
+            built.parent.mkdir(exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=built.parent)
+        except OSError:  # the project is not ours to write to
+            folder = tempfile.TemporaryDirectory()
+            built = None
+        with folder:
+            fresh = Path(folder.name) / "kernels.so"
+            done = _run([*compiler, *FLAGS, *flags, "-o", str(fresh), str(SOURCE), "-lm"])
+            if done.returncode:
+                reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+                raise ValueError(f"{shlex.join(compiler)} could not compile {SOURCE.name}: {reason[:300]}")
+            if built is None:
+                return _load(fresh)
+            os.replace(fresh, built)  # in one step: other processes may be at it too
+    return _load(built)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.keep_freed_memory()
+    return loaded
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"no C compiler: {command[0]}: {error.strerror}") from error
+
+
+def _call(name: str, *args: Tensor | int | float | None) -> None:
+    """A function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError."""
+    converted = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            assert arg.is_contiguous() and arg.device.type == "cpu", f"{name}: {arg.shape}, {arg.device}"
+            converted.append(ctypes.c_void_p(arg.data_ptr()))
+        else:
+            converted.append(ctypes.c_float(arg) if isinstance(arg, float) else
+                             ctypes.c_void_p(None) if arg is None else ctypes.c_int64(arg))
+    if getattr(library(), name)(*converted):
+        raise MemoryError(f"kernels.c: {name}: out of memory")
+
+
+def _is_bf16(x: Tensor) -> int:
+    assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
+    return int(x.dtype == torch.bfloat16)
+
+
+def _activation_dtype() -> torch.dtype:
+    """What goes into matrix products: autocast's type, or float32 without it."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------
+# the trunk
+
+class CausalAttention(Function):
+    """qkv: (B, T, (n_heads + 2 n_kv_heads) hd), not rotated; cos, sin: (T, hd / 2) -> (B, T, n_heads hd)."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+        B, T, width = qkv.shape
+        head_dim = width // (n_heads + 2 * n_kv_heads)
+        y = qkv.new_empty(B, T, n_heads * head_dim)
+        log_sum = torch.empty(B, n_heads, T)
+        ctx.sizes = (B, T, n_heads, n_kv_heads, head_dim, _is_bf16(qkv))
+        _call("attention_forward", qkv, cos, sin, y, log_sum, *ctx.sizes)
+        ctx.save_for_backward(qkv, cos, sin, y, log_sum)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        qkv, cos, sin, y, log_sum = ctx.saved_tensors
+        dqkv = torch.empty_like(qkv)
+        _call("attention_backward", qkv, cos, sin, y, log_sum, dy.contiguous(), dqkv, *ctx.sizes)
+        return dqkv, None, None, None, None
+
+
+class Norm(Function):
+    """RMSNorm of h: (..., D) float32 -> (..., D) of `dtype`."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        h = h.contiguous()
+        out = torch.empty_like(h, dtype=dtype)
+        ctx.sizes = (h.numel() // len(weight), len(weight), eps, _is_bf16(out))
+        _call("norm_forward", h, None, weight, None, out, *ctx.sizes)
+        ctx.save_for_backward(h, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        h, weight = ctx.saved_tensors
+        dh, dweight = torch.empty_like(h), torch.empty_like(weight)
+        _call("norm_backward", h, weight, dout.contiguous(), None, dh, None, dweight, *ctx.sizes)
+        return dh, dweight, None, None
+
+
+class AddNorm(Function):
+    """h: (..., D) float32, branch: (..., D) activations -> their sum, float32, and its RMSNorm, of branch's type."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        h, branch = h.contiguous(), branch.contiguous()
+        total, out = torch.empty_like(h), torch.empty_like(branch)
+        ctx.sizes = (h.numel() // len(weight), len(weight), eps, _is_bf16(branch))
+        _call("norm_forward", h, branch, weight, total, out, *ctx.sizes)
+        ctx.save_for_backward(total, weight)
+        return total, out
+
+    @staticmethod
+    def backward(ctx, dtotal: Tensor, dout: Tensor):
+        total, weight = ctx.saved_tensors
+        dh, dbranch, dweight = torch.empty_like(total), torch.empty_like(dout), torch.empty_like(weight)
+        _call("norm_backward", total, weight, dout.contiguous(), dtotal.contiguous(), dh, dbranch, dweight, *ctx.sizes)
+        return dh, dbranch, dweight, None
+
+
+class SwiGLU(Function):
+    """gate_up: (..., 2 D), two halves -> silu(gate) * up: (..., D)."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        D = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], D)
+        ctx.sizes = (out.numel() // D, D, _is_bf16(gate_up))
+        _call("swiglu_forward", gate_up, out, *ctx.sizes)
+        ctx.save_for_backward(gate_up)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        (gate_up,) = ctx.saved_tensors
+        dgate_up = torch.empty_like(gate_up)
+        _call("swiglu_backward", gate_up, dout.contiguous(), dgate_up, *ctx.sizes)
+        return dgate_up
+
+
+class KernelNorm(RMSNorm):
+    """model.RMSNorm, of the type that matrix products want."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Norm.apply(x, self.weight, self.eps, _activation_dtype())
+
+
+class KernelBlock(TransformerBlock):
+    """model.TransformerBlock: q, k and v in one matrix product, gate and up in another, the rest in kernels.c."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, f = self.attention, self.feed_forward
+        normed = Norm.apply(x, self.attention_norm.weight, self.attention_norm.eps, _activation_dtype())
+        qkv = F.linear(normed, torch.cat((a.wq.weight, a.wk.weight, a.wv.weight)))
+        y = a.wo(CausalAttention.apply(qkv, cos, sin, a.n_heads, a.n_kv_heads))
+        h, normed = AddNorm.apply(x, y, self.ffn_norm.weight, self.ffn_norm.eps)
+        return h + f.w2(SwiGLU.apply(F.linear(normed, torch.cat((f.w1.weight, f.w3.weight)))))
+
+
+class KernelTransformer(Transformer):
+    """model.Transformer on the CPU by way of kernels.c; without dropout. Errors: ValueError where it cannot be."""
+
+    Norm, Block = KernelNorm, KernelBlock
+
+    def __init__(self, args):
+        if args.dropout:
+            raise ValueError(f"dropout={args.dropout}: kernels.c has none")
+        library()  # an error now, not in the first step
+        super().__init__(args)
+
+
+# ---------------------------------------------------------------------------------------------
+# losses of rows of logits: (N, V), which become their gradients if `gradients`
+
+def cross_entropy(logits: Tensor, target: Tensor, gradients: bool) -> Tensor:
+    """-log softmax(logits)[target] of each row: (N,) float32; 0 where target: (N,) int64 is negative."""
+    loss = torch.empty(len(logits))
+    _call("cross_entropy", logits, target, loss, *logits.shape, int(gradients), _is_bf16(logits))
+    return loss
+
+
+def divergence(teacher: Tensor, logits: Tensor, counts: Tensor, gradients: bool) -> Tensor:
+    """KL(softmax(teacher) || softmax(logits)) of each row: (N,) float32; 0 where counts: (N,) bool is false."""
+    loss = torch.empty(len(logits))
+    _call("divergence", teacher, logits, counts, loss, *logits.shape, int(gradients), _is_bf16(logits))
+    return loss

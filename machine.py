@@ -1,0 +1,123 @@
+"""Where and how a step is computed: the device, the processes, the type of matrix products, the path.
+
+One device a process, any number of processes (torchrun's). The path is one of three ways through
+the same mathematics: plain is PyTorch as it comes, compiled is that under torch.compile, fast is
+kernels.py on a CPU.
+
+What this leaves out on purpose: settings of what is learned; none here changes it beyond rounding.
+"""
+
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+import kernels
+
+
+def note(text: str) -> None:
+    """Tell the user, once however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Machine:
+    """Where this process computes and which of how many processes it is."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """x summed over all processes."""
+        if self.world > 1:
+            x = x.to(self.device)
+            dist.all_reduce(x)
+        return x
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next counts its work."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def put(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Copies on the device; from pinned memory and without waiting where that helps."""
+        if self.device.type == "cuda":
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device) for t in tensors]
+
+
+def find_machine(wanted: str) -> Machine:
+    """The device called `wanted`, and torchrun's process group if there is one. Errors: ValueError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if wanted == "auto":
+        mps = torch.backends.mps.is_available() and world == 1  # several processes need gloo, which has no mps
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if wanted.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device={wanted}: expected auto, cpu, cuda, cuda:N or mps")
+    try:
+        device = torch.device(wanted)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world > 1 else device.index or 0)
+        torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # synchronize and random numbers mean the current device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"device={wanted}: not on this machine: {reason}") from error
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Machine(device, rank, world)
+
+
+@dataclass
+class StepPath:
+    """The way of a step, and the reason for it in words."""
+
+    kind: str  # plain, compiled or fast
+    dtype: torch.dtype  # of matrix products
+    device: torch.device
+    why: str
+
+    @property
+    def fast(self) -> bool:
+        return self.kind == "fast"
+
+    def autocast(self):
+        """The context in which a model and its losses are to run."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.why}), products in {str(self.dtype).removeprefix('torch.')}"
+
+
+def choose_path(s, device: torch.device) -> StepPath:
+    """The one place that decides; s has path, dtype, compile, dropout. Errors: ValueError if path=fast cannot be."""
+    dtype = getattr(torch, s.dtype) if s.dtype != "auto" else torch.bfloat16 if has_bfloat16(device) else torch.float32
+    otherwise = "compiled" if s.compile else "plain"
+    if s.path == "plain":
+        return StepPath(otherwise, dtype, device, "asked for")
+    obstacle = (f"kernels.c is for the CPU, this is {device.type}" if device.type != "cpu" else
+                f"kernels.c has no dropout, found {s.dropout}" if s.dropout else
+                "kernels.c has no float16" if dtype == torch.float16 else "")
+    if not obstacle:
+        try:
+            kernels.library()
+            return StepPath("fast", dtype, device, "kernels.c")
+        except ValueError as error:
+            obstacle = str(error)
+    if s.path == "fast":
+        raise ValueError(f"path=fast: {obstacle}")
+    return StepPath(otherwise, dtype, device, obstacle)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Does the device multiply matrices of bfloat16 in hardware, and so faster than those of float32?"""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()  # bf16: ARM's
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
