@@ -24,7 +24,8 @@ test: .venv/test-ready ## the whole test suite
 lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
 	$(PY) -m ruff check
 	for flags in -O2 "-O3 -march=native" "-O2 -DSCALAR"; do \
-	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror $$flags -pthread -o /dev/null run.c -lm || exit 1; done
+	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror $$flags -pthread -o /dev/null run.c -lm || exit 1; \
+	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas $$flags -c -o /dev/null kernels.c || exit 1; done
 
 run: run.c ## build run: inference in C
 	$(CC) -O3 -pthread -o run run.c -lm

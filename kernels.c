@@ -464,16 +464,14 @@ int swiglu_backward(const void *gate_up, const void *dout, void *dgate_up, int64
 // Losses of a row of logits. Where `gradients` is not 0, the (students') logits are replaced by the loss's gradient by
 // them: nobody needs them any longer, and a second pass over them would cost what the first did.
 
-// x becomes 2^((x - max) log2(e)) over its first V numbers; what follows up to whole registers must be LOWEST, and ends
-// as next to nothing. Returns the sum; the natural logarithm of the sum of exp(x) is *log_sum.
-static float exponentials(float *x, int64_t V, float *log_sum) {
-    Floats max = *at(x, 0), sum = all(0.0f);
-    for (int64_t i = LANES; i < V; i += LANES) max = larger(*at(x, i), max);
-    const float m = largest_of(max);
-    for (int64_t i = 0; i < V; i += LANES) sum += *at(x, i) = exp2_of((*at(x, i) - m) * LOG2E);
-    const float s = sum_of(sum);
-    *log_sum = m + logf(s);
-    return s;
+// x becomes exp(x - max) over its first V numbers; what follows up to whole registers must be LOWEST, and ends as next to
+// nothing. Returns the sum; the largest of x is *max.
+static float exponentials(float *x, int64_t V, float *max) {
+    Floats high = *at(x, 0), sum = all(0.0f);
+    for (int64_t i = LANES; i < V; i += LANES) high = larger(*at(x, i), high);
+    *max = largest_of(high);
+    for (int64_t i = 0; i < V; i += LANES) sum += *at(x, i) = exp2_of((*at(x, i) - *max) * LOG2E);
+    return sum_of(sum);
 }
 
 static void pad(float *row, int64_t V) {
@@ -486,7 +484,7 @@ int cross_entropy(void *logits, const int64_t *target, float *loss, int64_t N, i
     if (!all_threads) return -1;
 #pragma omp parallel
     {
-        float *row = mine(all_threads, 1, V), log_sum;
+        float *row = mine(all_threads, 1, V), max;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
             loss[n] = 0.0f;
@@ -495,9 +493,9 @@ int cross_entropy(void *logits, const int64_t *target, float *loss, int64_t N, i
             } else {
                 read_row(row, logits, n * V, V, (int)bf16);
                 pad(row, V);
-                const float at_target = row[target[n]], share = 1.0f / exponentials(row, V, &log_sum);
-                loss[n] = log_sum - at_target;
-                for (int64_t i = 0; i < V; i++) row[i] *= share;
+                const float at_target = row[target[n]], sum = exponentials(row, V, &max);
+                loss[n] = max - at_target + logf(sum);
+                for (int64_t i = 0; i < V; i += LANES) *at(row, i) *= 1.0f / sum;
                 row[target[n]] -= 1.0f;
             }
             if (gradients) write_row(logits, n * V, row, V, (int)bf16);
@@ -515,7 +513,7 @@ int divergence(const void *teacher, void *student, const uint8_t *counts, float 
 #pragma omp parallel
     {
         float *p = mine(all_threads, 4, V), *q = p + padded(V), *z = q + padded(V), *a = z + padded(V);
-        float log_p, log_q;
+        float max_p, max_q;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
             loss[n] = 0.0f;
@@ -528,14 +526,14 @@ int divergence(const void *teacher, void *student, const uint8_t *counts, float 
                 memcpy(q, a, (size_t)V * 4);
                 pad(p, V);
                 pad(q, V);
-                const float p_share = 1.0f / exponentials(p, V, &log_p), q_share = 1.0f / exponentials(q, V, &log_q);
+                const float sum_p = exponentials(p, V, &max_p), sum_q = exponentials(q, V, &max_q);
                 Floats sum = all(0.0f);
-                for (int64_t i = 0; i < V; i += LANES) {  // past V are zeros in z and a
-                    Floats p_i = *at(p, i) * p_share;
-                    sum += p_i * ((*at(z, i) - log_p) - (*at(a, i) - log_q));
-                    *at(q, i) = *at(q, i) * q_share - p_i;
+                for (int64_t i = 0; i < V; i += LANES) {  // past V are zeros in z and a, and nothing in p
+                    Floats p_i = *at(p, i) * (1.0f / sum_p);
+                    sum += p_i * ((*at(z, i) - max_p) - (*at(a, i) - max_q));
+                    *at(q, i) = *at(q, i) * (1.0f / sum_q) - p_i;
                 }
-                loss[n] = sum_of(sum);
+                loss[n] = sum_of(sum) + logf(sum_q) - logf(sum_p);
             }
             if (gradients) write_row(student, n * V, q, V, (int)bf16);
         }

@@ -222,6 +222,8 @@ class KernelTransformer(Transformer):
 
 def cross_entropy(logits: Tensor, target: Tensor, gradients: bool) -> Tensor:
     """-log softmax(logits)[target] of each row: (N,) float32; 0 where target: (N,) int64 is negative."""
+    if int(target.max()) >= logits.shape[1]:
+        raise IndexError(f"target {int(target.max())}: expected less than {logits.shape[1]}")
     loss = torch.empty(len(logits))
     _call("cross_entropy", logits, target, loss, *logits.shape, int(gradients), _is_bf16(logits))
     return loss

@@ -1,0 +1,88 @@
+// Runs every function of kernels.c on odd sizes, each buffer an allocation of its own, for the sanitizers to watch.
+
+#include "../kernels.c"
+#include <stdio.h>
+
+static uint64_t state = 1;
+
+static float next(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (float)(state >> 40) / (float)(1 << 23) - 1.0f;
+}
+
+// n activations of 2 or 4 bytes, in no more memory than that.
+static void *activations(int64_t n, int bf16) {
+    void *x = malloc((size_t)n * (bf16 ? 2 : 4));
+    for (int64_t i = 0; i < n; i++) {
+        float value = next();
+        write_row(x, i, &value, 1, bf16);
+    }
+    return x;
+}
+
+static int bad;
+
+// Frees x after a look at whether all of it is finite.
+static void check(void *x, int64_t n, int bf16) {
+    for (int64_t i = 0; i < n; i++) {
+        float value;
+        read_row(&value, x, i, 1, bf16);
+        if (!(fabsf(value) < 1e6f)) bad = 1;
+    }
+    free(x);
+}
+
+static void attention(int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int bf16) {
+    int64_t N = B * T, width = (H + 2 * G) * hd;
+    void *qkv = activations(N * width, bf16), *y = activations(N * H * hd, bf16), *dy = activations(N * H * hd, bf16);
+    void *dqkv = activations(N * width, bf16), *log_sum = activations(N * H, 0);
+    void *cos = activations(T * hd / 2, 0), *sin = activations(T * hd / 2, 0);
+    bad |= attention_forward(qkv, cos, sin, y, log_sum, B, T, H, G, hd, bf16);
+    bad |= attention_backward(qkv, cos, sin, y, log_sum, dy, dqkv, B, T, H, G, hd, bf16);
+    check(qkv, N * width, bf16), check(y, N * H * hd, bf16), check(dy, N * H * hd, bf16), check(dqkv, N * width, bf16);
+    check(log_sum, N * H, 0), check(cos, T * hd / 2, 0), check(sin, T * hd / 2, 0);
+}
+
+static void rows(int64_t N, int64_t D, int bf16) {
+    void *h = activations(N * D, 0), *branch = activations(N * D, bf16), *weight = activations(D, 0);
+    void *x = activations(N * D, 0), *out = activations(N * D, bf16), *dx = activations(N * D, 0);
+    void *dbranch = activations(N * D, bf16), *dweight = activations(D, 0);
+    bad |= norm_forward(h, NULL, weight, NULL, out, N, D, 1e-5f, bf16);
+    bad |= norm_forward(h, branch, weight, x, out, N, D, 1e-5f, bf16);
+    bad |= norm_backward(x, weight, out, NULL, dx, NULL, dweight, N, D, 1e-5f, bf16);
+    bad |= norm_backward(x, weight, out, h, dx, dbranch, dweight, N, D, 1e-5f, bf16);
+    check(h, N * D, 0), check(branch, N * D, bf16), check(weight, D, 0), check(x, N * D, 0), check(out, N * D, bf16);
+    check(dx, N * D, 0), check(dbranch, N * D, bf16), check(dweight, D, 0);
+
+    void *gate_up = activations(2 * N * D, bf16), *y = activations(N * D, bf16), *d = activations(2 * N * D, bf16);
+    bad |= swiglu_forward(gate_up, y, N, D, bf16);
+    bad |= swiglu_backward(gate_up, y, d, N, D, bf16);
+    check(gate_up, 2 * N * D, bf16), check(y, N * D, bf16), check(d, 2 * N * D, bf16);
+
+    void *teacher = activations(N * D, bf16), *logits = activations(N * D, bf16), *loss = activations(N, 0);
+    int64_t *target = malloc((size_t)N * 8);
+    uint8_t *counts = malloc((size_t)N);
+    for (int64_t n = 0; n < N; n++) {
+        target[n] = n % 5 == 4 ? -100 : n % D;
+        counts[n] = n % 5 != 4;
+    }
+    bad |= cross_entropy(logits, target, loss, N, D, 0, bf16);
+    bad |= divergence(teacher, logits, counts, loss, N, D, 0, bf16);
+    bad |= divergence(teacher, logits, counts, loss, N, D, 1, bf16);
+    bad |= cross_entropy(logits, target, loss, N, D, 1, bf16);
+    check(teacher, N * D, bf16), check(logits, N * D, bf16), check(loss, N, 0);
+    free(target), free(counts);
+}
+
+int main(void) {
+    keep_freed_memory();
+    const int64_t shapes[][5] = {{1, 1, 1, 1, 2}, {2, 7, 2, 1, 6}, {1, 8, 4, 4, 8}, {1, 17, 3, 3, 10}, {1, 33, 4, 2, 48}};
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+            attention(shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3], shapes[i][4], bf16);
+        for (int64_t D = 1; D < 40; D++) rows(D % 7 + 1, D, bf16);
+        rows(2 * ROW_BLOCK + 1, 16, bf16);
+    }
+    puts(bad ? "a result is not finite, or a function failed" : "ok");
+    return bad;
+}

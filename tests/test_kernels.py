@@ -1,0 +1,323 @@
+"""kernels.c against PyTorch in float64, value by value and gradient by gradient."""
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from losses import Objective, all_losses
+from model import FeedForward, ModelArgs, RMSNorm, Transformer, TransformerBlock, rope_table, rotate
+
+# A product of float32 kernels is as good as float32 can be; one of bfloat16 has 8 bits, and sums of hundreds of those.
+TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
+dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "bfloat16"])
+
+
+def compare(got, want, dtype, scale=1.0):
+    """got equals want, float64, but for rounding to dtype; `scale`: of the largest values that were summed."""
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), want, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale)
+
+
+def leaf(*shape, dtype, seed=0, scale=1.0):
+    """Random numbers that dtype holds exactly, once as they go into a kernel and once for the float64 reference."""
+    x = (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    return x.clone().requires_grad_(), x.double().requires_grad_()
+
+
+# ---------------------------------------------------------------------------------------------
+# the trunk's functions
+
+@dtypes
+@pytest.mark.parametrize("B,T,H,G,hd", [(2, 37, 8, 4, 8), (1, 1, 2, 1, 2), (3, 16, 4, 4, 6), (1, 65, 6, 2, 48),
+                                        (2, 8, 2, 2, 10), (1, 300, 3, 1, 16)])
+def test_attention(B, T, H, G, hd, dtype):
+    qkv, wide = leaf(B, T, (H + 2 * G) * hd, dtype=dtype, scale=2.0)
+    up, wide_up = leaf(B, T, H * hd, dtype=dtype, seed=1)
+    cos, sin = rope_table(hd, T)
+    y = kernels.CausalAttention.apply(qkv, cos, sin, H, G)
+    y.backward(up.detach())
+
+    # straight from the definition: rotate, score, mask, softmax, mix
+    q, k, v = (t.unflatten(-1, (-1, hd)) for t in wide.split([H * hd, G * hd, G * hd], -1))
+    angles = torch.complex(cos.double(), sin.double())[:, None]
+    q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) * angles).flatten(-2)
+            for t in (q, k))
+    k, v = (t.repeat_interleave(H // G, 2) for t in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / hd**0.5
+    scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+    want = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2)
+    want.backward(wide_up.detach())
+
+    compare(y, want, dtype, scale=4)
+    compare(qkv.grad, wide.grad, dtype, scale=wide.grad.abs().max().item())
+
+
+def test_attention_of_scores_that_overflow_an_exponential():
+    """Scores of +-1e4: the largest decides alone, whatever comes before or after it."""
+    B, T, H, hd = 1, 40, 1, 8
+    qkv = torch.zeros(B, T, 3 * hd)
+    qkv[..., 0] = 200.0  # q
+    qkv[0, :, hd] = -200.0  # k: scores of -1.4e4 ...
+    qkv[0, 20, hd] = 200.0  # ... but for one key
+    qkv[..., 2 * hd :] = torch.randn(T, hd)
+    y = kernels.CausalAttention.apply(qkv, torch.ones(T, hd // 2), torch.zeros(T, hd // 2), H, H)
+    torch.testing.assert_close(y[0, 20:], qkv[0, 20, 2 * hd :].expand(20, hd))
+    torch.testing.assert_close(y[0, 4], qkv[0, :5, 2 * hd :].mean(0))
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 1, 2), (5, 100), (700, 16)])
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_norm(shape, with_branch, dtype):
+    h, wide_h = leaf(*shape, dtype=torch.float32)
+    branch, wide_branch = leaf(*shape, dtype=dtype, seed=1)
+    weight, wide_weight = leaf(shape[-1], dtype=torch.float32, seed=2)
+    up, wide_up = leaf(*shape, dtype=dtype, seed=3)
+    later, wide_later = leaf(*shape, dtype=torch.float32, seed=4)
+
+    total = wide_h + wide_branch if with_branch else wide_h
+    want = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * wide_weight
+    if with_branch:
+        got_total, got = kernels.AddNorm.apply(h, branch, weight, 1e-5)
+        torch.autograd.backward((got_total, got), (later.detach(), up.detach()))
+        torch.autograd.backward((total, want), (wide_later.detach(), wide_up.detach()))
+        compare(got_total, total, torch.float32)
+        compare(branch.grad, wide_branch.grad, dtype, scale=4)
+    else:
+        got = kernels.Norm.apply(h, weight, 1e-5, dtype)
+        got.backward(up.detach())
+        want.backward(wide_up.detach())
+    assert got.dtype == dtype
+    compare(got, want, dtype, scale=4)
+    compare(h.grad, wide_h.grad, torch.float32, scale=10)
+    compare(weight.grad, wide_weight.grad, torch.float32, scale=30)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 3, 172), (1, 1), (9, 17)])
+def test_swiglu(shape, dtype):
+    gate_up, wide = leaf(*shape[:-1], 2 * shape[-1], dtype=dtype, scale=3.0)
+    up, wide_up = leaf(*shape, dtype=dtype, seed=1)
+    got = kernels.SwiGLU.apply(gate_up)
+    got.backward(up.detach())
+    gate, linear = wide.chunk(2, -1)
+    want = F.silu(gate) * linear
+    want.backward(wide_up.detach())
+    compare(got, want, dtype)
+    compare(gate_up.grad, wide.grad, dtype)
+
+
+def test_swiglu_far_from_zero():
+    x = torch.tensor([-1e30, -200.0, -88.0, -1.0, 0.0, 88.0, 200.0, 1e30])
+    gate_up = torch.cat((x, torch.ones(8)))[None].requires_grad_()
+    got = kernels.SwiGLU.apply(gate_up)
+    torch.testing.assert_close(got[0], F.silu(x), rtol=1e-6, atol=1e-7)
+    got.sum().backward()
+    assert torch.isfinite(gate_up.grad).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# the losses' functions
+
+@dtypes
+@pytest.mark.parametrize("N,V", [(5, 512), (1, 1), (3, 17), (40, 259), (2, 5000)])
+def test_cross_entropy(N, V, dtype):
+    logits, wide = leaf(N, V, dtype=dtype, scale=5.0)
+    target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    target[N // 2] = -100 if N > 1 else 0
+    rows = logits.detach().clone()
+    loss = kernels.cross_entropy(rows, target, gradients=True)
+    want = F.cross_entropy(wide, target, reduction="none")
+    want.sum().backward()
+    compare(loss, want, torch.float32)  # of the logits as rounded, so float32 whatever they are
+    compare(rows, wide.grad, dtype)
+
+    rows = logits.detach().clone()
+    assert torch.equal(kernels.cross_entropy(rows, target, gradients=False), loss)
+    assert torch.equal(rows, logits)  # left alone
+
+
+@dtypes
+@pytest.mark.parametrize("N,V", [(5, 512), (1, 1), (3, 17), (40, 259)])
+def test_divergence(N, V, dtype):
+    logits, wide = leaf(N, V, dtype=dtype, scale=3.0)
+    teacher, wide_teacher = leaf(N, V, dtype=dtype, scale=3.0, seed=1)
+    counts = torch.arange(N) % 3 != 1
+    rows = logits.detach().clone()
+    loss = kernels.divergence(teacher, rows, counts, gradients=True)
+    want = F.kl_div(wide.log_softmax(-1), wide_teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    want = torch.where(counts, want, 0.0)
+    want.sum().backward()
+    compare(loss, want.detach(), torch.float32)
+    compare(rows, wide.grad, dtype)
+
+    rows = logits.detach().clone()
+    assert torch.equal(kernels.divergence(teacher, rows, counts, gradients=False), loss)
+    assert torch.equal(rows, logits)
+
+
+def test_losses_of_logits_that_overflow_or_are_nan():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [3e38, 0.0, -3e38], [0.0, torch.nan, 0.0]])
+    loss = kernels.cross_entropy(logits.clone(), torch.tensor([0, 1, 0, 0]), gradients=False)
+    torch.testing.assert_close(loss[:3], torch.tensor([0.0, torch.tensor(3.0).log(), 0.0]))
+    assert loss[3].isnan()  # so that train.py stops
+    kl = kernels.divergence(logits.clone(), logits.clone(), torch.ones(4, dtype=torch.bool), gradients=False)
+    torch.testing.assert_close(kl[:2], torch.zeros(2))
+    assert kl[3].isnan()
+
+
+def test_a_target_outside_of_the_vocabulary_is_an_error_not_a_read_elsewhere():
+    with pytest.raises(IndexError, match="5"):
+        kernels.cross_entropy(torch.zeros(2, 5), torch.tensor([4, 5]), gradients=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# whole models
+
+SHAPES = [{}, {"n_kv_heads": 4}, {"tie_embeddings": False, "hidden_dim": 50},
+          {"dim": 24, "n_heads": 2, "n_kv_heads": 1}]
+
+
+def twins(**changes):
+    """A Transformer and a KernelTransformer of the same seed."""
+    args = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 100, "max_seq_len": 40,
+            "n_future_heads": 2} | changes
+    models = []
+    for kind in (Transformer, kernels.KernelTransformer):
+        torch.manual_seed(0)
+        models.append(kind(ModelArgs(**args)))
+    return models
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_both_paths_have_the_same_parameters_and_start_alike(changes):
+    plain, fast = (m.state_dict() for m in twins(**changes))
+    assert list(plain) == list(fast)
+    assert all(torch.equal(plain[name], fast[name]) for name in plain)
+
+
+@dtypes
+@pytest.mark.parametrize("changes", SHAPES)
+def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
+    """The plain path in float32 is the oracle; bfloat16 products may differ by their rounding, and by no more."""
+    plain, fast = twins(**changes)
+    for model in (plain, fast):  # weights as large as trained ones, or the trunk would hardly matter
+        torch.manual_seed(1)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, 1.0 if p.dim() < 2 else 0.0, 0.2)
+    x, y = torch.randint(2, 100, (2, 3, 40), generator=torch.Generator().manual_seed(2))
+    names = all_losses(2)
+    found = []
+    for objective, kind in ((Objective(plain, 1), torch.float32), (Objective(fast, 1, kernels), dtype)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+            losses = objective(x, y, names, accuracy=True)
+        sum(losses[name].mean * (1 + k) for k, name in enumerate(names)).backward()
+        found.append((losses, {name: p.grad for name, p in objective.model.named_parameters()}))
+    (want, want_gradients), (got, got_gradients) = found
+    rounding = 1e-5 if dtype == torch.float32 else 0.02
+    for name in names:
+        assert got[name].mean.item() == pytest.approx(want[name].mean.item(), rel=rounding), name
+        assert got[name].count == want[name].count
+    for name, gradient in want_gradients.items():
+        error = (got_gradients[name] - gradient).norm() / gradient.norm()
+        assert error < (1e-4 if dtype == torch.float32 else 0.05), (name, error)
+
+
+def test_blocks_and_norms_are_told_apart_from_the_plain_ones():
+    """What stands in must be what the fast model runs, and its block not the plain one by accident."""
+    plain, fast = twins()
+    assert type(plain.layers[0]) is TransformerBlock and type(plain.norm) is RMSNorm
+    assert type(fast.layers[0]) is kernels.KernelBlock and type(fast.norm) is kernels.KernelNorm
+    assert type(fast.layers[0].feed_forward) is FeedForward
+
+
+def test_the_number_of_threads_changes_no_bit():
+    gradients = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            qkv, _ = leaf(3, 50, 16 * 8, dtype=torch.float32)
+            kernels.CausalAttention.apply(qkv, *rope_table(8, 50), 8, 4).square().sum().backward()
+            h, _ = leaf(2000, 64, dtype=torch.float32)
+            weight, _ = leaf(64, dtype=torch.float32)
+            kernels.Norm.apply(h, weight, 1e-5, torch.float32).square().sum().backward()
+            gradients.append((qkv.grad, h.grad, weight.grad))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_no_position_sees_what_comes_after_it():
+    _, fast = twins()
+    x = torch.randint(2, 100, (1, 40))
+    for t in (3, 15, 16, 31):
+        changed = x.clone()
+        changed[0, t] = 1
+        a, b = fast(x), fast(changed)
+        assert torch.equal(a[0, :t], b[0, :t]) and not torch.equal(a[0, t], b[0, t])
+
+
+def test_rotation_is_the_models():
+    """rotate() of model.py, which the reference above does with complex numbers."""
+    x = torch.randn(1, 5, 2, 8)
+    cos, sin = rope_table(8, 5)
+    turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None])
+    torch.testing.assert_close(rotate(x, cos, sin), turned.flatten(-2))
+
+
+# ---------------------------------------------------------------------------------------------
+# building
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """kernels.library() as in a fresh process, with its build folder in tmp_path."""
+    source = tmp_path / "kernels.c"
+    source.write_bytes(kernels.SOURCE.read_bytes())
+    monkeypatch.setattr(kernels, "SOURCE", source)
+    kernels.library.cache_clear()
+    yield source
+    monkeypatch.undo()
+    kernels.library.cache_clear()
+
+
+def test_a_build_is_kept_and_used_again(anew, monkeypatch):
+    assert isinstance(kernels.library(), ctypes.CDLL)
+    (built,) = (anew.parent / "build").iterdir()  # and nothing half-made beside it
+    stamp = built.stat().st_mtime_ns
+    kernels.library.cache_clear()
+    kernels.library()
+    assert built.stat().st_mtime_ns == stamp
+    anew.write_text(anew.read_text() + "\n")
+    kernels.library.cache_clear()
+    kernels.library()
+    assert len(list((anew.parent / "build").iterdir())) == 2
+
+
+@pytest.mark.parametrize("compiler,says", [("no-such-cc", "no C compiler: no-such-cc"), ("false", "false could not")])
+def test_without_a_compiler_there_is_a_reason(anew, monkeypatch, compiler, says):
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(ValueError, match=says):
+        kernels.library()
+
+
+def test_a_source_that_does_not_compile_is_named(anew):
+    anew.write_text("int attention_forward(void) { return none; }")
+    with pytest.raises(ValueError, match="kernels.c: .*error.*none"):
+        kernels.library()
+
+
+def test_a_project_that_cannot_be_written_to_still_has_kernels(anew):
+    (anew.parent / "build").write_text("a file where the folder should be")
+    assert isinstance(kernels.library(), ctypes.CDLL)
+
+
+@pytest.mark.parametrize("kind", ["sanitized", "plain"])
+def test_no_kernel_touches_memory_that_is_not_its_own(build, kind):
+    """Odd sizes in buffers that end where they end, under address and undefined-behaviour sanitizers."""
+    done = subprocess.run([build(kind, "tests/kernels_main.c")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ok" in done.stdout
