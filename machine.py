@@ -74,6 +74,11 @@ def find_machine(wanted: str) -> Machine:
     return Machine(device, rank, world)
 
 
+def lost_a_process(error: RuntimeError) -> bool:
+    """Is this what torch.distributed says when another process has died or does not answer?"""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 @dataclass
 class StepPath:
     """The way of a step, and the reason for it in words."""

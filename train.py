@@ -45,7 +45,7 @@ from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
 from log import Log
 from losses import Objective, all_losses, loss_weights, weighted_total
-from machine import Machine, StepPath, choose_path, find_machine, note
+from machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note
 from model import FUTURE_HEADS, ModelArgs, Transformer
 from optimizer import make_optimizer
 from tinystories import TrainBatches, Windows, eval_batches
@@ -435,9 +435,16 @@ def main(argv: list[str]) -> int:
         print(help_text(Settings, __doc__))
         return 0
     try:
-        return train(configure(Settings, argv))
+        s = configure(Settings, argv)
+        return train(s)
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not lost_a_process(error):
+            raise
+        print(f"train.py: rank {dist.get_rank()}: another process is gone ({str(error).splitlines()[0][:300]}). "
+              f"{s.out_dir}/last.pt is from the last evaluation; --init_from=resume continues it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the loop, where there is nothing to save
         return 128 + signal.SIGINT

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import signal
+import subprocess
 import time
 
 import pytest
@@ -402,6 +404,24 @@ def test_two_processes_learn_what_one_learns(words, tmp_path, accumulate):
         for key in a.keys() - {"seconds", "tok_per_s", "grad_norm"}:
             # a hit is a hit or none: one logit rounded the other way moves the accuracy by one of 1,024
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-3 if "acc" in key else 1e-5), key
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(words, tmp_path, victim):
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+                    *words(batch_size=2, max_iters=100_000))
+    for line in process.stdout:
+        if line.startswith("iter 9/"):
+            break
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[victim]), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "another process is gone" in error and "--init_from=resume continues it" in error
+    held = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["iter_num"]
+    assert held >= 8 and held % 4 == 0
+    run(words(batch_size=4, init_from="resume", max_iters=held + 2))  # goes on, also with another number of processes
+    assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(held + 3))
 
 
 def leveldb_records(data: bytes):
