@@ -4,7 +4,7 @@ CC ?= cc
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
-.PHONY: help demo test lint fuzz bench-c run runfast runomp rundebug clean
+.PHONY: help demo test lint fuzz bench bench-c run runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*##/  make \1 |/' | column -t -s '|'
@@ -46,8 +46,11 @@ fuzz: ## fuzz run.c's readers for FUZZ_SECONDS (60) with clang's libFuzzer
 	build/fuzz -max_total_time=$${FUZZ_SECONDS:-60} -max_len=20000 -close_fd_mask=3 -detect_leaks=0 -rss_limit_mb=2000 \
 	    -artifact_prefix=build/ build/corpus tests/corpus
 
+bench: .venv/test-ready ## speed and memory of training steps by path, heads, vocabulary and length, into doc/training.md (20 minutes)
+	$(PY) bench.py
+
 bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md (20 minutes, 1 GB in out/bench)
-	$(PY) bench.py decode
+	$(PY) bench_c.py decode
 
 clean: ## remove what was built; data, runs and .venv stay
 	rm -rf run build __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache

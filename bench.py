@@ -1,82 +1,308 @@
-"""How fast is run.c? Decoding at four sizes, and drafting on real prompts.
+"""How fast is a training step, and what does it hold in memory?
 
-    python bench.py decode                                  # make bench-c: writes doc/decode.md and doc/decode.svg
-    python bench.py draft MODEL.bin HEADS.bin STORIES.txt   # plain, n-grams and heads on the stories' beginnings
+    python bench.py                          # make bench: writes doc/training.md and doc/training.svg (20 minutes)
+    python bench.py --rounds=2 --threads 2   # a quick look
 
-Times are medians over rounds in which all variants take turns, so that a machine that slows down
-slows all of them; ratios are taken within a round. Close other programs first.
+Times are medians over rounds in which all variants take turns, so that a machine that slows down slows
+all of them; ratios are taken within a round. Each variant has a process of its own, so that memory can
+be told apart. Close other programs first.
 
-What this leaves out on purpose: training speed.
+What this leaves out on purpose: what is learned (compare runs of train.py for that), run.c (bench_c.py).
 """
 
 import argparse
-import itertools
+import multiprocessing
 import os
 import platform
 import re
-import shlex
-import shutil
 import statistics
-import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from export import write_trunk
+import kernels
 from files import atomic_write
-from model import ModelArgs, Transformer
-from tinystories import read_stories
+from losses import Objective, loss_weights, weighted_total
+from machine import choose_path
+from model import Transformer
+from optimizer import make_optimizer
+from train import Settings, shape_of
 
 ROOT = Path(__file__).resolve().parent
-BUILD, MODELS = ROOT / "build", ROOT / "out" / "bench"
-STEPS = 256
-SIZES = {  # dim, hidden_dim, layers, heads, kv heads, vocabulary: stories260K's shape, and llama2.c's three larger ones
-    "260K": (64, 172, 5, 8, 4, 512), "15M": (288, 768, 6, 6, 6, 32000), "42M": (512, 1376, 8, 8, 8, 32000),
-    "110M": (768, 2048, 12, 12, 12, 32000)}
-BUILDS = {"scalar": "-O2 -fno-tree-vectorize -fno-tree-slp-vectorize -DSCALAR -DSCREEN_FROM=1e30",
-          "unscreened": "-O3 -march=native -DSCREEN_FROM=1e30", "run": "-O3 -march=native"}
-VARIANTS = {  # name: (build, version of the file)
-    "scalar fp32": ("scalar", 0), "fp32": ("unscreened", 0), "fp32, screened": ("run", 0), "int8": ("run", 2)}
+PATHS = {"plain": {"path": "plain", "dtype": "float32"}, "plain, bfloat16": {"path": "plain", "dtype": "bfloat16"},
+         "compiled, bfloat16": {"path": "plain", "dtype": "bfloat16", "compile": True},
+         "fast, float32": {"path": "fast", "dtype": "float32"}, "fast": {"path": "fast", "dtype": "auto"}}
+MODELS = {  # as in config/
+    "260K, T 256": {"max_seq_len": 256, "batch_size": 32}, "260K, T 512": {"max_seq_len": 512, "batch_size": 16},
+    "15M, T 256": {"max_seq_len": 256, "batch_size": 16, "vocab_size": 4096, "dim": 288, "n_layers": 6, "n_heads": 6,
+                   "n_kv_heads": 6, "multiple_of": 32}}
+LOOKING = {"n_future_heads": 4, "nitp_weight": 0.1, "consistency_weight": 0.1}
 
 
-def compile_c(name: str, flags: str, source: str = "run.c") -> Path:
-    BUILD.mkdir(exist_ok=True)
-    cc = os.environ.get("CC", "cc").split()
-    command = [*cc, *flags.split(), "-pthread", "-o", BUILD / name, ROOT / source, "-lm"]
-    if not shutil.which(command[0]) or subprocess.run(command, check=False).returncode:
-        raise ValueError(f"cannot compile {source}: {shlex.join(map(str, command))}")
-    return BUILD / name
+class Case(NamedTuple):
+    """A step to be timed, how many threads it has, and the case that it is compared with."""
+
+    settings: Settings
+    threads: int
+    base: str
 
 
-def random_model(size: str, folder: Path) -> None:
-    """Files of versions 0 and 2 and a tokenizer of a random model that never says BOS, so that no story ends early."""
-    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size = SIZES[size]
-    if (folder / "v2.bin").exists():
-        return
-    torch.manual_seed(1)
-    model = Transformer(ModelArgs(dim, n_layers, n_heads, n_kv_heads, vocab_size, hidden_dim, max_seq_len=STEPS))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.normal_(0, p.shape[1] ** -0.5)
-        model.tok_embeddings.weight[1] = 0  # BOS's logit is 0, and the best one is not
-    with atomic_write(folder / "tokenizer.bin") as f:
-        f.write(b"\x02\0\0\0" + b"\0\0\0\0\x02\0\0\0ab" * vocab_size)
-    write_trunk(model, folder / "v0.bin", 0)
-    write_trunk(model, folder / "v2.bin", 2)
+class Figures(NamedTuple):
+    """What was found, medians over the rounds."""
+
+    seconds: float
+    mib: float
+    slower: float  # than the base
+    larger: float
 
 
-def told(command: list) -> tuple[float, str, bytes]:
-    """A run's tokens a second (0 for a story that ends where it begins), what it said of itself, and its story."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, check=False)
-    said = done.stderr.decode(errors="replace")
-    if done.returncode:
-        raise ValueError(f"{shlex.join(map(str, command))}: {said}")
-    speed = re.search(r"achieved tok/s: ([0-9.]+)", said)
-    return float(speed.group(1)) if speed else 0.0, said, done.stdout
+# ---------------------------------------------------------------------------------------------
+# measuring
 
+def make_step(s: Settings) -> Callable[[], None]:
+    """A training step on random tokens, as train.py makes it: losses, gradients, clipping, update."""
+    path = choose_path(s, torch.device("cpu"))
+    torch.manual_seed(s.seed)
+    model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
+    objective = raw = Objective(model, None, kernels if path.fast else None)
+    if path.kind == "compiled":
+        objective = torch.compile(objective)
+    optimizer, weights = make_optimizer(s, model), loss_weights(s, 0.5)
+    x, y = torch.randint(s.vocab_size, (2, s.batch_size, s.max_seq_len))
+    counts = raw.counts(y, tuple(weights))
+
+    def step():
+        with path.autocast():
+            losses = objective(x, y, tuple(weights))
+        weighted_total(losses, weights, counts).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def memory(what: str) -> float:
+    """This process's memory in MiB: VmRSS now, VmHWM at most up to now; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    found = re.search(what + r":\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found.group(1)) / 1024 if found else 0.0
+
+
+def work(pipe, case: Case) -> None:
+    """In a process of its own: a step, its seconds and the memory it needed, each time the pipe asks for one."""
+    torch.set_num_threads(case.threads)
+    torch.zeros(8).sum()
+    before = memory("VmRSS")
+    step = make_step(case.settings)
+    for _ in range(2):  # compiles, and has all memory that it needs
+        step()
+    pipe.send(None)
+    while pipe.recv():
+        began = time.perf_counter()
+        step()
+        pipe.send((time.perf_counter() - began, memory("VmHWM") - before))
+
+
+def measure(cases: dict[str, Case], rounds: int) -> dict[str, Figures]:
+    """Each case's figures; the cases take turns, each in a process that waits meanwhile."""
+    context, workers = multiprocessing.get_context("spawn"), {}
+    for name, case in tqdm(cases.items(), "warming up", leave=False, file=sys.stderr):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, case), daemon=True)
+        process.start()
+        theirs.close()
+        workers[name] = process, ours
+        try:
+            ours.recv()
+        except EOFError as error:
+            process.join()
+            raise ValueError(f"{name}: its process ended with exit code {process.exitcode}") from error
+    found = {name: [] for name in cases}  # (seconds, MiB) of each round
+    for _ in tqdm(range(rounds), "rounds", leave=False, file=sys.stderr):
+        for name, (_, pipe) in workers.items():
+            pipe.send(True)
+            found[name].append(pipe.recv())
+    for process, _ in workers.values():
+        process.kill()
+        process.join()
+
+    def median(name: str, column: int, base: str = "") -> float:
+        values = [row[column] for row in found[name]]
+        by = [row[column] or 1.0 for row in found[base]] if base else [1.0] * rounds
+        return statistics.median(a / b for a, b in zip(values, by, strict=True))
+
+    return {name: Figures(median(name, 0), median(name, 1), median(name, 0, case.base), median(name, 1, case.base))
+            for name, case in cases.items()}
+
+
+def peak_rate(dtype: torch.dtype, threads: int) -> float:
+    """GFLOP/s of large matrix products, the best of several: what the machine can do."""
+    torch.set_num_threads(threads)
+    n = 2048
+    a, b = torch.randn(2, n, n).to(dtype)
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best / 1e9
+
+
+def flops(s: Settings) -> float:
+    """Of a step's matrix products and attention: 6 a weight and token, 6 a layer, dim and key (12, halved: causal).
+
+    Kaplan et al. 2020 (arXiv 2001.08361, 2.1), Chowdhery et al. 2022 (arXiv 2204.02311, appendix B).
+    """
+    with torch.device("meta"):
+        counts = Transformer(shape_of(s)).parameter_counts()
+    return s.batch_size * s.max_seq_len * (6 * sum(counts.values()) + 6 * s.n_layers * s.dim * s.max_seq_len)
+
+
+# ---------------------------------------------------------------------------------------------
+# what is compared
+
+def cases_by_path(model: str, threads: list[int]) -> dict[str, Case]:
+    return {f"{path}; {n}": Case(Settings(**MODELS[model], **PATHS[path]), n, f"plain; {n}")
+            for n in threads for path in PATHS}
+
+
+def cases_by_heads(n_threads: int) -> dict[str, Case]:
+    shape, base = MODELS["260K, T 256"], "n = 0"
+    cases = {f"n = {n}": Case(Settings(**shape, n_future_heads=n, nitp_weight=0.1 if n else 0.0), n_threads, base)
+             for n in (0, 1, 2, 4, 8)}
+    both = {n: Settings(**shape, **LOOKING | {"n_future_heads": n}) for n in (1, 4)}
+    return cases | {f"n = {n}, both losses": Case(s, n_threads, base) for n, s in both.items()}
+
+
+def cases_by_vocabulary(n_threads: int) -> dict[str, Case]:
+    cases = {}
+    for V in (512, 4096, 32000):
+        shape, name = {"max_seq_len": 256, "batch_size": 16, "vocab_size": V}, f"V = {V:,}"
+        cases[f"{name}, plain"] = Case(Settings(**shape, **PATHS["plain"]), n_threads, f"{name}, plain")
+        cases[name] = Case(Settings(**shape), n_threads, f"{name}, plain")
+        cases[f"{name}, n = 4, both losses"] = Case(Settings(**shape, **LOOKING), n_threads, name)
+    return cases
+
+
+def cases_by_length(n_threads: int) -> dict[str, Case]:
+    cases = {}
+    for T in (128, 256, 512, 1024):
+        shape, name = {"max_seq_len": T, "batch_size": 8192 // T}, f"T = {T:,}"
+        cases[f"{name}, plain"] = Case(Settings(**shape, **PATHS["plain"]), n_threads, f"{name}, plain")
+        cases[name] = Case(Settings(**shape), n_threads, f"{name}, plain")
+    return cases
+
+
+# ---------------------------------------------------------------------------------------------
+# telling
+
+def table_of_paths(model: str, cases: dict[str, Case], found: dict[str, Figures], peak: dict) -> list[tuple]:
+    rows = []
+    for name, (s, threads, _) in cases.items():
+        seconds, mib, slower, _ = found[name]
+        dtype = choose_path(s, torch.device("cpu")).dtype
+        gflops, most = flops(s) / seconds / 1e9, peak[dtype, threads]
+        rows.append((model, name.partition(";")[0], threads, f"{s.batch_size * s.max_seq_len / seconds:,.0f}",
+                     f"{1 / slower:.2f}", f"{gflops:.0f} of {most:.0f}", f"{gflops / most:.0%}", f"{mib:,.0f}"))
+    return rows
+
+
+def table_of(what: str, cases: dict[str, Case], found: dict[str, Figures]) -> str:
+    head = (what, "step time, ms", "peak MiB", "compared with", "time x", "memory x")
+    return markdown(head, [(name, f"{f.seconds * 1e3:,.0f}", f"{f.mib:,.0f}", cases[name].base, f"{f.slower:.2f}",
+                            f"{f.larger:.2f}") for name, f in found.items()])
+
+
+def bench(models: list[str], threads: list[int], rounds: int, folder: Path) -> None:
+    """All comparisons; a table and a plot in `folder`."""
+    most = max(threads)
+    peak = {(dtype, n): peak_rate(dtype, n) for dtype in (torch.float32, torch.bfloat16) for n in threads}
+    rows, speeds = [], {}
+    for model in tqdm(models, "models", leave=False, file=sys.stderr):
+        cases = cases_by_path(model, threads)
+        found = measure(cases, rounds)
+        rows += table_of_paths(model, cases, found, peak)
+        tokens = MODELS[model]["batch_size"] * MODELS[model]["max_seq_len"]
+        speeds |= {(model, *name.split("; ")): tokens / figures.seconds for name, figures in found.items()}
+    heads, vocabularies, lengths = cases_by_heads(most), cases_by_vocabulary(most), cases_by_length(most)
+    by_heads, by_vocabulary, by_length = (measure(cases, rounds) for cases in (heads, vocabularies, lengths))
+    path_head = ("model", "path", "threads", "tokens/s", "x plain", "GFLOP/s, of the machine's", "share", "peak MiB")
+    text = f"""# Training: speed and memory
+
+`make bench` on {machine()}, PyTorch {torch.__version__}. Whole steps - losses, gradients, clipping, AdamW - on random
+tokens; medians of {rounds} rounds in which the variants take turns, each in a process of its own; ratios are taken
+within a round. *plain* is PyTorch as it comes, in float32; *fast* is kernels.c with the products' type that
+`dtype=auto` finds here. Memory is the most that the process held beyond what it held with PyTorch loaded: weights,
+optimizer state, activations. GFLOP/s are those of matrix products and attention, beside the rate of a product of two
+2,048 x 2,048 matrices of the same type with as many threads.
+
+## By path
+
+{markdown(path_head, rows)}
+
+## By future heads
+
+260K, V 512, T 256, 8,192 tokens a step, fast, {most} threads; NiTP losses unless said otherwise.
+
+{table_of("heads", heads, by_heads)}
+
+## By vocabulary
+
+260K's trunk, T 256, 4,096 tokens a step, fast unless said otherwise, {most} threads.
+
+{table_of("vocabulary", vocabularies, by_vocabulary)}
+
+## By length
+
+260K, V 512, 8,192 tokens a step, {most} threads.
+
+{table_of("length", lengths, by_length)}
+
+![tokens a second by path; step time and memory by heads, vocabulary and length](training.svg)
+"""
+    with atomic_write(folder / "training.md", "w") as f:
+        f.write(text)
+    plot(speeds, {"heads": by_heads, "vocabulary": by_vocabulary, "length": by_length}, folder / "training.svg")
+    print(text)
+
+
+def plot(speeds: dict, series: dict[str, dict[str, Figures]], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    colours = dict(zip(PATHS, ("#999999", "#bbbbbb", "#ccbb44", "#66ccee", "#4477aa"), strict=True))
+    models = list(dict.fromkeys(model for model, _, _ in speeds))
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 8.5), layout="constrained", squeeze=False)
+    for axis, model in zip(axes[0], models, strict=False):
+        bars = {(way, n): speed for (name, way, n), speed in speeds.items() if name == model}
+        for i, ((way, n), speed) in enumerate(bars.items()):
+            axis.bar(i, speed, color=colours[way], hatch="//" if n != "1" else None, edgecolor="white")
+        axis.set_xticks(range(len(bars)), [f"{way}, {n} thr." for way, n in bars], rotation=60, ha="right")
+        axis.set_title(f"{model}: tokens a second")
+    for axis in axes[0][len(models):]:
+        axis.axis("off")
+    for axis, (name, found) in zip(axes[1], series.items(), strict=True):
+        middle = range(len(found))
+        axis.bar([i - 0.2 for i in middle], [f.seconds * 1e3 for f in found.values()], 0.4, color="#4477aa", label="ms")
+        axis.bar([i + 0.2 for i in middle], [f.mib for f in found.values()], 0.4, color="#ee6677", label="MiB")
+        axis.set_yscale("log")
+        axis.set_xticks(middle, list(found), rotation=60, ha="right")
+        axis.set_title(f"a step by {name}: time and peak memory")
+        axis.legend(frameon=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path, "w") as f:
+        figure.savefig(f, format="svg", metadata={"Date": None})
+
+
+# ---------------------------------------------------------------------------------------------
+# what bench_c.py needs too
 
 def positive(text: str) -> int:
     """A number of the command line that must be at least 1."""
@@ -93,126 +319,17 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> None:
-    """Tokens a second of each size, precision and number of threads; a table and a plot in `folder`."""
-    for name, flags in BUILDS.items():
-        compile_c(name, flags)
-    read = compile_c("read", BUILDS["run"], "tests/read_main.c")
-    rows, speeds = [], {}
-    for size in tqdm(sizes, desc="sizes", file=sys.stderr):
-        models = MODELS / size
-        random_model(size, models)
-        cases = [("scalar fp32", 1), *itertools.product(list(VARIANTS)[1:], threads)]
-        if size == "260K":
-            cases = [case for case in cases if "screened" not in case[0]]  # its classifier is too small for that
-        times = {case: [] for case in cases}
-        repeats = 5 if size == "260K" else 1  # its stories take milliseconds
-        for _, case in itertools.product(tqdm(range(rounds), size, leave=False, file=sys.stderr), cases):
-            build, version = VARIANTS[case[0]]
-            command = [BUILD / build, models / f"v{version}.bin", "-t", 0, "-n", STEPS, "-j", case[1]]
-            times[case].append(statistics.median(told(command)[0] for _ in range(repeats)))
-        for case in cases:
-            variant, n = case
-            speed = statistics.median(times[case])
-            ratio = statistics.median(a / b for a, b in zip(times[case], times["scalar fp32", 1], strict=True))
-            size_of = (models / f"v{VARIANTS[variant][1]}.bin").stat().st_size / 1e6
-            if "screened" in variant:  # of the classifier, bytes are read instead of floats, and little else
-                size_of -= 3 * SIZES[size][0] * SIZES[size][5] / 1e6
-            bandwidth = float(subprocess.run([read, str(size_of), str(n)], capture_output=True, check=True).stdout)
-            spread = f"{min(times[case]):,.0f}-{max(times[case]):,.0f}"
-            rows.append((size, variant, n, f"{speed:,.0f}", spread, f"{ratio:.1f}", f"{size_of:.1f}",
-                         f"{speed * size_of / 1e3:.0f} of {bandwidth:.0f}", f"{speed * size_of / bandwidth / 10:.0f}%"))
-            speeds[size, variant, n] = speed, min(times[case]), max(times[case])
-    head = ("model", "precision", "threads", "tokens/s", "range", "x scalar", "MB read a token",
-            "GB/s, of what can be read", "share")
-    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
-    text = f"""# Decoding speed of run.c
-
-`make bench-c` on {machine()}; greedy, {STEPS} tokens, random weights, medians of {rounds} rounds in which
-the variants take turns. *scalar* is the same file built with `{BUILDS["scalar"].split(" -DSCREEN")[0]}`;
-ratios to it are taken within a round. What can be read is measured over as many bytes, with as many threads
-(tests/read_main.c).
-
-{table}
-
-![tokens a second by size, precision and threads](decode.svg)
-"""
-    with atomic_write(folder / "decode.md", "w") as f:
-        f.write(text)
-    plot(speeds, sizes, folder / "decode.svg")
-    print(text)
-
-
-def plot(speeds: dict, sizes: list[str], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(sizes), figsize=(3.2 * len(sizes), 3.6), layout="constrained", squeeze=False)
-    colours = dict(zip(VARIANTS, ("#999999", "#4477aa", "#66ccee", "#ee6677"), strict=True))
-    for axis, size in zip(axes[0], sizes, strict=True):
-        cases = [case for case in speeds if case[0] == size]
-        for i, case in enumerate(cases):
-            middle, low, high = speeds[case]
-            axis.bar(i, middle, color=colours[case[1]], hatch="//" if case[2] > 1 else None, edgecolor="white")
-            axis.plot([i, i], [low, high], color="black", linewidth=1)
-        axis.set_xticks(range(len(cases)), [f"{variant}, {n} thr." for _, variant, n in cases], rotation=60, ha="right")
-        axis.set_title(size)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("tokens a second")
-    with atomic_write(path, "w") as f:
-        figure.savefig(f, format="svg", metadata={"Date": None})
-
-
-def draft(model: Path, heads: Path, stories: Path, prompts: int, temperature: float) -> None:
-    """Plain decoding, n-grams and heads on the beginnings of real stories: speed, tokens a pass, acceptance."""
-    run = compile_c("run", BUILDS["run"])
-    beginnings = [" ".join(story.split()[:12]) for story in itertools.islice(read_stories(stories), prompts)]
-    kinds = {"plain": [], "ngram": ["-d", "ngram"], "heads": ["-d", heads]}
-    speed, seconds, passes, hits = ({kind: [] for kind in kinds} for _ in range(4))
-    for prompt in tqdm(beginnings, "prompts", file=sys.stderr):
-        texts = set()
-        for kind, flags in kinds.items():
-            command = [run, model, "-t", temperature, "-s", 1, "-n", 0, "-i", prompt, *flags]
-            rate, said, text = told(command)
-            texts.add(text)
-            if rate == 0.0:
-                break
-            speed[kind].append(rate)
-            report = re.search(r"drafting: ([0-9.]+) tokens a pass; guesses that came true:(.*)", said)
-            if report:
-                passes[kind].append(float(report.group(1)))
-                hits[kind].append([[int(n) for n in pair.split("/")] for pair in report.group(2).split()])
-        if len(texts) > 1:
-            raise ValueError(f"drafting changed the story that begins with {prompt!r}")
-    print(f"{model}, temperature {temperature}, {len(beginnings)} prompts, {machine()}\n")
-    print("| drafts | tokens/s | x plain | tokens a pass | guesses that came true, by distance |")
-    print("|---|---|---|---|---|")
-    for kind in kinds:
-        if not speed[kind]:
-            raise ValueError("every story ended where it began")
-        ratio = statistics.median(a / b for a, b in zip(speed[kind], speed["plain"], strict=True))
-        sums = [[sum(column) for column in zip(*pairs, strict=True)] for pairs in zip(*hits[kind], strict=True)]
-        shares = ", ".join(f"{right / tried:.0%} of {tried}" if tried else "-" for right, tried in sums)
-        rate = f"{statistics.mean(passes[kind]):.2f}" if passes[kind] else "1"
-        print(f"| {kind} | {statistics.median(speed[kind]):,.0f} | {ratio:.2f} | {rate} | {shares} |")
+def markdown(head: tuple, rows: list[tuple]) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("decode", help="tokens a second by size, precision and threads")
-    p.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
-    p.add_argument("--rounds", type=positive, default=5, help="default: 5")
-    p.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
-    p.add_argument("--folder", type=Path, default=ROOT / "doc", help="for decode.md and decode.svg; default: doc")
-    p = commands.add_parser("draft", help="drafting against plain decoding on the beginnings of stories")
-    p.add_argument("model", type=Path, help="as export.py writes it")
-    p.add_argument("heads", type=Path, help="its heads, from export.py --heads")
-    p.add_argument("stories", type=Path, help="a text as in data/<dataset>/val.txt")
-    p.add_argument("--prompts", type=positive, default=60, help="default: 60")
-    p.add_argument("--temperature", type=float, default=0.0, help="default: 0")
-    args = vars(parser.parse_args(argv))
-    {"decode": decode, "draft": draft}[args.pop("command")](**args)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
+    parser.add_argument("--rounds", type=positive, default=5, help="default: 5")
+    parser.add_argument("--folder", type=Path, default=ROOT / "doc", help="for training.md and .svg; default: doc")
+    bench(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""How fast is run.c? Decoding at four sizes, and drafting on real prompts.
+
+    python bench_c.py decode                                  # make bench-c: writes doc/decode.md and doc/decode.svg
+    python bench_c.py draft MODEL.bin HEADS.bin STORIES.txt   # plain, n-grams and heads on the stories' beginnings
+
+Times are medians over rounds in which all variants take turns, so that a machine that slows down
+slows all of them; ratios are taken within a round. Close other programs first.
+
+What this leaves out on purpose: training (bench.py).
+"""
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import machine, markdown, positive
+from export import write_trunk
+from files import atomic_write
+from model import ModelArgs, Transformer
+from tinystories import read_stories
+
+ROOT = Path(__file__).resolve().parent
+BUILD, MODELS = ROOT / "build", ROOT / "out" / "bench"
+STEPS = 256
+SIZES = {  # dim, hidden_dim, layers, heads, kv heads, vocabulary: stories260K's shape, and llama2.c's three larger ones
+    "260K": (64, 172, 5, 8, 4, 512), "15M": (288, 768, 6, 6, 6, 32000), "42M": (512, 1376, 8, 8, 8, 32000),
+    "110M": (768, 2048, 12, 12, 12, 32000)}
+BUILDS = {"scalar": "-O2 -fno-tree-vectorize -fno-tree-slp-vectorize -DSCALAR -DSCREEN_FROM=1e30",
+          "unscreened": "-O3 -march=native -DSCREEN_FROM=1e30", "run": "-O3 -march=native"}
+VARIANTS = {  # name: (build, version of the file)
+    "scalar fp32": ("scalar", 0), "fp32": ("unscreened", 0), "fp32, screened": ("run", 0), "int8": ("run", 2)}
+
+
+def compile_c(name: str, flags: str, source: str = "run.c") -> Path:
+    BUILD.mkdir(exist_ok=True)
+    cc = os.environ.get("CC", "cc").split()
+    command = [*cc, *flags.split(), "-pthread", "-o", BUILD / name, ROOT / source, "-lm"]
+    if not shutil.which(command[0]) or subprocess.run(command, check=False).returncode:
+        raise ValueError(f"cannot compile {source}: {shlex.join(map(str, command))}")
+    return BUILD / name
+
+
+def random_model(size: str, folder: Path) -> None:
+    """Files of versions 0 and 2 and a tokenizer of a random model that never says BOS, so that no story ends early."""
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size = SIZES[size]
+    if (folder / "v2.bin").exists():
+        return
+    torch.manual_seed(1)
+    model = Transformer(ModelArgs(dim, n_layers, n_heads, n_kv_heads, vocab_size, hidden_dim, max_seq_len=STEPS))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(0, p.shape[1] ** -0.5)
+        model.tok_embeddings.weight[1] = 0  # BOS's logit is 0, and the best one is not
+    with atomic_write(folder / "tokenizer.bin") as f:
+        f.write(b"\x02\0\0\0" + b"\0\0\0\0\x02\0\0\0ab" * vocab_size)
+    write_trunk(model, folder / "v0.bin", 0)
+    write_trunk(model, folder / "v2.bin", 2)
+
+
+def told(command: list) -> tuple[float, str, bytes]:
+    """A run's tokens a second (0 for a story that ends where it begins), what it said of itself, and its story."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, check=False)
+    said = done.stderr.decode(errors="replace")
+    if done.returncode:
+        raise ValueError(f"{shlex.join(map(str, command))}: {said}")
+    speed = re.search(r"achieved tok/s: ([0-9.]+)", said)
+    return float(speed.group(1)) if speed else 0.0, said, done.stdout
+
+
+def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> None:
+    """Tokens a second of each size, precision and number of threads; a table and a plot in `folder`."""
+    for name, flags in BUILDS.items():
+        compile_c(name, flags)
+    read = compile_c("read", BUILDS["run"], "tests/read_main.c")
+    rows, speeds = [], {}
+    for size in tqdm(sizes, desc="sizes", file=sys.stderr):
+        models = MODELS / size
+        random_model(size, models)
+        cases = [("scalar fp32", 1), *itertools.product(list(VARIANTS)[1:], threads)]
+        if size == "260K":
+            cases = [case for case in cases if "screened" not in case[0]]  # its classifier is too small for that
+        times = {case: [] for case in cases}
+        repeats = 5 if size == "260K" else 1  # its stories take milliseconds
+        for _, case in itertools.product(tqdm(range(rounds), size, leave=False, file=sys.stderr), cases):
+            build, version = VARIANTS[case[0]]
+            command = [BUILD / build, models / f"v{version}.bin", "-t", 0, "-n", STEPS, "-j", case[1]]
+            times[case].append(statistics.median(told(command)[0] for _ in range(repeats)))
+        for case in cases:
+            variant, n = case
+            speed = statistics.median(times[case])
+            ratio = statistics.median(a / b for a, b in zip(times[case], times["scalar fp32", 1], strict=True))
+            size_of = (models / f"v{VARIANTS[variant][1]}.bin").stat().st_size / 1e6
+            if "screened" in variant:  # of the classifier, bytes are read instead of floats, and little else
+                size_of -= 3 * SIZES[size][0] * SIZES[size][5] / 1e6
+            bandwidth = float(subprocess.run([read, str(size_of), str(n)], capture_output=True, check=True).stdout)
+            spread = f"{min(times[case]):,.0f}-{max(times[case]):,.0f}"
+            rows.append((size, variant, n, f"{speed:,.0f}", spread, f"{ratio:.1f}", f"{size_of:.1f}",
+                         f"{speed * size_of / 1e3:.0f} of {bandwidth:.0f}", f"{speed * size_of / bandwidth / 10:.0f}%"))
+            speeds[size, variant, n] = speed, min(times[case]), max(times[case])
+    head = ("model", "precision", "threads", "tokens/s", "range", "x scalar", "MB read a token",
+            "GB/s, of what can be read", "share")
+    text = f"""# Decoding speed of run.c
+
+`make bench-c` on {machine()}; greedy, {STEPS} tokens, random weights, medians of {rounds} rounds in which
+the variants take turns. *scalar* is the same file built with `{BUILDS["scalar"].split(" -DSCREEN")[0]}`;
+ratios to it are taken within a round. What can be read is measured over as many bytes, with as many threads
+(tests/read_main.c).
+
+{markdown(head, rows)}
+
+![tokens a second by size, precision and threads](decode.svg)
+"""
+    with atomic_write(folder / "decode.md", "w") as f:
+        f.write(text)
+    plot(speeds, sizes, folder / "decode.svg")
+    print(text)
+
+
+def plot(speeds: dict, sizes: list[str], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(sizes), figsize=(3.2 * len(sizes), 3.6), layout="constrained", squeeze=False)
+    colours = dict(zip(VARIANTS, ("#999999", "#4477aa", "#66ccee", "#ee6677"), strict=True))
+    for axis, size in zip(axes[0], sizes, strict=True):
+        cases = [case for case in speeds if case[0] == size]
+        for i, case in enumerate(cases):
+            middle, low, high = speeds[case]
+            axis.bar(i, middle, color=colours[case[1]], hatch="//" if case[2] > 1 else None, edgecolor="white")
+            axis.plot([i, i], [low, high], color="black", linewidth=1)
+        axis.set_xticks(range(len(cases)), [f"{variant}, {n} thr." for _, variant, n in cases], rotation=60, ha="right")
+        axis.set_title(size)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("tokens a second")
+    with atomic_write(path, "w") as f:
+        figure.savefig(f, format="svg", metadata={"Date": None})
+
+
+def draft(model: Path, heads: Path, stories: Path, prompts: int, temperature: float) -> None:
+    """Plain decoding, n-grams and heads on the beginnings of real stories: speed, tokens a pass, acceptance."""
+    run = compile_c("run", BUILDS["run"])
+    beginnings = [" ".join(story.split()[:12]) for story in itertools.islice(read_stories(stories), prompts)]
+    kinds = {"plain": [], "ngram": ["-d", "ngram"], "heads": ["-d", heads]}
+    speed, seconds, passes, hits = ({kind: [] for kind in kinds} for _ in range(4))
+    for prompt in tqdm(beginnings, "prompts", file=sys.stderr):
+        texts = set()
+        for kind, flags in kinds.items():
+            command = [run, model, "-t", temperature, "-s", 1, "-n", 0, "-i", prompt, *flags]
+            rate, said, text = told(command)
+            texts.add(text)
+            if rate == 0.0:
+                break
+            speed[kind].append(rate)
+            report = re.search(r"drafting: ([0-9.]+) tokens a pass; guesses that came true:(.*)", said)
+            if report:
+                passes[kind].append(float(report.group(1)))
+                hits[kind].append([[int(n) for n in pair.split("/")] for pair in report.group(2).split()])
+        if len(texts) > 1:
+            raise ValueError(f"drafting changed the story that begins with {prompt!r}")
+    print(f"{model}, temperature {temperature}, {len(beginnings)} prompts, {machine()}\n")
+    print("| drafts | tokens/s | x plain | tokens a pass | guesses that came true, by distance |")
+    print("|---|---|---|---|---|")
+    for kind in kinds:
+        if not speed[kind]:
+            raise ValueError("every story ended where it began")
+        ratio = statistics.median(a / b for a, b in zip(speed[kind], speed["plain"], strict=True))
+        sums = [[sum(column) for column in zip(*pairs, strict=True)] for pairs in zip(*hits[kind], strict=True)]
+        shares = ", ".join(f"{right / tried:.0%} of {tried}" if tried else "-" for right, tried in sums)
+        rate = f"{statistics.mean(passes[kind]):.2f}" if passes[kind] else "1"
+        print(f"| {kind} | {statistics.median(speed[kind]):,.0f} | {ratio:.2f} | {rate} | {shares} |")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("decode", help="tokens a second by size, precision and threads")
+    p.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
+    p.add_argument("--rounds", type=positive, default=5, help="default: 5")
+    p.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
+    p.add_argument("--folder", type=Path, default=ROOT / "doc", help="for decode.md and decode.svg; default: doc")
+    p = commands.add_parser("draft", help="drafting against plain decoding on the beginnings of stories")
+    p.add_argument("model", type=Path, help="as export.py writes it")
+    p.add_argument("heads", type=Path, help="its heads, from export.py --heads")
+    p.add_argument("stories", type=Path, help="a text as in data/<dataset>/val.txt")
+    p.add_argument("--prompts", type=positive, default=60, help="default: 60")
+    p.add_argument("--temperature", type=float, default=0.0, help="default: 0")
+    args = vars(parser.parse_args(argv))
+    {"decode": decode, "draft": draft}[args.pop("command")](**args)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench_c.py: {error}")
