@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import kernels
 from files import atomic_write
-from losses import Objective, loss_weights, weighted_total
+from losses import Objective, loss_weights, scales
 from machine import choose_path
 from model import Transformer
 from optimizer import make_optimizer
@@ -78,8 +78,8 @@ def make_step(s: Settings) -> Callable[[], None]:
 
     def step():
         with path.autocast():
-            losses = objective(x, y, tuple(weights))
-        weighted_total(losses, weights, counts).backward()
+            total, _ = objective(x, y, scales(weights, counts))
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -461,8 +461,7 @@ int swiglu_backward(const void *gate_up, const void *dout, void *dgate_up, int64
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Losses of a row of logits. Where `gradients` is not 0, the (students') logits are replaced by the loss's gradient by
-// them: nobody needs them any longer, and a second pass over them would cost what the first did.
+// The losses of one head (losses.py), row by row of its logits
 
 // x becomes exp(x - max) over its first V numbers; what follows up to whole registers must be LOWEST, and ends as next to
 // nothing. Returns the sum; the largest of x is *max.
@@ -474,68 +473,46 @@ static float exponentials(float *x, int64_t V, float *max) {
     return sum_of(sum);
 }
 
-static void pad(float *row, int64_t V) {
-    for (int64_t i = V; i < padded(V); i++) row[i] = LOWEST;
-}
-
-// loss[n] = -log softmax(logits[n])[target[n]], 0 where target is negative. logits: (N, V) activations, target: (N,)
-int cross_entropy(void *logits, const int64_t *target, float *loss, int64_t N, int64_t V, int64_t gradients, int64_t bf16) {
-    float *all_threads = scratch(1, V);
+// logits, teacher: (N, V) activations; target: (N,); valid: (N,) bool; results: (N,)
+//
+//     entropy = -log softmax(logits)[target]                    divergence = KL(softmax(teacher) || softmax(logits))
+//     gradient = scale * that of entropy + teacher_scale * that of divergence, by the logits
+//
+// all 0 where not valid, and log_sum = log(sum(exp(logits))), which is what teacher_log_sum is of the teacher. gradient may
+// be the logits themselves, or NULL if nobody wants it; teacher may be NULL.
+int head_losses(const void *logits, const int64_t *target, const uint8_t *valid, float scale, void *gradient,
+                const void *teacher, const float *teacher_log_sum, float teacher_scale, float *entropy, float *divergence,
+                float *log_sum, int64_t N, int64_t V, int64_t bf16) {
+    float *all_threads = scratch(3, V);
     if (!all_threads) return -1;
 #pragma omp parallel
     {
-        float *row = mine(all_threads, 1, V), max;
+        float *a = mine(all_threads, 3, V), *q = a + padded(V), *z = q + padded(V), max;
+        for (int64_t i = V; i < padded(V); i++) a[i] = z[i] = LOWEST;  // stays; as probable as nothing, for both
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
-            loss[n] = 0.0f;
-            if (target[n] < 0) {
-                memset(row, 0, (size_t)V * 4);
-            } else {
-                read_row(row, logits, n * V, V, (int)bf16);
-                pad(row, V);
-                const float at_target = row[target[n]], sum = exponentials(row, V, &max);
-                loss[n] = max - at_target + logf(sum);
-                for (int64_t i = 0; i < V; i += LANES) *at(row, i) *= 1.0f / sum;
-                row[target[n]] -= 1.0f;
-            }
-            if (gradients) write_row(logits, n * V, row, V, (int)bf16);
-        }
-    }
-    free(all_threads);
-    return 0;
-}
-
-// loss[n] = KL(softmax(teacher[n]) || softmax(student[n])) where counts[n], else 0. teacher, student: (N, V) activations
-int divergence(const void *teacher, void *student, const uint8_t *counts, float *loss, int64_t N, int64_t V,
-               int64_t gradients, int64_t bf16) {
-    float *all_threads = scratch(4, V);
-    if (!all_threads) return -1;
-#pragma omp parallel
-    {
-        float *p = mine(all_threads, 4, V), *q = p + padded(V), *z = q + padded(V), *a = z + padded(V);
-        float max_p, max_q;
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++) {
-            loss[n] = 0.0f;
-            if (!counts[n]) {
-                memset(q, 0, (size_t)V * 4);
-            } else {
-                read_row(z, teacher, n * V, V, (int)bf16);
-                read_row(a, student, n * V, V, (int)bf16);
-                memcpy(p, z, (size_t)V * 4);
-                memcpy(q, a, (size_t)V * 4);
-                pad(p, V);
-                pad(q, V);
-                const float sum_p = exponentials(p, V, &max_p), sum_q = exponentials(q, V, &max_q);
-                Floats sum = all(0.0f);
-                for (int64_t i = 0; i < V; i += LANES) {  // past V are zeros in z and a, and nothing in p
-                    Floats p_i = *at(p, i) * (1.0f / sum_p);
-                    sum += p_i * ((*at(z, i) - max_p) - (*at(a, i) - max_q));
-                    *at(q, i) = *at(q, i) * (1.0f / sum_q) - p_i;
+            entropy[n] = divergence[n] = log_sum[n] = 0.0f;
+            memset(q, 0, (size_t)V * 4);
+            if (valid[n]) {
+                read_row(a, logits, n * V, V, (int)bf16);
+                memcpy(q, a, (size_t)padded(V) * 4);
+                const float sum = exponentials(q, V, &max), share = (scale + teacher_scale) / sum;
+                log_sum[n] = max + logf(sum);
+                entropy[n] = max - a[target[n]] + logf(sum);
+                for (int64_t i = 0; i < V; i += LANES) *at(q, i) *= share;
+                q[target[n]] -= scale;
+                if (teacher) {
+                    read_row(z, teacher, n * V, V, (int)bf16);
+                    Floats apart = all(0.0f);
+                    for (int64_t i = 0; i < V; i += LANES) {
+                        Floats log_p = *at(z, i) - teacher_log_sum[n], p = exp2_of(log_p * LOG2E);
+                        apart += p * (log_p - (*at(a, i) - log_sum[n]));
+                        *at(q, i) -= p * teacher_scale;
+                    }
+                    divergence[n] = sum_of(apart);
                 }
-                loss[n] = sum_of(sum) + logf(sum_q) - logf(sum_p);
             }
-            if (gradients) write_row(student, n * V, q, V, (int)bf16);
+            if (gradient) write_row(gradient, n * V, q, V, (int)bf16);
         }
     }
     free(all_threads);

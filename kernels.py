@@ -217,20 +217,19 @@ class KernelTransformer(Transformer):
         super().__init__(args)
 
 
-# ---------------------------------------------------------------------------------------------
-# losses of rows of logits: (N, V), which become their gradients if `gradients`
+def head_losses(logits: Tensor, target: Tensor, valid: Tensor, scale: float, gradient: Tensor | None,
+                teacher: tuple[Tensor, Tensor] | None, teacher_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of logits (N, V): its cross-entropy, its divergence from the teacher, and log(sum(exp(row))).
 
-def cross_entropy(logits: Tensor, target: Tensor, gradients: bool) -> Tensor:
-    """-log softmax(logits)[target] of each row: (N,) float32; 0 where target: (N,) int64 is negative."""
-    if int(target.max()) >= logits.shape[1]:
-        raise IndexError(f"target {int(target.max())}: expected less than {logits.shape[1]}")
-    loss = torch.empty(len(logits))
-    _call("cross_entropy", logits, target, loss, *logits.shape, int(gradients), _is_bf16(logits))
-    return loss
-
-
-def divergence(teacher: Tensor, logits: Tensor, counts: Tensor, gradients: bool) -> Tensor:
-    """KL(softmax(teacher) || softmax(logits)) of each row: (N,) float32; 0 where counts: (N,) bool is false."""
-    loss = torch.empty(len(logits))
-    _call("divergence", teacher, logits, counts, loss, *logits.shape, int(gradients), _is_bf16(logits))
-    return loss
+    target: (N,) int64; valid: (N,) bool, all is 0 where it is false; teacher: logits (N, V) and their
+    log-sums (N,). gradient (N, V), which may be the logits, becomes that of scale * cross-entropy +
+    teacher_scale * KL(softmax(teacher) || softmax(row)). Results are (N,) float32.
+    Errors: IndexError for a target outside of the vocabulary.
+    """
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+        raise IndexError(f"targets of {int(target.min())}..{int(target.max())}: expected 0..{logits.shape[1] - 1}")
+    entropy, divergence, log_sum = torch.empty(3, len(logits))
+    teacher_logits, teacher_log_sum = teacher or (None, None)
+    _call("head_losses", logits, target, valid, scale, gradient, teacher_logits, teacher_log_sum, teacher_scale,
+          entropy, divergence, log_sum, *logits.shape, _is_bf16(logits))
+    return entropy, divergence, log_sum

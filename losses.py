@@ -32,14 +32,14 @@ FEWEST = 256
 IGNORED = -100  # a target that does not count, as F.cross_entropy has it
 
 
-def chunk_rows(positions: int, vocab_size: int, kernels: bool = False) -> int | None:
+def chunk_rows(positions: int, vocab_size: int, aligned: bool = False) -> int | None:
     """How many positions' logits are formed at a time; None: all of them.
 
     A chunk's gradients are made while its logits are at hand, so memory does not grow with positions
     or heads (Gloeckle et al. 2024, section 2). For a small vocabulary whole logits are as fast, but
-    not where kernels.py takes them: it reads and writes a chunk while it is in the cache.
+    not where AlignedLosses takes them, which finds a chunk in the cache again.
     """
-    whole = positions * vocab_size <= WHOLE and not kernels
+    whole = positions * vocab_size <= WHOLE and not aligned
     return None if whole else max(FEWEST, CHUNK // vocab_size)
 
 
@@ -97,90 +97,121 @@ def consistency_loss(teacher: Tensor, student: Tensor, i: int, valid: Tensor) ->
     return masked_mean(kl, valid)
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Sum of a loss over rows of logits, features times weight transposed, `rows` of them at a time.
+class ChunkedDivergence(torch.autograd.Function):
+    """Sum over rows of KL(softmax(teacher) || softmax(student)), counted rows only; logits are features times weight.
 
-    Like F.linear_cross_entropy in chunks it has its gradients ready after the forward pass.
-    features: (N, D), weight: (V, D), which is rounded to the type of the features; loss_of(logits,
-    part) returns the losses of the rows in slice `part`, (rows,) float32, and if `gradients` leaves
-    each loss's gradient by its logits in their place.
+    Like F.linear_cross_entropy in chunks it has its gradients ready after the forward pass: that of
+    KL by the student's logits is softmax(student) - softmax(teacher). teacher, features: (N, D),
+    weights: (V, D), counts: (N, 1), 1 where a row counts, else 0; the teacher gets no gradient.
     """
 
     @staticmethod
-    def forward(ctx, features, weight, rows: int, loss_of, gradients: bool):
-        rounded = weight.to(features.dtype)
+    def forward(ctx, teacher, teacher_weight, features, weight, counts, rows: int, wants_gradients: bool):
+        total = features.new_zeros(())
         to_features, to_weight = torch.empty_like(features), torch.zeros_like(weight)
-        total = torch.zeros((), device=features.device)
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
-            logits = F.linear(features[part], rounded)
-            total += loss_of(logits, part).sum()
-            if gradients:
-                torch.mm(logits, rounded, out=to_features[part])
-                if weight.dtype == logits.dtype:
-                    to_weight.addmm_(logits.T, features[part])
-                else:
-                    to_weight += logits.T @ features[part]
+            log_p = F.log_softmax(F.linear(teacher[part], teacher_weight), dim=-1)
+            log_q = F.log_softmax(F.linear(features[part], weight), dim=-1)
+            kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1, keepdim=True)
+            total += torch.where(counts[part] > 0, kl, 0.0).sum()
+            if wants_gradients:
+                to_logits = log_q.exp_().sub_(log_p.exp_()).mul_(counts[part])
+                torch.mm(to_logits, weight, out=to_features[part])
+                to_weight.addmm_(to_logits.T, features[part])
         ctx.save_for_backward(to_features, to_weight)
         return total
 
     @staticmethod
     def backward(ctx, gradient):
         to_features, to_weight = ctx.saved_tensors
-        return gradient * to_features, gradient * to_weight, None, None, None
-
-
-def divergence(teacher: Tensor, logits: Tensor, counts: Tensor, gradients: bool) -> Tensor:
-    """KL(softmax(teacher) || softmax(logits)) of rows (N, V) -> (N,); 0 where counts (N,) is false.
-
-    If `gradients`, logits become its gradient by them, softmax(logits) - softmax(teacher).
-    """
-    log_p, log_q = F.log_softmax(teacher, dim=-1), F.log_softmax(logits, dim=-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    if gradients:
-        torch.sub(log_q.exp_(), log_p.exp_(), out=logits).masked_fill_(~counts[:, None], 0.0)
-    return torch.where(counts, kl, 0.0)
+        return None, None, gradient * to_features, gradient * to_weight, None, None, None
 
 
 @torch.compiler.disable  # a loop over chunks would be unrolled
-def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int, kernels=None) -> Loss:
+def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Loss:
     """ahead_loss from a readout - .features (B, T, D), .weight (V, D) - the logits of `rows` positions at a time."""
-    target = y[:, i:].masked_fill(~valid, IGNORED)
-    target = F.pad(target, (0, y.shape[1] - target.shape[1]), value=IGNORED).flatten()  # (B T,): no copy of features
-    features, gradients = head.features.flatten(0, 1), torch.is_grad_enabled()
-    if kernels:
-        total = ChunkedLoss.apply(features, head.weight, rows, lambda logits, part:
-                                  kernels.cross_entropy(logits, target[part], gradients), gradients)
-        return mean_over(total, valid)
-    with torch.autocast(y.device.type, enabled=False):
-        total = F.linear_cross_entropy(features.float(), head.weight.float(), target, reduction="sum",
-                                       ignore_index=IGNORED, options=LinearCrossEntropyOptions(batch_chunk_size=rows))
+    length = valid.shape[1]
+    target = y[:, i : i + length].masked_fill(~valid, IGNORED).flatten()
+    if target.numel() == 0:  # of which linear_cross_entropy makes no chunks
+        return masked_mean(head.features.new_zeros(valid.shape), valid)
+    with torch.autocast(head.features.device.type, enabled=False):
+        total = F.linear_cross_entropy(head.features[:, :length].flatten(0, 1).float(), head.weight.float(), target,
+                                       reduction="sum", ignore_index=IGNORED,
+                                       options=LinearCrossEntropyOptions(batch_chunk_size=rows))
     return mean_over(total, valid)
 
 
 @torch.compiler.disable
-def chunked_consistency_loss(teacher, student, i: int, valid: Tensor, rows: int, kernels=None) -> Loss:
+def chunked_consistency_loss(teacher, student, i: int, valid: Tensor, rows: int) -> Loss:
     """consistency_loss from both readouts, the logits of `rows` positions at a time."""
-    wide = torch.float32 if kernels is None else student.features.dtype
-    beyond = student.features.shape[1] - valid.shape[1]  # positions at a row's end that have no teacher
-    teacher_features = F.pad(teacher.features.detach().to(wide)[:, i:], (0, 0, 0, beyond)).flatten(0, 1)  # t reads t+i
-    teacher_weight = teacher.weight.detach().to(wide)
-    features, counts = student.features.to(wide).flatten(0, 1), F.pad(valid, (0, beyond)).flatten()
-    gradients = torch.is_grad_enabled()
-
-    def loss_of(logits, part):
-        z = F.linear(teacher_features[part], teacher_weight)
-        return (kernels.divergence if kernels else divergence)(z, logits, counts[part], gradients)
-
+    length = valid.shape[1]
     with torch.autocast(valid.device.type, enabled=False):
-        return mean_over(ChunkedLoss.apply(features, student.weight, rows, loss_of, gradients), valid)
+        total = ChunkedDivergence.apply(
+            teacher.features[:, i : i + length].detach().flatten(0, 1).float(), teacher.weight.detach().float(),
+            student.features[:, :length].flatten(0, 1).float(), student.weight.float(),
+            valid.reshape(-1, 1).float(), rows, torch.is_grad_enabled())
+    return mean_over(total, valid)
 
 
 def chunked_hits(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Tensor:
     """Where the head's best token is y[t+i]: bool, the shape of `valid`."""
-    length, weight = valid.shape[1], head.weight.to(head.features.dtype)
-    best = [F.linear(part, weight).argmax(-1) for part in head.features[:, :length].flatten(0, 1).split(rows)]
+    length = valid.shape[1]
+    best = [F.linear(part, head.weight).argmax(-1) for part in head.features[:, :length].flatten(0, 1).split(rows)]
     return torch.cat(best).view_as(valid) == y[:, i : i + length]
+
+
+class AlignedLosses(torch.autograd.Function):
+    """All losses of all heads in one pass over the targets, by way of kernels.py.
+
+    Head i asks at t for the token that the NTP head asks for at t+i. So a chunk of targets u has one
+    row of each head's logits, from the features at u - i, and one teacher for all, the NTP logits:
+    each head's are formed once, whatever losses they have, and their gradients, weighted, are ready
+    when the chunk is done.
+
+    scales: {i: (of the cross-entropy, of the consistency loss or None)}, head 0 first; valid: {i: (N,)
+    bool by target}; tensors: features (N, D), weight (V, D) of each head in turn. Returns the total,
+    which has gradients, and {i: sums of cross-entropy, divergence, hits} as a tensor (heads, 3).
+    """
+
+    @staticmethod
+    def forward(ctx, kernels, targets, valid, scales, rows: int, gradients: bool, accuracy: bool, *tensors):
+        features, weights = tensors[0::2], tensors[1::2]
+        rounded = [w.to(f.dtype) for f, w in zip(features, weights)]
+        to_features = [torch.zeros_like(f) for f in features] if gradients else []
+        to_weights = [torch.zeros_like(w) for w in weights] if gradients else []
+        teaches = any(scale is not None for _, scale in scales.values())
+        sums = torch.zeros(len(scales), 3)
+        for start in range(0, len(targets), rows):
+            end, z, z_log_sum = min(start + rows, len(targets)), None, None
+            for k, (i, (scale, divergence_scale)) in enumerate(scales.items()):
+                first = max(start, i)  # a row's first i targets are not valid, but for the first row there are none
+                if first >= end:
+                    continue
+                inputs, part = slice(first - i, end - i), slice(first, end)
+                logits = F.linear(features[k][inputs], rounded[k])
+                hits = ((logits.argmax(-1) == targets[part]) & valid[i][part]).sum() if accuracy else 0
+                teacher = None if divergence_scale is None else (z[first - start :], z_log_sum[first - start :])
+                gradient = None if not gradients else torch.empty_like(logits) if i == 0 and teaches else logits
+                entropy, divergence, log_sum = kernels.head_losses(
+                    logits, targets[part], valid[i][part], scale, gradient, teacher, divergence_scale or 0.0)
+                sums[k] += torch.tensor([entropy.sum(), divergence.sum(), hits])
+                if i == 0:
+                    z, z_log_sum = logits, log_sum
+                if gradients:
+                    torch.mm(gradient, rounded[k], out=to_features[k][inputs])
+                    if weights[k].dtype == gradient.dtype:
+                        to_weights[k].addmm_(gradient.T, features[k][inputs])
+                    else:
+                        to_weights[k] += gradient.T @ features[k][inputs]
+        ctx.save_for_backward(*(t for pair in zip(to_features, to_weights) for t in pair))
+        ctx.mark_non_differentiable(sums)
+        weight = torch.tensor([[scale, divergence_scale or 0.0] for scale, divergence_scale in scales.values()])
+        return (sums[:, :2] * weight).sum(), sums
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return *[None] * 7, *(t.mul_(gradient) for t in ctx.saved_tensors)  # in place: they are asked for once
 
 
 def parse_name(name: str) -> tuple[str, int]:
@@ -199,7 +230,7 @@ class Objective(nn.Module):
 
     model: has trunk(x) -> h and readouts(h, heads) -> {i: Readout}, as model.Transformer has.
     bos: the token that starts a document, if future targets are to stay inside theirs (valid_positions); or None.
-    kernels: the module of that name, if its cross_entropy and divergence are to take the logits; or None.
+    kernels: the module of that name, if its head_losses is to take the logits; or None.
     """
 
     def __init__(self, model: nn.Module, bos: int | None = None, kernels=None):
@@ -208,49 +239,83 @@ class Objective(nn.Module):
         self.bos = bos
         self.kernels = kernels
 
-    def forward(self, x: Tensor, y: Tensor, names: tuple[str, ...], accuracy: bool = False) -> dict[str, Loss]:
-        """The losses called `names` on tokens x and their next tokens y, both (B, T) int64.
+    def forward(self, x: Tensor, y: Tensor, scales: dict[str, Tensor]) -> tuple[Tensor, dict[str, Loss]]:
+        """What tokens x and their next tokens y, both (B, T) int64, add to the total loss, and the losses themselves.
 
-        Heads that no name asks for are not run. With `accuracy`, acc_i joins each head that is run:
-        the share of valid positions whose top-1 token is y[t+i] (acc_0 is the NTP head's).
+        scales: {loss: what each of its positions adds to the total} (`scales`). Losses that are not
+        in it are not computed, and heads that none of them asks for are not run. Only the total has
+        gradients.
         """
-        h = self.model.trunk(x)
-        heads = sorted({parse_name(name)[1] for name in names} | {0})
-        readouts = self.model.readouts(h, heads)
-        valid = {i: valid_positions(y, i, self.bos) for i in heads}
-        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0], self.kernels is not None)
+        if self.kernels:
+            return self._aligned(x, y, tuple(scales), scales, accuracy=False)
+        losses = self.losses(x, y, tuple(scales))
+        total = sum(scales[name] * loss.mean * loss.count for name, loss in losses.items())
+        return total, {name: Loss(loss.mean.detach(), loss.count) for name, loss in losses.items()}
+
+    def losses(self, x: Tensor, y: Tensor, names: tuple[str, ...], accuracy: bool = False) -> dict[str, Loss]:
+        """The losses called `names`. With `accuracy`, acc_i joins each head that is run: the share of valid
+
+        positions whose top-1 token is y[t+i] (acc_0 is the NTP head's).
+        """
+        if self.kernels:
+            return self._aligned(x, y, names, {}, accuracy)[1]
+        readouts, valid = self._read(x, y, names)
+        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0])
         # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
         logits = {} if rows else {i: readout.logits().float() for i, readout in readouts.items()}
         losses = {}
         for name in names:
             kind, i = parse_name(name)
             if kind == "consistency" and rows:
-                losses[name] = chunked_consistency_loss(readouts[0], readouts[i], i, valid[i], rows, self.kernels)
+                losses[name] = chunked_consistency_loss(readouts[0], readouts[i], i, valid[i], rows)
             elif kind == "consistency":
                 losses[name] = consistency_loss(logits[0], logits[i], i, valid[i])
             elif rows:
-                losses[name] = chunked_ahead_loss(readouts[i], y, i, valid[i], rows, self.kernels)
+                losses[name] = chunked_ahead_loss(readouts[i], y, i, valid[i], rows)
             else:
                 losses[name] = ahead_loss(logits[i], y, i, valid[i])
-        for i in heads if accuracy else ():
+        for i in readouts if accuracy else ():
             length = valid[i].shape[1]
             hits = (chunked_hits(readouts[i], y, i, valid[i], rows) if rows else
                     logits[i][:, :length].argmax(-1) == y[:, i : i + length])
             losses[f"acc_{i}"] = masked_mean(hits.float(), valid[i])
         return losses
 
+    def _read(self, x: Tensor, y: Tensor, names: tuple[str, ...]) -> tuple[dict, dict]:
+        """{i: Readout} and {i: valid positions} of the heads that the losses ask for."""
+        heads = sorted({parse_name(name)[1] for name in names} | {0})
+        return self.model.readouts(self.model.trunk(x), heads), {i: valid_positions(y, i, self.bos) for i in heads}
+
+    def _aligned(self, x: Tensor, y: Tensor, names: tuple[str, ...], scales: dict[str, Tensor], accuracy: bool):
+        """(total, losses) by AlignedLosses."""
+        readouts, valid = self._read(x, y, names)
+        per_position = {name: float(scales.get(name, 0.0)) for name in names}
+        by_head = {i: (per_position.get(f"nitp_{i}" if i else "ntp", 0.0), per_position.get(f"consistency_{i}"))
+                   for i in readouts}
+        by_target = {i: F.pad(v, (y.shape[1] - v.shape[1], 0)).flatten() for i, v in valid.items()}
+        tensors = [t for readout in readouts.values() for t in (readout.features.flatten(0, 1), readout.weight)]
+        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0], aligned=True)
+        total, sums = AlignedLosses.apply(self.kernels, y.flatten().contiguous(), by_target, by_head, rows,
+                                          torch.is_grad_enabled(), accuracy, *tensors)
+        found = {}
+        for i, (entropy, divergence, hits) in zip(readouts, sums):
+            found |= {f"nitp_{i}" if i else "ntp": entropy, f"consistency_{i}": divergence, f"acc_{i}": hits}
+        wanted = (*names, *(f"acc_{i}" for i in readouts if accuracy))
+        return total, {name: mean_over(found[name], valid[parse_name(name)[1]]) for name in wanted}
+
     def counts(self, y: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """How many positions each loss will be a mean over, known from the targets alone."""
         return {name: valid_positions(y, parse_name(name)[1], self.bos).sum() for name in names}
 
 
-def weighted_total(losses: dict[str, Loss], weights: dict[str, float], counts: dict[str, Tensor]) -> Tensor:
-    """What a micro-batch adds to the total loss of its iteration: sum of weight * loss * its share of positions.
+def scales(weights: dict[str, float], counts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{loss: weight over count}: what each of its positions adds to the total loss of an iteration.
 
-    counts: positions of each loss in the whole iteration. Summed over micro-batches this is the
-    loss of one big batch, also where masks leave them unequal numbers of positions.
+    counts: positions of each loss in the whole iteration. Summed over micro-batches the total is the
+    loss of one big batch, also where masks leave them unequal numbers of positions. Tensors, since
+    torch.compile would compile anew for every other number.
     """
-    return sum(weights[name] * loss.mean * (loss.count / counts[name].clamp(min=1)) for name, loss in losses.items())
+    return {name: weight / counts[name].clamp(min=1) for name, weight in weights.items()}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from configurator import (
 from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
 from log import Log
-from losses import Objective, all_losses, loss_weights, weighted_total
+from losses import Objective, all_losses, loss_weights, scales
 from machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note
 from model import FUTURE_HEADS, ModelArgs, Transformer
 from optimizer import make_optimizer
@@ -241,7 +241,7 @@ def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machin
     mine = batches[machine.rank :: machine.world]
     for x, y in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # None: on terminals only
         with path.autocast():
-            losses = objective(*machine.put(x, y), names, accuracy=True)
+            losses = objective.losses(*machine.put(x, y), names, accuracy=True)
         for name, loss in losses.items():
             count = loss.count.item()
             sums[name] += torch.tensor([loss.mean.item() * count, count])
@@ -394,11 +394,11 @@ def train(s: Settings) -> int:
         for m, (x, y) in enumerate(micro):
             with nullcontext() if machine.world == 1 or m == accumulate - 1 else objective.no_sync():
                 with path.autocast():
-                    losses = objective(x, y, tuple(weights))
+                    total, losses = objective(x, y, scales(weights, counts))
                 # DDP averages gradients over processes; positions are counted over all of them
-                scaler.scale(weighted_total(losses, weights, counts) * machine.world).backward()
+                scaler.scale(total * machine.world).backward()
             for name, loss in losses.items():
-                means[name] += loss.mean.detach() * (loss.count / counts[name].clamp(min=1))
+                means[name] += loss.mean * (loss.count / counts[name].clamp(min=1))
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         scaler.step(optimizer)

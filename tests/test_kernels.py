@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from losses import Objective, all_losses
+from losses import Objective, all_losses, scales
 from model import FeedForward, ModelArgs, RMSNorm, Transformer, TransformerBlock, rope_table, rotate
 
 # A product of float32 kernels is as good as float32 can be; one of bfloat16 has 8 bits, and sums of hundreds of those.
@@ -124,55 +124,49 @@ def test_swiglu_far_from_zero():
 # the losses' functions
 
 @dtypes
+@pytest.mark.parametrize("with_teacher", [False, True])
 @pytest.mark.parametrize("N,V", [(5, 512), (1, 1), (3, 17), (40, 259), (2, 5000)])
-def test_cross_entropy(N, V, dtype):
-    logits, wide = leaf(N, V, dtype=dtype, scale=5.0)
+def test_head_losses(N, V, with_teacher, dtype):
+    logits, wide = leaf(N, V, dtype=dtype, scale=4.0)
+    z, wide_z = leaf(N, V, dtype=dtype, scale=3.0, seed=1)
     target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
-    target[N // 2] = -100 if N > 1 else 0
-    rows = logits.detach().clone()
-    loss = kernels.cross_entropy(rows, target, gradients=True)
-    want = F.cross_entropy(wide, target, reduction="none")
-    want.sum().backward()
-    compare(loss, want, torch.float32)  # of the logits as rounded, so float32 whatever they are
-    compare(rows, wide.grad, dtype)
+    valid = torch.arange(N) % 3 != 1
+    teacher = (z.detach(), z.detach().float().logsumexp(-1)) if with_teacher else None
 
-    rows = logits.detach().clone()
-    assert torch.equal(kernels.cross_entropy(rows, target, gradients=False), loss)
-    assert torch.equal(rows, logits)  # left alone
+    entropy = torch.where(valid, F.cross_entropy(wide, target, reduction="none"), 0.0)
+    divergence = F.kl_div(wide.log_softmax(-1), wide_z.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    divergence = torch.where(valid, divergence, 0.0) * with_teacher
+    (0.7 * entropy + 0.2 * divergence).sum().backward()
 
-
-@dtypes
-@pytest.mark.parametrize("N,V", [(5, 512), (1, 1), (3, 17), (40, 259)])
-def test_divergence(N, V, dtype):
-    logits, wide = leaf(N, V, dtype=dtype, scale=3.0)
-    teacher, wide_teacher = leaf(N, V, dtype=dtype, scale=3.0, seed=1)
-    counts = torch.arange(N) % 3 != 1
+    for aliased in (False, True):  # the gradient in a place of its own, and in that of the logits
+        rows = logits.detach().clone()
+        gradient = rows if aliased else torch.full_like(rows, torch.nan)
+        got = kernels.head_losses(rows, target, valid, 0.7, gradient, teacher, 0.2 * with_teacher)
+        for mine, want in zip(got, (entropy, divergence, torch.where(valid, wide.logsumexp(-1), 0.0)), strict=True):
+            compare(mine, want.detach(), torch.float32)  # of the logits as rounded, so float32 whatever they are
+        compare(gradient, wide.grad, dtype)
+        assert aliased or torch.equal(rows, logits)
     rows = logits.detach().clone()
-    loss = kernels.divergence(teacher, rows, counts, gradients=True)
-    want = F.kl_div(wide.log_softmax(-1), wide_teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    want = torch.where(counts, want, 0.0)
-    want.sum().backward()
-    compare(loss, want.detach(), torch.float32)
-    compare(rows, wide.grad, dtype)
-
-    rows = logits.detach().clone()
-    assert torch.equal(kernels.divergence(teacher, rows, counts, gradients=False), loss)
-    assert torch.equal(rows, logits)
+    assert all(map(torch.equal, kernels.head_losses(rows, target, valid, 0.0, None, teacher, 0.0), got))
+    assert torch.equal(rows, logits)  # nobody asked for gradients
 
 
 def test_losses_of_logits_that_overflow_or_are_nan():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [3e38, 0.0, -3e38], [0.0, torch.nan, 0.0]])
-    loss = kernels.cross_entropy(logits.clone(), torch.tensor([0, 1, 0, 0]), gradients=False)
-    torch.testing.assert_close(loss[:3], torch.tensor([0.0, torch.tensor(3.0).log(), 0.0]))
-    assert loss[3].isnan()  # so that train.py stops
-    kl = kernels.divergence(logits.clone(), logits.clone(), torch.ones(4, dtype=torch.bool), gradients=False)
-    torch.testing.assert_close(kl[:2], torch.zeros(2))
-    assert kl[3].isnan()
+    target, valid = torch.tensor([0, 1, 0, 0]), torch.ones(4, dtype=torch.bool)
+    entropy, _, log_sum = kernels.head_losses(logits, target, valid, 1.0, None, None, 0.0)
+    torch.testing.assert_close(entropy[:3], torch.tensor([0.0, torch.tensor(3.0).log(), 0.0]))
+    assert entropy[3].isnan()  # so that train.py stops
+    _, divergence, _ = kernels.head_losses(logits, target, valid, 1.0, None, (logits, log_sum), 1.0)
+    torch.testing.assert_close(divergence[:2], torch.zeros(2), atol=1e-3, rtol=0)
+    assert divergence[3].isnan()
 
 
 def test_a_target_outside_of_the_vocabulary_is_an_error_not_a_read_elsewhere():
-    with pytest.raises(IndexError, match="5"):
-        kernels.cross_entropy(torch.zeros(2, 5), torch.tensor([4, 5]), gradients=False)
+    valid = torch.ones(2, dtype=torch.bool)
+    for outside in (5, -1):
+        with pytest.raises(IndexError, match=str(outside)):
+            kernels.head_losses(torch.zeros(2, 5), torch.tensor([4, outside]), valid, 1.0, None, None, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,8 +208,10 @@ def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
     found = []
     for objective, kind in ((Objective(plain, 1), torch.float32), (Objective(fast, 1, kernels), dtype)):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-            losses = objective(x, y, names, accuracy=True)
-        sum(losses[name].mean * (1 + k) for k, name in enumerate(names)).backward()
+            losses = objective.losses(x, y, names, accuracy=True)
+            weights = {name: 1.0 + k for k, name in enumerate(names)}
+            total, _ = objective(x, y, scales(weights, objective.counts(y, names)))
+        total.backward()
         found.append((losses, {name: p.grad for name, p in objective.model.named_parameters()}))
     (want, want_gradients), (got, got_gradients) = found
     rounding = 1e-5 if dtype == torch.float32 else 0.02

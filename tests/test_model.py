@@ -114,13 +114,13 @@ def test_initial_weights():
         else:
             residual = name.endswith(("wo.weight", "w2.weight"))
             assert p.std().item() == pytest.approx(0.02 / 4 if residual else 0.02, rel=0.05), name
-    loss = Objective(model)(tokens(4, 12), tokens(4, 12, seed=2), all_losses(1))
+    loss = Objective(model).losses(tokens(4, 12), tokens(4, 12, seed=2), all_losses(1))
     assert loss["ntp"].mean.item() == pytest.approx(math.log(512), abs=0.1)
 
 
 def test_every_parameter_learns_when_every_loss_weighs():
     model = make(n_future_heads=2)
-    losses = Objective(model)(tokens(), tokens(seed=2), all_losses(2))
+    losses = Objective(model).losses(tokens(), tokens(seed=2), all_losses(2))
     sum(loss.mean for loss in losses.values()).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -128,7 +128,7 @@ def test_every_parameter_learns_when_every_loss_weighs():
 
 def test_future_losses_reach_the_trunk_but_not_the_ntp_heads_matrix_when_untied():
     model = make(n_future_heads=1, tie_embeddings=False)
-    Objective(model)(tokens(), tokens(seed=2), ("nitp_1",))["nitp_1"].mean.backward()
+    Objective(model).losses(tokens(), tokens(seed=2), ("nitp_1",))["nitp_1"].mean.backward()
     assert model.output.weight.grad is None
     assert model.layers[0].attention.wq.weight.grad.abs().sum() > 0
 
