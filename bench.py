@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import kernels
+import losses
 from files import atomic_write
 from losses import Objective, loss_weights, scales
 from machine import choose_path
@@ -41,6 +42,7 @@ MODELS = {  # as in config/
     "260K, T 256": {"max_seq_len": 256, "batch_size": 32}, "260K, T 512": {"max_seq_len": 512, "batch_size": 16},
     "15M, T 256": {"max_seq_len": 256, "batch_size": 16, "vocab_size": 4096, "dim": 288, "n_layers": 6, "n_heads": 6,
                    "n_kv_heads": 6, "multiple_of": 32}}
+HEADS, VOCABULARIES, LENGTHS = (0, 1, 2, 4, 8), (512, 4096, 32000), (128, 256, 512, 1024)
 LOOKING = {"n_future_heads": 4, "nitp_weight": 0.1, "consistency_weight": 0.1}
 
 
@@ -50,6 +52,7 @@ class Case(NamedTuple):
     settings: Settings
     threads: int
     base: str
+    whole: bool = False  # all logits at once, as most programs have them
 
 
 class Figures(NamedTuple):
@@ -97,6 +100,8 @@ def memory(what: str) -> float:
 def work(pipe, case: Case) -> None:
     """In a process of its own: a step, its seconds and the memory it needed, each time the pipe asks for one."""
     torch.set_num_threads(case.threads)
+    if case.whole:
+        losses.WHOLE = 1 << 62
     torch.zeros(8).sum()
     before = memory("VmRSS")
     step = make_step(case.settings)
@@ -175,24 +180,27 @@ def cases_by_path(model: str, threads: list[int]) -> dict[str, Case]:
 def cases_by_heads(n_threads: int) -> dict[str, Case]:
     shape, base = MODELS["260K, T 256"], "n = 0"
     cases = {f"n = {n}": Case(Settings(**shape, n_future_heads=n, nitp_weight=0.1 if n else 0.0), n_threads, base)
-             for n in (0, 1, 2, 4, 8)}
-    both = {n: Settings(**shape, **LOOKING | {"n_future_heads": n}) for n in (1, 4)}
+             for n in HEADS}
+    both = {n: Settings(**shape, **LOOKING | {"n_future_heads": n}) for n in HEADS if n}
     return cases | {f"n = {n}, both losses": Case(s, n_threads, base) for n, s in both.items()}
 
 
 def cases_by_vocabulary(n_threads: int) -> dict[str, Case]:
     cases = {}
-    for V in (512, 4096, 32000):
+    for V in VOCABULARIES:
         shape, name = {"max_seq_len": 256, "batch_size": 16, "vocab_size": V}, f"V = {V:,}"
         cases[f"{name}, plain"] = Case(Settings(**shape, **PATHS["plain"]), n_threads, f"{name}, plain")
         cases[name] = Case(Settings(**shape), n_threads, f"{name}, plain")
         cases[f"{name}, n = 4, both losses"] = Case(Settings(**shape, **LOOKING), n_threads, name)
+        if V == 32000:
+            whole = Case(Settings(**shape, **PATHS["plain"]), n_threads, name, whole=True)
+            cases |= {f"{name}, plain, whole logits": whole}
     return cases
 
 
 def cases_by_length(n_threads: int) -> dict[str, Case]:
     cases = {}
-    for T in (128, 256, 512, 1024):
+    for T in LENGTHS:
         shape, name = {"max_seq_len": T, "batch_size": 8192 // T}, f"T = {T:,}"
         cases[f"{name}, plain"] = Case(Settings(**shape, **PATHS["plain"]), n_threads, f"{name}, plain")
         cases[name] = Case(Settings(**shape), n_threads, f"{name}, plain")
@@ -204,7 +212,7 @@ def cases_by_length(n_threads: int) -> dict[str, Case]:
 
 def table_of_paths(model: str, cases: dict[str, Case], found: dict[str, Figures], peak: dict) -> list[tuple]:
     rows = []
-    for name, (s, threads, _) in cases.items():
+    for name, (s, threads, *_) in cases.items():
         seconds, mib, slower, _ = found[name]
         dtype = choose_path(s, torch.device("cpu")).dtype
         gflops, most = flops(s) / seconds / 1e9, peak[dtype, threads]
