@@ -117,14 +117,15 @@ def work(pipe, case: Case) -> None:
 def measure(cases: dict[str, Case], rounds: int) -> dict[str, Figures]:
     """Each case's figures; the cases take turns, each in a process that waits meanwhile."""
     context, workers = multiprocessing.get_context("spawn"), {}
-    for name, case in tqdm(cases.items(), "warming up", leave=False, file=sys.stderr):
+    for name, case in cases.items():
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs, case), daemon=True)
         process.start()
         theirs.close()
         workers[name] = process, ours
+    for name, (process, pipe) in tqdm(workers.items(), "warming up", leave=False, file=sys.stderr):
         try:
-            ours.recv()
+            pipe.recv()
         except EOFError as error:
             process.join()
             raise ValueError(f"{name}: its process ended with exit code {process.exitcode}") from error
@@ -284,7 +285,8 @@ def plot(speeds: dict, series: dict[str, dict[str, Figures]], path: Path) -> Non
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    colours = dict(zip(PATHS, ("#999999", "#bbbbbb", "#ccbb44", "#66ccee", "#4477aa"), strict=True))
+    colours = {"plain": "#999999", "plain, bfloat16": "#bbbbbb", "compiled, bfloat16": "#ccbb44",
+               "fast, float32": "#66ccee", "fast": "#4477aa"}
     models = list(dict.fromkeys(model for model, _, _ in speeds))
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 8.5), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=False):
