@@ -377,8 +377,15 @@ def test_a_resumed_run_keeps_its_shape_and_takes_other_settings(words, tmp_path,
 
 
 def test_compiled_step_learns_the_same(words, tmp_path):
-    run(words(out_dir=tmp_path / "eager", max_iters=3, path="plain", **HEADS))
-    run(words(out_dir=tmp_path / "compiled", max_iters=3, path="plain", compile=True, **HEADS))
+    """And is compiled once for the losses that there are, not for each weight that a schedule gives them."""
+    from torch._dynamo.utils import counters
+
+    common = HEADS | {"path": "plain", "max_iters": 6, "aux_schedule": "linear", "aux_end": 0.6}
+    run(words(out_dir=tmp_path / "eager", **common))
+    torch.compiler.reset()
+    counters.clear()
+    run(words(out_dir=tmp_path / "compiled", compile=True, **common))
+    assert counters["stats"]["unique_graphs"] == 2  # with the auxiliary losses, and without
     eager, compiled = (log_lines(tmp_path / out)[-1]["val/ntp"] for out in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, abs=1e-3)
     assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
