@@ -74,9 +74,14 @@ def find_machine(wanted: str) -> Machine:
     return Machine(device, rank, world)
 
 
-def lost_a_process(error: RuntimeError) -> bool:
+def lost_a_process(error: Exception) -> bool:
     """Is this what torch.distributed says when another process has died or does not answer?"""
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Is this an allocation that failed, on whatever device?"""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclass

@@ -45,7 +45,7 @@ from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
 from log import Log
 from losses import Objective, all_losses, loss_weights, scales
-from machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note
+from machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note, out_of_memory
 from model import FUTURE_HEADS, ModelArgs, Transformer
 from optimizer import make_optimizer
 from tinystories import TrainBatches, Windows, eval_batches
@@ -440,11 +440,16 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if not lost_a_process(error):
+    except (MemoryError, RuntimeError) as error:
+        what = (str(error).splitlines() or [""])[0][:300]
+        if lost_a_process(error):
+            print(f"train.py: rank {dist.get_rank()}: another process is gone ({what}). "
+                  f"{s.out_dir}/last.pt is from the last evaluation; --init_from=resume continues it", file=sys.stderr)
+        elif out_of_memory(error):
+            print(f"train.py: out of memory ({what}); try a smaller batch_size and more gradient_accumulation_steps",
+                  file=sys.stderr)
+        else:
             raise
-        print(f"train.py: rank {dist.get_rank()}: another process is gone ({str(error).splitlines()[0][:300]}). "
-              f"{s.out_dir}/last.pt is from the last evaluation; --init_from=resume continues it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the loop, where there is nothing to save
         return 128 + signal.SIGINT
