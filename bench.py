@@ -301,7 +301,8 @@ def plot(speeds: dict, series: dict[str, dict[str, Figures]], path: Path) -> Non
         middle = range(len(found))
         axis.bar([i - 0.2 for i in middle], [f.seconds * 1e3 for f in found.values()], 0.4, color="#4477aa", label="ms")
         axis.bar([i + 0.2 for i in middle], [f.mib for f in found.values()], 0.4, color="#ee6677", label="MiB")
-        axis.set_yscale("log")
+        if name == "vocabulary":
+            axis.set_yscale("log")
         axis.set_xticks(middle, list(found), rotation=60, ha="right")
         axis.set_title(f"a step by {name}: time and peak memory")
         axis.legend(frameon=False)

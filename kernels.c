@@ -488,21 +488,24 @@ static float exponentials(float *x, int64_t V, float *max) {
 //     gradient = scale * that of entropy + teacher_scale * that of divergence, by the logits
 //
 // all 0 where not valid, and log_sum = log(sum(exp(logits))), which is what teacher_log_sum is of the teacher. gradient may
-// be the logits themselves, or NULL if nobody wants it; teacher may be NULL.
+// be the logits themselves, or NULL if nobody wants it; teacher may be NULL. Returns -2 if a target is not in 0..V-1.
 int head_losses(const void *logits, const int64_t *target, const uint8_t *valid, float scale, void *gradient,
                 const void *teacher, const float *teacher_log_sum, float teacher_scale, float *entropy, float *divergence,
                 float *log_sum, int64_t N, int64_t V, int64_t bf16) {
     float *all_threads = scratch(3, V);
+    int outside = 0;
     if (!all_threads) return -1;
 #pragma omp parallel
     {
         float *a = mine(all_threads, 3, V), *q = a + padded(V), *z = q + padded(V), max;
         for (int64_t i = V; i < padded(V); i++) a[i] = z[i] = LOWEST;  // stays; as probable as nothing, for both
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) reduction(| : outside)
         for (int64_t n = 0; n < N; n++) {
             entropy[n] = divergence[n] = log_sum[n] = 0.0f;
             memset(q, 0, (size_t)V * 4);
-            if (valid[n]) {
+            if (target[n] < 0 || target[n] >= V) {
+                outside = 1;
+            } else if (valid[n]) {
                 read_row(a, logits, n * V, V, (int)bf16);
                 memcpy(q, a, (size_t)padded(V) * 4);
                 const float sum = exponentials(q, V, &max), share = (scale + teacher_scale) / sum;
@@ -525,5 +528,5 @@ int head_losses(const void *logits, const int64_t *target, const uint8_t *valid,
         }
     }
     free(all_threads);
-    return 0;
+    return outside ? -2 : 0;
 }

@@ -78,7 +78,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
-    """A function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError."""
+    """A function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError, IndexError."""
     converted = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -87,7 +87,10 @@ def _call(name: str, *args: Tensor | int | float | None) -> None:
         else:
             converted.append(ctypes.c_float(arg) if isinstance(arg, float) else
                              ctypes.c_void_p(None) if arg is None else ctypes.c_int64(arg))
-    if getattr(library(), name)(*converted):
+    failure = getattr(library(), name)(*converted)
+    if failure == -2:
+        raise IndexError(f"kernels.c: {name}: a target is outside of the vocabulary")
+    if failure:
         raise MemoryError(f"kernels.c: {name}: out of memory")
 
 
@@ -218,18 +221,14 @@ class KernelTransformer(Transformer):
 
 
 def head_losses(logits: Tensor, target: Tensor, valid: Tensor, scale: float, gradient: Tensor | None,
-                teacher: tuple[Tensor, Tensor] | None, teacher_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of logits (N, V): its cross-entropy, its divergence from the teacher, and log(sum(exp(row))).
+                teacher: tuple[Tensor, Tensor] | None, teacher_scale: float, results: tuple[Tensor, Tensor, Tensor]):
+    """Fills `results` for each row of logits (N, V): cross-entropy, divergence from the teacher, log(sum(exp(row))).
 
     target: (N,) int64; valid: (N,) bool, all is 0 where it is false; teacher: logits (N, V) and their
-    log-sums (N,). gradient (N, V), which may be the logits, becomes that of scale * cross-entropy +
-    teacher_scale * KL(softmax(teacher) || softmax(row)). Results are (N,) float32.
+    log-sums (N,); results: (N,) float32 each. gradient (N, V), which may be the logits, becomes that of
+    scale * cross-entropy + teacher_scale * KL(softmax(teacher) || softmax(row)).
     Errors: IndexError for a target outside of the vocabulary.
     """
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
-        raise IndexError(f"targets of {int(target.min())}..{int(target.max())}: expected 0..{logits.shape[1] - 1}")
-    entropy, divergence, log_sum = torch.empty(3, len(logits))
     teacher_logits, teacher_log_sum = teacher or (None, None)
     _call("head_losses", logits, target, valid, scale, gradient, teacher_logits, teacher_log_sum, teacher_scale,
-          entropy, divergence, log_sum, *logits.shape, _is_bf16(logits))
-    return entropy, divergence, log_sum
+          *results, *logits.shape, _is_bf16(logits))

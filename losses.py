@@ -171,7 +171,7 @@ class AlignedLosses(torch.autograd.Function):
 
     scales: {i: (of the cross-entropy, of the consistency loss or None)}, head 0 first; valid: {i: (N,)
     bool by target}; tensors: features (N, D), weight (V, D) of each head in turn. Returns the total,
-    which has gradients, and {i: sums of cross-entropy, divergence, hits} as a tensor (heads, 3).
+    which has gradients, and by head the sums of cross-entropy, divergence and hits: (heads, 3).
     """
 
     @staticmethod
@@ -181,23 +181,23 @@ class AlignedLosses(torch.autograd.Function):
         to_features = [torch.zeros_like(f) for f in features] if gradients else []
         to_weights = [torch.zeros_like(w) for w in weights] if gradients else []
         teaches = any(scale is not None for _, scale in scales.values())
-        sums = torch.zeros(len(scales), 3)
+        found = torch.zeros(len(scales), 3, len(targets))  # cross-entropy, divergence, log-sum of the logits
+        hits = torch.zeros(len(scales))
         for start in range(0, len(targets), rows):
-            end, z, z_log_sum = min(start + rows, len(targets)), None, None
+            end, z = min(start + rows, len(targets)), None
             for k, (i, (scale, divergence_scale)) in enumerate(scales.items()):
                 first = max(start, i)  # a row's first i targets are not valid, but for the first row there are none
                 if first >= end:
                     continue
                 inputs, part = slice(first - i, end - i), slice(first, end)
                 logits = F.linear(features[k][inputs], rounded[k])
-                hits = ((logits.argmax(-1) == targets[part]) & valid[i][part]).sum() if accuracy else 0
-                teacher = None if divergence_scale is None else (z[first - start :], z_log_sum[first - start :])
+                if accuracy:
+                    hits[k] += ((logits.argmax(-1) == targets[part]) & valid[i][part]).sum()
+                teacher = None if divergence_scale is None else (z[first - start :], found[0, 2, part])
                 gradient = None if not gradients else torch.empty_like(logits) if i == 0 and teaches else logits
-                entropy, divergence, log_sum = kernels.head_losses(
-                    logits, targets[part], valid[i][part], scale, gradient, teacher, divergence_scale or 0.0)
-                sums[k] += torch.tensor([entropy.sum(), divergence.sum(), hits])
-                if i == 0:
-                    z, z_log_sum = logits, log_sum
+                kernels.head_losses(logits, targets[part], valid[i][part], scale, gradient, teacher,
+                                    divergence_scale or 0.0, tuple(found[k, :, part]))
+                z = logits if i == 0 else z
                 if gradients:
                     torch.mm(gradient, rounded[k], out=to_features[k][inputs])
                     if weights[k].dtype == gradient.dtype:
@@ -205,6 +205,7 @@ class AlignedLosses(torch.autograd.Function):
                     else:
                         to_weights[k] += gradient.T @ features[k][inputs]
         ctx.save_for_backward(*(t for pair in zip(to_features, to_weights) for t in pair))
+        sums = torch.cat((found[:, :2].sum(-1), hits[:, None]), dim=1)
         ctx.mark_non_differentiable(sums)
         weight = torch.tensor([[scale, divergence_scale or 0.0] for scale, divergence_scale in scales.values()])
         return (sums[:, :2] * weight).sum(), sums
