@@ -486,12 +486,14 @@ static float exponentials(float *x, int64_t V, float *max) {
 //
 //     entropy = -log softmax(logits)[target]                    divergence = KL(softmax(teacher) || softmax(logits))
 //     gradient = scale * that of entropy + teacher_scale * that of divergence, by the logits
+//     log_sum = log(sum(exp(logits))), which is what teacher_log_sum is of the teacher
+//     hit = 1 where the target's logit is the largest, the first of equals
 //
-// all 0 where not valid, and log_sum = log(sum(exp(logits))), which is what teacher_log_sum is of the teacher. gradient may
-// be the logits themselves, or NULL if nobody wants it; teacher may be NULL. Returns -2 if a target is not in 0..V-1.
+// and all 0 where not valid. gradient may be the logits themselves, or NULL if nobody wants it; teacher may be NULL.
+// Returns -2 if a target is not in 0..V-1.
 int head_losses(const void *logits, const int64_t *target, const uint8_t *valid, float scale, void *gradient,
                 const void *teacher, const float *teacher_log_sum, float teacher_scale, float *entropy, float *divergence,
-                float *log_sum, int64_t N, int64_t V, int64_t bf16) {
+                float *log_sum, float *hit, int64_t N, int64_t V, int64_t bf16) {
     float *all_threads = scratch(3, V);
     int outside = 0;
     if (!all_threads) return -1;
@@ -501,7 +503,7 @@ int head_losses(const void *logits, const int64_t *target, const uint8_t *valid,
         for (int64_t i = V; i < padded(V); i++) a[i] = z[i] = LOWEST;  // stays; as probable as nothing, for both
 #pragma omp for schedule(static) reduction(| : outside)
         for (int64_t n = 0; n < N; n++) {
-            entropy[n] = divergence[n] = log_sum[n] = 0.0f;
+            entropy[n] = divergence[n] = log_sum[n] = hit[n] = 0.0f;
             memset(q, 0, (size_t)V * 4);
             if (target[n] < 0 || target[n] >= V) {
                 outside = 1;
@@ -511,6 +513,11 @@ int head_losses(const void *logits, const int64_t *target, const uint8_t *valid,
                 const float sum = exponentials(q, V, &max), share = (scale + teacher_scale) / sum;
                 log_sum[n] = max + logf(sum);
                 entropy[n] = max - a[target[n]] + logf(sum);
+                if (a[target[n]] == max) {
+                    int earlier = 0;
+                    for (int64_t i = 0; i < target[n]; i++) earlier |= a[i] == max;
+                    hit[n] = earlier ? 0.0f : 1.0f;
+                }
                 for (int64_t i = 0; i < V; i += LANES) *at(q, i) *= share;
                 q[target[n]] -= scale;
                 if (teacher) {

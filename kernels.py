@@ -221,8 +221,10 @@ class KernelTransformer(Transformer):
 
 
 def head_losses(logits: Tensor, target: Tensor, valid: Tensor, scale: float, gradient: Tensor | None,
-                teacher: tuple[Tensor, Tensor] | None, teacher_scale: float, results: tuple[Tensor, Tensor, Tensor]):
-    """Fills `results` for each row of logits (N, V): cross-entropy, divergence from the teacher, log(sum(exp(row))).
+                teacher: tuple[Tensor, Tensor] | None, teacher_scale: float, results: tuple[Tensor, ...]):
+    """Fills `results` for each row of logits (N, V): its cross-entropy, its divergence from the teacher,
+
+    log(sum(exp(row))), and 1 where the target has the largest logit.
 
     target: (N,) int64; valid: (N,) bool, all is 0 where it is false; teacher: logits (N, V) and their
     log-sums (N,); results: (N,) float32 each. gradient (N, V), which may be the logits, becomes that of

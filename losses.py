@@ -175,14 +175,13 @@ class AlignedLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernels, targets, valid, scales, rows: int, gradients: bool, accuracy: bool, *tensors):
+    def forward(ctx, kernels, targets, valid, scales, rows: int, gradients: bool, *tensors):
         features, weights = tensors[0::2], tensors[1::2]
         rounded = [w.to(f.dtype) for f, w in zip(features, weights)]
         to_features = [torch.zeros_like(f) for f in features] if gradients else []
         to_weights = [torch.zeros_like(w) for w in weights] if gradients else []
         teaches = any(scale is not None for _, scale in scales.values())
-        found = torch.zeros(len(scales), 3, len(targets))  # cross-entropy, divergence, log-sum of the logits
-        hits = torch.zeros(len(scales))
+        found = torch.zeros(len(scales), 4, len(targets))  # cross-entropy, divergence, log-sum of the logits, hit
         for start in range(0, len(targets), rows):
             end, z = min(start + rows, len(targets)), None
             for k, (i, (scale, divergence_scale)) in enumerate(scales.items()):
@@ -191,8 +190,6 @@ class AlignedLosses(torch.autograd.Function):
                     continue
                 inputs, part = slice(first - i, end - i), slice(first, end)
                 logits = F.linear(features[k][inputs], rounded[k])
-                if accuracy:
-                    hits[k] += ((logits.argmax(-1) == targets[part]) & valid[i][part]).sum()
                 teacher = None if divergence_scale is None else (z[first - start :], found[0, 2, part])
                 gradient = None if not gradients else torch.empty_like(logits) if i == 0 and teaches else logits
                 kernels.head_losses(logits, targets[part], valid[i][part], scale, gradient, teacher,
@@ -205,14 +202,14 @@ class AlignedLosses(torch.autograd.Function):
                     else:
                         to_weights[k] += gradient.T @ features[k][inputs]
         ctx.save_for_backward(*(t for pair in zip(to_features, to_weights) for t in pair))
-        sums = torch.cat((found[:, :2].sum(-1), hits[:, None]), dim=1)
+        sums = found[:, [0, 1, 3]].sum(-1)
         ctx.mark_non_differentiable(sums)
         weight = torch.tensor([[scale, divergence_scale or 0.0] for scale, divergence_scale in scales.values()])
         return (sums[:, :2] * weight).sum(), sums
 
     @staticmethod
     def backward(ctx, gradient, _):
-        return *[None] * 7, *(t.mul_(gradient) for t in ctx.saved_tensors)  # in place: they are asked for once
+        return *[None] * 6, *(t.mul_(gradient) for t in ctx.saved_tensors)  # in place: they are asked for once
 
 
 def parse_name(name: str) -> tuple[str, int]:
@@ -297,7 +294,7 @@ class Objective(nn.Module):
         tensors = [t for readout in readouts.values() for t in (readout.features.flatten(0, 1), readout.weight)]
         rows = chunk_rows(y.numel(), readouts[0].weight.shape[0], aligned=True)
         total, sums = AlignedLosses.apply(self.kernels, y.flatten().contiguous(), by_target, by_head, rows,
-                                          torch.is_grad_enabled(), accuracy, *tensors)
+                                          torch.is_grad_enabled(), *tensors)
         found = {}
         for i, (entropy, divergence, hits) in zip(readouts, sums):
             found |= {f"nitp_{i}" if i else "ntp": entropy, f"consistency_{i}": divergence, f"acc_{i}": hits}

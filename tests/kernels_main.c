@@ -60,18 +60,18 @@ static void rows(int64_t N, int64_t D, int bf16) {
     check(gate_up, 2 * N * D, bf16), check(y, N * D, bf16), check(d, 2 * N * D, bf16);
 
     void *teacher = activations(N * D, bf16), *logits = activations(N * D, bf16), *gradient = activations(N * D, bf16);
-    float *results = malloc((size_t)N * 4 * sizeof *results), *none = NULL;
+    float *results = malloc((size_t)N * 5 * sizeof *results), *none = NULL;
     int64_t *target = malloc((size_t)N * 8);
     uint8_t *valid = malloc((size_t)N);
     for (int64_t n = 0; n < N; n++) {
         target[n] = n % D;
         valid[n] = n % 5 != 4;
     }
-    float *ce = results, *kl = results + N, *sums = results + 2 * N, *teacher_sums = results + 3 * N;
-    bad |= head_losses(teacher, target, valid, 0.0f, NULL, NULL, none, 0.0f, ce, kl, teacher_sums, N, D, bf16);
-    bad |= head_losses(logits, target, valid, 1.0f, gradient, teacher, teacher_sums, 0.5f, ce, kl, sums, N, D, bf16);
-    bad |= head_losses(logits, target, valid, 1.0f, logits, NULL, none, 0.0f, ce, kl, sums, N, D, bf16);
-    check(teacher, N * D, bf16), check(logits, N * D, bf16), check(gradient, N * D, bf16), check(results, 4 * N, 0);
+    float *ce = results, *kl = results + N, *sums = results + 2 * N, *teacher_sums = results + 3 * N, *hit = results + 4 * N;
+    bad |= head_losses(teacher, target, valid, 0.0f, NULL, NULL, none, 0.0f, ce, kl, teacher_sums, hit, N, D, bf16);
+    bad |= head_losses(logits, target, valid, 1.0f, gradient, teacher, teacher_sums, 0.5f, ce, kl, sums, hit, N, D, bf16);
+    bad |= head_losses(logits, target, valid, 1.0f, logits, NULL, none, 0.0f, ce, kl, sums, hit, N, D, bf16);
+    check(teacher, N * D, bf16), check(logits, N * D, bf16), check(gradient, N * D, bf16), check(results, 5 * N, 0);
     free(target), free(valid);
 }
 

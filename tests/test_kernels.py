@@ -124,7 +124,7 @@ def test_swiglu_far_from_zero():
 # the losses' functions
 
 def head_losses(logits, target, valid, scale, gradient, teacher, teacher_scale):
-    results = tuple(torch.full((3, len(logits)), torch.nan))
+    results = tuple(torch.full((4, len(logits)), torch.nan))
     kernels.head_losses(logits, target, valid, scale, gradient, teacher, teacher_scale, results)
     return results
 
@@ -148,7 +148,8 @@ def test_head_losses(N, V, with_teacher, dtype):
         rows = logits.detach().clone()
         gradient = rows if aliased else torch.full_like(rows, torch.nan)
         got = head_losses(rows, target, valid, 0.7, gradient, teacher, 0.2 * with_teacher)
-        for mine, want in zip(got, (entropy, divergence, torch.where(valid, wide.logsumexp(-1), 0.0)), strict=True):
+        assert torch.equal(got[3].bool(), (wide.argmax(-1) == target) & valid)
+        for mine, want in zip(got[:3], (entropy, divergence, torch.where(valid, wide.logsumexp(-1), 0.0)), strict=True):
             compare(mine, want.detach(), torch.float32)  # of the logits as rounded, so float32 whatever they are
         compare(gradient, wide.grad, dtype)
         assert aliased or torch.equal(rows, logits)
@@ -160,12 +161,18 @@ def test_head_losses(N, V, with_teacher, dtype):
 def test_losses_of_logits_that_overflow_or_are_nan():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [3e38, 0.0, -3e38], [0.0, torch.nan, 0.0]])
     target, valid = torch.tensor([0, 1, 0, 0]), torch.ones(4, dtype=torch.bool)
-    entropy, _, log_sum = head_losses(logits, target, valid, 1.0, None, None, 0.0)
+    entropy, _, log_sum, _ = head_losses(logits, target, valid, 1.0, None, None, 0.0)
     torch.testing.assert_close(entropy[:3], torch.tensor([0.0, torch.tensor(3.0).log(), 0.0]))
     assert entropy[3].isnan()  # so that train.py stops
-    _, divergence, _ = head_losses(logits, target, valid, 1.0, None, (logits, log_sum), 1.0)
+    _, divergence, _, _ = head_losses(logits, target, valid, 1.0, None, (logits, log_sum), 1.0)
     torch.testing.assert_close(divergence[:2], torch.zeros(2), atol=1e-3, rtol=0)
     assert divergence[3].isnan()
+
+
+def test_of_equal_logits_the_first_is_the_best():
+    logits, valid = torch.tensor([[0.0, 2.0, 2.0, 1.0]]).repeat(4, 1), torch.ones(4, dtype=torch.bool)
+    hits = head_losses(logits, torch.arange(4), valid, 1.0, None, None, 0.0)[3]
+    assert hits.tolist() == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_a_target_outside_of_the_vocabulary_is_an_error_not_a_read_elsewhere():
