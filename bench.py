@@ -1,7 +1,7 @@
 """How fast is a training step, and what does it hold in memory?
 
-    python bench.py                          # make bench: writes doc/training.md and doc/training.svg (20 minutes)
-    python bench.py --rounds=2 --threads 2   # a quick look
+    python bench.py     # make bench: writes doc/training.md and doc/training.svg, in fifteen minutes
+    python bench.py --rounds=2 --models "260K, T 256" --threads 2 --folder out/bench    # a look, in five
 
 Times are medians over rounds in which all variants take turns, so that a machine that slows down slows
 all of them; ratios are taken within a round. Each variant has a process of its own, so that memory can
@@ -123,17 +123,22 @@ def measure(cases: dict[str, Case], rounds: int) -> dict[str, Figures]:
         process.start()
         theirs.close()
         workers[name] = process, ours
-    for name, (process, pipe) in tqdm(workers.items(), "warming up", leave=False, file=sys.stderr):
+
+    def answer(name: str):
+        process, pipe = workers[name]
         try:
-            pipe.recv()
+            return pipe.recv()
         except EOFError as error:
             process.join()
             raise ValueError(f"{name}: its process ended with exit code {process.exitcode}") from error
+
+    for name in tqdm(workers, "warming up", leave=False, file=sys.stderr):
+        answer(name)
     found = {name: [] for name in cases}  # (seconds, MiB) of each round
     for _ in tqdm(range(rounds), "rounds", leave=False, file=sys.stderr):
         for name, (_, pipe) in workers.items():
             pipe.send(True)
-            found[name].append(pipe.recv())
+            found[name].append(answer(name))
     for process, _ in workers.values():
         process.kill()
         process.join()

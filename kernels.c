@@ -78,7 +78,7 @@ static float largest_of(Floats x) {
     return max;
 }
 
-// 2^x within 2e-7 of itself for x in [-126, 127]; 2^-126 below. A NaN stays one.
+// 2^x within 2e-7 of itself for x in [-126, 127]; 2^-126 below. A NaN of arithmetic stays one.
 // 2^x = 2^k 2^f, k the nearest whole number: adding 1.5 * 2^23 rounds, and leaves k in the low bits of the sum.
 static inline Floats exp2_of(Floats x) {
     const Floats magic = all(12582912.0f);
@@ -265,7 +265,10 @@ int attention_forward(const void *qkv, const float *cos, const float *sin, void 
                         max = new_max;
                         sum *= shrink;
                         for (int64_t d = 0; d < hd; d++) Y[d] *= shrink;
-                        for (int j = 0; j < KEYS; j++) sum += p[j] = exp2_of(p[j] - max);
+                        for (int j = 0; j < KEYS; j++) p[j] = exp2_of(p[j] - max);
+                        if (k + KEYS > t0 + 1)  // nothing, where 2^LOWEST is next to nothing
+                            for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
+                        for (int j = 0; j < KEYS; j++) sum += p[j];
                         add_weighted(Y, p, V + k * stride, hd, stride);
                     }
                     for (int r = 0; r < rows; r++) {

@@ -29,15 +29,24 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
 # In order of preference. OpenMP is the one that PyTorch has loaded, so both share their threads.
 MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"], [])
+SIGNATURES = {  # p: pointer, i: int64, f: float
+    "attention_forward": "pppppiiiiii", "attention_backward": "pppppppiiiiii", "norm_forward": "pppppiifi",
+    "norm_backward": "pppppppiifi", "swiglu_forward": "ppiii", "swiglu_backward": "pppiii",
+    "head_losses": "pppfpppfppppiii"}
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels.c, built on first use (2 s) unless build/ has it for this source, compiler and processor.
 
-    CC names the compiler (default cc). Errors: ValueError if there is none or it fails.
+    CC names the compiler (default cc). Its attribute `threads` is false where the compiler has no
+    OpenMP. Errors: ValueError if there is no compiler, it fails, or what it built cannot be loaded.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    try:
+        compiler = shlex.split(os.environ.get("CC") or "cc")
+    except ValueError as error:
+        raise ValueError(f"CC={os.environ['CC']}: {error}") from error
     for flags in MACHINE_FLAGS:
         # the compiler's own macros tell its version and the processor's instructions
         macros = _run([*compiler, *FLAGS, *flags, "-dM", "-E", str(SOURCE)])
@@ -55,17 +64,24 @@ def library() -> ctypes.CDLL:
         with folder:
             fresh = Path(folder.name) / "kernels.so"
             done = _run([*compiler, *FLAGS, *flags, "-o", str(fresh), str(SOURCE), "-lm"])
-            if done.returncode:
-                reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+            if done.returncode or not fresh.exists():
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and no library"]
+                reason = next((line for line in lines if "error" in line), lines[0])
                 raise ValueError(f"{shlex.join(compiler)} could not compile {SOURCE.name}: {reason[:300]}")
             if built is None:
-                return _load(fresh)
+                return _load(fresh, "-fopenmp" in flags)
             os.replace(fresh, built)  # in one step: other processes may be at it too
-    return _load(built)
+    return _load(built, "-fopenmp" in flags)
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(path))
+def _load(path: Path, threads: bool) -> ctypes.CDLL:
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be loaded ({error}); delete it, and it is built anew") from error
+    for name, signature in SIGNATURES.items():
+        getattr(loaded, name).argtypes = [TYPES[letter] for letter in signature]
+    loaded.threads = threads
     loaded.keep_freed_memory()
     return loaded
 
@@ -79,15 +95,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
     """A function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError, IndexError."""
-    converted = []
     for arg in args:
         if isinstance(arg, Tensor):
             assert arg.is_contiguous() and arg.device.type == "cpu", f"{name}: {arg.shape}, {arg.device}"
-            converted.append(ctypes.c_void_p(arg.data_ptr()))
-        else:
-            converted.append(ctypes.c_float(arg) if isinstance(arg, float) else
-                             ctypes.c_void_p(None) if arg is None else ctypes.c_int64(arg))
-    failure = getattr(library(), name)(*converted)
+    failure = getattr(library(), name)(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args))
     if failure == -2:
         raise IndexError(f"kernels.c: {name}: a target is outside of the vocabulary")
     if failure:
@@ -231,6 +242,7 @@ def head_losses(logits: Tensor, target: Tensor, valid: Tensor, scale: float, gra
     scale * cross-entropy + teacher_scale * KL(softmax(teacher) || softmax(row)).
     Errors: IndexError for a target outside of the vocabulary.
     """
+    assert target.dtype == torch.int64, target.dtype
     teacher_logits, teacher_log_sum = teacher or (None, None)
     _call("head_losses", logits, target, valid, scale, gradient, teacher_logits, teacher_log_sum, teacher_scale,
           *results, *logits.shape, _is_bf16(logits))

@@ -251,9 +251,10 @@ class Objective(nn.Module):
         return total, {name: Loss(loss.mean.detach(), loss.count) for name, loss in losses.items()}
 
     def losses(self, x: Tensor, y: Tensor, names: tuple[str, ...], accuracy: bool = False) -> dict[str, Loss]:
-        """The losses called `names`. With `accuracy`, acc_i joins each head that is run: the share of valid
+        """The losses called `names` on tokens x and their next tokens y.
 
-        positions whose top-1 token is y[t+i] (acc_0 is the NTP head's).
+        With `accuracy`, acc_i joins each head that is run: the share of valid positions whose top-1
+        token is y[t+i] (acc_0 is the NTP head's).
         """
         if self.kernels:
             return self._aligned(x, y, names, {}, accuracy)[1]
@@ -293,8 +294,9 @@ class Objective(nn.Module):
         by_target = {i: F.pad(v, (y.shape[1] - v.shape[1], 0)).flatten() for i, v in valid.items()}
         tensors = [t for readout in readouts.values() for t in (readout.features.flatten(0, 1), readout.weight)]
         rows = chunk_rows(y.numel(), readouts[0].weight.shape[0], aligned=True)
-        total, sums = AlignedLosses.apply(self.kernels, y.flatten().contiguous(), by_target, by_head, rows,
-                                          torch.is_grad_enabled(), *tensors)
+        with torch.autocast("cpu", enabled=False):  # the features' type is that of the products
+            total, sums = AlignedLosses.apply(self.kernels, y.flatten().contiguous(), by_target, by_head, rows,
+                                              torch.is_grad_enabled(), *tensors)
         found = {}
         for i, (entropy, divergence, hits) in zip(readouts, sums):
             found |= {f"nitp_{i}" if i else "ntp": entropy, f"consistency_{i}": divergence, f"acc_{i}": hits}

@@ -111,13 +111,16 @@ def choose_path(s, device: torch.device) -> StepPath:
     otherwise = "compiled" if s.compile else "plain"
     if s.path == "plain":
         return StepPath(otherwise, dtype, device, "asked for")
+    if s.path == "fast" and s.compile:
+        raise ValueError("path=fast: is not compiled; take away compile, or path")
     obstacle = (f"kernels.c is for the CPU, this is {device.type}" if device.type != "cpu" else
                 f"kernels.c has no dropout, found {s.dropout}" if s.dropout else
                 "kernels.c has no float16" if dtype == torch.float16 else "")
     if not obstacle:
         try:
-            kernels.library()
-            return StepPath("fast", dtype, device, "kernels.c")
+            threads = "" if kernels.library().threads else ", one thread: this compiler has no OpenMP"
+            compiled = ", in place of compile" if s.compile else ""
+            return StepPath("fast", dtype, device, f"kernels.c{compiled}{threads}")
         except ValueError as error:
             obstacle = str(error)
     if s.path == "fast":

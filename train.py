@@ -187,7 +187,7 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
             then, now = checkpoint["config"].get(f.name), getattr(s, f.name)
             if f.name in SHAPE and then != now:
                 raise ValueError(f"{f.name}={now}: the run in {path} has {then}; a resumed run keeps its shape")
-            if then != now and f.name not in ("init_from", "eval_only"):
+            if f.name in checkpoint["config"] and then != now and f.name not in ("init_from", "eval_only"):
                 note(f"resuming with {f.name}={now}, was {then}")
     else:
         theirs, ours = model_args_of(checkpoint, path), shape_of(s)
@@ -330,7 +330,8 @@ def train(s: Settings) -> int:
         fresh_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["scaler"]:  # empty unless the run was float16
+                scaler.load_state_dict(checkpoint["scaler"])
             restore_rng(checkpoint["rng"], machine)
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{source}: its optimizer or random state does not fit this run: {error!r}") from error

@@ -17,10 +17,10 @@ consistency_weight = 0.01
 mask_document_ends = True
 # optimisation
 learning_rate = 4e-3
-max_iters = 1000
+max_iters = 3000
 warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.01
-eval_interval = 200
+eval_interval = 500
 eval_iters = 2
-log_interval = 10
+log_interval = 25

@@ -17,7 +17,8 @@ SANITIZE = "-g -O1 -DSEPARATE_BUFFERS -fsanitize=address,undefined -fno-sanitize
 BUILDS = {"plain": "-O3", "fast": "-O3 -ffast-math -march=native", "sanitized": SANITIZE}
 SPECIAL_BUILDS = {"native": "-O3 -march=native", "avx2": "-O3 -mavx2 -mfma",
                   "screened": "-O3 -march=native -DSCREEN_FROM=1", "screened portable": "-O3 -DSCREEN_FROM=1",
-                  "races": "-g -O1 -fsanitize=thread"}
+                  "races": "-g -O1 -fsanitize=thread",
+                  "sanitized threads": f"{SANITIZE} -march=native -fopenmp -Wno-unknown-pragmas"}
 os.environ["WANDB_SILENT"] = "true"  # no advertisement in the tests' output
 torch.set_num_threads(1)  # tiny models: a second thread would only wait for the first
 
@@ -70,7 +71,7 @@ def build(tmp_path_factory):
                 flags += ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
             command = [*cc.split(), "-std=c11", "-pthread", *flags, "-o", out, ROOT / source, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode and kind in ("sanitized", "races"):
+            if done.returncode and kind in ("sanitized", "sanitized threads", "races"):
                 empty = folder / "empty.c"
                 empty.write_text("int main(void) { return 0; }\n")
                 command = [*cc.split(), *flags, "-o", folder / "empty", empty]

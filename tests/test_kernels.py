@@ -245,23 +245,52 @@ def test_blocks_and_norms_are_told_apart_from_the_plain_ones():
 
 
 def test_the_number_of_threads_changes_no_bit():
-    gradients = []
+    if not kernels.library().threads:
+        pytest.skip("this compiler has no OpenMP")
+    found, before = [], torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
             qkv, _ = leaf(3, 50, 16 * 8, dtype=torch.float32)
             kernels.CausalAttention.apply(qkv, *rope_table(8, 50), 8, 4).square().sum().backward()
             h, _ = leaf(2000, 64, dtype=torch.float32)
+            branch, _ = leaf(2000, 64, dtype=torch.float32, seed=1)
             weight, _ = leaf(64, dtype=torch.float32)
-            kernels.Norm.apply(h, weight, 1e-5, torch.float32).square().sum().backward()
-            gradients.append((qkv.grad, h.grad, weight.grad))
+            sum(t.square().sum() for t in kernels.AddNorm.apply(h, branch, weight, 1e-5)).backward()
+            gate_up, _ = leaf(500, 64, dtype=torch.float32)
+            kernels.SwiGLU.apply(gate_up).square().sum().backward()
+            logits, target = torch.randn(99, 300, generator=torch.Generator().manual_seed(0)), torch.arange(99)
+            losses = head_losses(logits, target, torch.ones(99).bool(), 0.5, logits, None, 0.0)
+            found.append((qkv.grad, h.grad, branch.grad, weight.grad, gate_up.grad, logits, *losses))
         finally:
-            torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+            torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+def test_an_epsilon_may_be_a_whole_number():
+    """As it may come from another program's checkpoint."""
+    h, weight = torch.randn(3, 8), torch.ones(8)
+    assert torch.equal(kernels.Norm.apply(h, weight, 1, h.dtype), kernels.Norm.apply(h, weight, 1.0, h.dtype))
+
+
+def test_features_in_float32_under_autocast():
+    """Those of a head that ends in float32, say: its logits are float32 as well, and the rest is what it was."""
+    plain, fast = twins(n_future_heads=1)
+    x, y = torch.randint(2, 100, (2, 3, 40), generator=torch.Generator().manual_seed(2))
+    objective = Objective(plain, None, kernels)  # whose RMSNorm ends in float32
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = objective(x, y, scales({"ntp": 1.0}, objective.counts(y, ("ntp",))))
+    total.backward()
+    assert total.item() == pytest.approx(Objective(plain).losses(x, y, ("ntp",))["ntp"].mean.item(), rel=0.01)
 
 
 def test_no_position_sees_what_comes_after_it():
     _, fast = twins()
+    qkv = torch.randn(2, 20, 3 * 8)
+    qkv[1] = qkv[0]
+    qkv[1, 13, 16:] = 1e38  # a value that nobody before may see, not even with a weight of next to nothing
+    y = kernels.CausalAttention.apply(qkv, *rope_table(8, 20), 1, 1)
+    assert torch.equal(y[0, :13], y[1, :13]) and not torch.isclose(y[0, 13:], y[1, 13:]).any()
     x = torch.randint(2, 100, (1, 40))
     for t in (3, 15, 16, 31):
         changed = x.clone()
@@ -313,6 +342,27 @@ def test_without_a_compiler_there_is_a_reason(anew, monkeypatch, compiler, says)
         kernels.library()
 
 
+@pytest.mark.parametrize("compiler,says", [("true", "true could not compile kernels.c: exit code 0, and no library"),
+                                           ("'x", "CC='x: No closing quotation")])
+def test_what_is_no_compiler_is_told(anew, monkeypatch, compiler, says):
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(ValueError, match=says):
+        kernels.library()
+
+
+def test_a_broken_build_is_named(anew, monkeypatch):
+    kernels.library()
+    (name,) = (path.name for path in (anew.parent / "build").iterdir())
+    elsewhere = anew.parent / "elsewhere"
+    (elsewhere / "build").mkdir(parents=True)
+    (elsewhere / "build" / name).write_bytes(b"junk")
+    (elsewhere / "kernels.c").write_bytes(anew.read_bytes())
+    monkeypatch.setattr(kernels, "SOURCE", elsewhere / "kernels.c")
+    kernels.library.cache_clear()
+    with pytest.raises(ValueError, match=f"{name}: cannot be loaded .*; delete it"):
+        kernels.library()
+
+
 def test_a_source_that_does_not_compile_is_named(anew):
     anew.write_text("int attention_forward(void) { return none; }")
     with pytest.raises(ValueError, match="kernels.c: .*error.*none"):
@@ -324,7 +374,7 @@ def test_a_project_that_cannot_be_written_to_still_has_kernels(anew):
     assert isinstance(kernels.library(), ctypes.CDLL)
 
 
-@pytest.mark.parametrize("kind", ["sanitized", "plain"])
+@pytest.mark.parametrize("kind", ["sanitized", "sanitized threads", "plain"])
 def test_no_kernel_touches_memory_that_is_not_its_own(build, kind):
     """Odd sizes in buffers that end where they end, under address and undefined-behaviour sanitizers."""
     done = subprocess.run([build(kind, "tests/kernels_main.c")], capture_output=True, text=True, check=False)
