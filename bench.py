@@ -245,7 +245,8 @@ def bench(models: list[str], threads: list[int], rounds: int, folder: Path) -> N
         tokens = MODELS[model]["batch_size"] * MODELS[model]["max_seq_len"]
         speeds |= {(model, *name.split("; ")): tokens / figures.seconds for name, figures in found.items()}
     heads, vocabularies, lengths = cases_by_heads(most), cases_by_vocabulary(most), cases_by_length(most)
-    by_heads, by_vocabulary, by_length = (measure(cases, rounds) for cases in (heads, vocabularies, lengths))
+    by_heads = measure(heads, 5 * rounds)  # small differences
+    by_vocabulary, by_length = measure(vocabularies, rounds), measure(lengths, rounds)
     path_head = ("model", "path", "threads", "tokens/s", "x plain", "GFLOP/s, of the machine's", "share", "peak MiB")
     text = f"""# Training: speed and memory
 
@@ -262,7 +263,7 @@ optimizer state, activations. GFLOP/s are those of matrix products and attention
 
 ## By future heads
 
-260K, V 512, T 256, 8,192 tokens a step, fast, {most} threads; NiTP losses unless said otherwise.
+260K, V 512, T 256, 8,192 tokens a step, fast, {most} threads, {5 * rounds} rounds; NiTP losses unless said otherwise.
 
 {table_of("heads", heads, by_heads)}
 

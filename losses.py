@@ -185,7 +185,7 @@ class AlignedLosses(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             end, z = min(start + rows, len(targets)), None
             for k, (i, (scale, divergence_scale)) in enumerate(scales.items()):
-                first = max(start, i)  # a row's first i targets are not valid, but for the first row there are none
+                first = max(start, i)  # no features lie i before these targets; later rows' first i are not valid
                 if first >= end:
                     continue
                 inputs, part = slice(first - i, end - i), slice(first, end)
