@@ -46,7 +46,7 @@ fuzz: ## fuzz run.c's readers for FUZZ_SECONDS (60) with clang's libFuzzer
 	build/fuzz -max_total_time=$${FUZZ_SECONDS:-60} -max_len=20000 -close_fd_mask=3 -detect_leaks=0 -rss_limit_mb=2000 \
 	    -artifact_prefix=build/ build/corpus tests/corpus
 
-bench: .venv/test-ready ## speed and memory of training steps by path, heads, vocabulary and length, into doc/training.md (20 minutes)
+bench: .venv/test-ready ## speed and memory of training steps by path, heads, vocabulary and length, into doc/training.md (15 minutes)
 	$(PY) bench.py
 
 bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md (20 minutes, 1 GB in out/bench)

@@ -25,14 +25,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import kernels
 import losses
 from files import atomic_write
-from losses import Objective, loss_weights, scales
+from losses import loss_weights, scales
 from machine import choose_path
 from model import Transformer
 from optimizer import make_optimizer
-from train import Settings, shape_of
+from train import Settings, make_objective, shape_of
 
 ROOT = Path(__file__).resolve().parent
 PATHS = {"plain": {"path": "plain", "dtype": "float32"}, "plain, bfloat16": {"path": "plain", "dtype": "bfloat16"},
@@ -71,11 +70,10 @@ def make_step(s: Settings) -> Callable[[], None]:
     """A training step on random tokens, as train.py makes it: losses, gradients, clipping, update."""
     path = choose_path(s, torch.device("cpu"))
     torch.manual_seed(s.seed)
-    model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
-    objective = raw = Objective(model, None, kernels if path.fast else None)
+    objective = raw = make_objective(s, path)
     if path.kind == "compiled":
         objective = torch.compile(objective)
-    optimizer, weights = make_optimizer(s, model), loss_weights(s, 0.5)
+    optimizer, weights = make_optimizer(s, raw.model), loss_weights(s, 0.5)
     x, y = torch.randint(s.vocab_size, (2, s.batch_size, s.max_seq_len))
     counts = raw.counts(y, tuple(weights))
 
@@ -83,7 +81,7 @@ def make_step(s: Settings) -> Callable[[], None]:
         with path.autocast():
             total, _ = objective(x, y, scales(weights, counts))
         total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        torch.nn.utils.clip_grad_norm_(raw.parameters(), s.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -191,12 +189,18 @@ def cases_by_heads(n_threads: int) -> dict[str, Case]:
     return cases | {f"n = {n}, both losses": Case(s, n_threads, base) for n, s in both.items()}
 
 
+def plain_and_fast(name: str, shape: dict, n_threads: int) -> dict[str, Case]:
+    """Both compared with the plain path."""
+    base = f"{name}, plain"
+    return {base: Case(Settings(**shape, **PATHS["plain"]), n_threads, base),
+            name: Case(Settings(**shape), n_threads, base)}
+
+
 def cases_by_vocabulary(n_threads: int) -> dict[str, Case]:
     cases = {}
     for V in VOCABULARIES:
         shape, name = {"max_seq_len": 256, "batch_size": 16, "vocab_size": V}, f"V = {V:,}"
-        cases[f"{name}, plain"] = Case(Settings(**shape, **PATHS["plain"]), n_threads, f"{name}, plain")
-        cases[name] = Case(Settings(**shape), n_threads, f"{name}, plain")
+        cases |= plain_and_fast(name, shape, n_threads)
         cases[f"{name}, n = 4, both losses"] = Case(Settings(**shape, **LOOKING), n_threads, name)
         if V == 32000:
             whole = Case(Settings(**shape, **PATHS["plain"]), n_threads, name, whole=True)
@@ -207,9 +211,7 @@ def cases_by_vocabulary(n_threads: int) -> dict[str, Case]:
 def cases_by_length(n_threads: int) -> dict[str, Case]:
     cases = {}
     for T in LENGTHS:
-        shape, name = {"max_seq_len": T, "batch_size": 8192 // T}, f"T = {T:,}"
-        cases[f"{name}, plain"] = Case(Settings(**shape, **PATHS["plain"]), n_threads, f"{name}, plain")
-        cases[name] = Case(Settings(**shape), n_threads, f"{name}, plain")
+        cases |= plain_and_fast(f"T = {T:,}", {"max_seq_len": T, "batch_size": 8192 // T}, n_threads)
     return cases
 
 

@@ -160,13 +160,12 @@ typedef struct {
     const float *cos, *sin;
     int64_t T, H, G, hd;
     int bf16;
+    float scale;  // of queries, for scores in units of log2
 } Attention;
 
 static int64_t row_of(const Attention *a, int64_t b, int64_t t, int64_t head) {  // head: q 0..H-1, then k, then v
     return ((b * a->T + t) * (a->H + 2 * a->G) + head) * a->hd;
 }
-
-static float score_scale(const Attention *a) { return LOG2E / sqrtf((float)a->hd); }
 
 // Turns the pairs of a row at position t by their angles; direction -1 turns them back.
 static inline void turn(const Attention *a, float *row, int64_t t, float direction) {
@@ -192,7 +191,7 @@ static void read_keys(const Attention *a, int64_t b, int64_t g, float *K, float 
 static inline void read_query(const Attention *a, int64_t b, int64_t t, int64_t h, float *q) {
     read_row(q, a->qkv, row_of(a, b, t, h), a->hd, a->bf16);
     turn(a, q, t, 1.0f);
-    for (int64_t d = 0; d < a->hd; d++) q[d] *= score_scale(a);
+    for (int64_t d = 0; d < a->hd; d++) q[d] *= a->scale;
 }
 
 // out[j] += x (LANES queries' rows, transposed) times row j of `rows`.
@@ -233,7 +232,7 @@ static inline Ints sees(int64_t t0, int64_t key) {
 
 int attention_forward(const void *qkv, const float *cos, const float *sin, void *y, float *log_sum,
                       int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int64_t bf16) {
-    const Attention a = {qkv, cos, sin, T, H, G, hd, (int)bf16};
+    const Attention a = {qkv, cos, sin, T, H, G, hd, (int)bf16, LOG2E / sqrtf((float)hd)};
     const int64_t stride = (hd + 7) / 8 * 8, keys = padded(T + KEYS), tasks = B * G;  // rows of zeros follow the keys
     const int64_t size = 2 * keys * stride + (2 * LANES + 1) * stride;
     float *all_threads = scratch(1, size);
@@ -286,7 +285,7 @@ int attention_forward(const void *qkv, const float *cos, const float *sin, void 
 // dqkv from dy; the probabilities are computed again from log_sum.
 int attention_backward(const void *qkv, const float *cos, const float *sin, const void *y, const float *log_sum,
                        const void *dy, void *dqkv, int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int64_t bf16) {
-    const Attention a = {qkv, cos, sin, T, H, G, hd, (int)bf16};
+    const Attention a = {qkv, cos, sin, T, H, G, hd, (int)bf16, LOG2E / sqrtf((float)hd)};
     const int64_t stride = (hd + 7) / 8 * 8, keys = padded(T + KEYS), tasks = B * G;
     const int64_t size = 4 * keys * stride + (5 * LANES + 1) * stride;
     float *all_threads = scratch(1, size);
@@ -334,7 +333,7 @@ int attention_backward(const void *qkv, const float *cos, const float *sin, cons
                         add_over_queries(dK + k * stride, ds, q, stride);
                     }
                     for (int r = 0; r < rows; r++) {
-                        for (int64_t d = 0; d < hd; d++) row[d] = dQ[d][r] * (score_scale(&a) / LOG2E);
+                        for (int64_t d = 0; d < hd; d++) row[d] = dQ[d][r] * (a.scale / LOG2E);
                         turn(&a, row, t0 + r, -1.0f);
                         write_row(dqkv, row_of(&a, b, t0 + r, h), row, hd, a.bf16);
                     }

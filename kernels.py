@@ -210,10 +210,11 @@ class KernelNorm(RMSNorm):
 class KernelBlock(TransformerBlock):
     """model.TransformerBlock: q, k and v in one matrix product, gate and up in another, the rest in kernels.c."""
 
+    Norm = KernelNorm
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         a, f = self.attention, self.feed_forward
-        normed = Norm.apply(x, self.attention_norm.weight, self.attention_norm.eps, _activation_dtype())
-        qkv = F.linear(normed, torch.cat((a.wq.weight, a.wk.weight, a.wv.weight)))
+        qkv = F.linear(self.attention_norm(x), torch.cat((a.wq.weight, a.wk.weight, a.wv.weight)))
         y = a.wo(CausalAttention.apply(qkv, cos, sin, a.n_heads, a.n_kv_heads))
         h, normed = AddNorm.apply(x, y, self.ffn_norm.weight, self.ffn_norm.eps)
         return h + f.w2(SwiGLU.apply(F.linear(normed, torch.cat((f.w1.weight, f.w3.weight)))))
@@ -222,7 +223,7 @@ class KernelBlock(TransformerBlock):
 class KernelTransformer(Transformer):
     """model.Transformer on the CPU by way of kernels.c; without dropout. Errors: ValueError where it cannot be."""
 
-    Norm, Block = KernelNorm, KernelBlock
+    Block = KernelBlock
 
     def __init__(self, args):
         if args.dropout:
@@ -233,10 +234,10 @@ class KernelTransformer(Transformer):
 
 def head_losses(logits: Tensor, target: Tensor, valid: Tensor, scale: float, gradient: Tensor | None,
                 teacher: tuple[Tensor, Tensor] | None, teacher_scale: float, results: tuple[Tensor, ...]):
-    """Fills `results` for each row of logits (N, V): its cross-entropy, its divergence from the teacher,
+    """Fills `results` for each row of logits (N, V).
 
-    log(sum(exp(row))), and 1 where the target has the largest logit.
-
+    They are its cross-entropy, its divergence from the teacher, log(sum(exp(row))), and 1 where the
+    target has the largest logit.
     target: (N,) int64; valid: (N,) bool, all is 0 where it is false; teacher: logits (N, V) and their
     log-sums (N,); results: (N,) float32 each. gradient (N, V), which may be the logits, becomes that of
     scale * cross-entropy + teacher_scale * KL(softmax(teacher) || softmax(row)).

@@ -136,12 +136,14 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    Norm = RMSNorm  # kernels.py puts a faster one with the same parameters in its place
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = self.Norm(args.dim, args.norm_eps)
+        self.ffn_norm = self.Norm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         h = x + self.attention(self.attention_norm(x), cos, sin)
@@ -168,7 +170,7 @@ FUTURE_HEADS = {"linear": LinearHead}
 class Transformer(nn.Module):
     """Trunk, NTP head and `n_future_heads` future heads."""
 
-    Norm, Block = RMSNorm, TransformerBlock  # kernels.py puts faster ones with the same parameters in their places
+    Block = TransformerBlock  # kernels.py puts a faster one with the same parameters in its place
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -177,7 +179,7 @@ class Transformer(nn.Module):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(self.Block(args) for _ in range(args.n_layers))
-        self.norm = self.Norm(args.dim, args.norm_eps)
+        self.norm = self.Block.Norm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight

@@ -134,6 +134,12 @@ def shape_of(s: Settings) -> ModelArgs:
     return ModelArgs(**{f.name: getattr(s, f.name) for f in fields(ModelArgs)})
 
 
+def make_objective(s: Settings, path: StepPath) -> Objective:
+    """A new model with its losses, both of the kind that the path wants."""
+    model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
+    return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None)
+
+
 # ---------------------------------------------------------------------------------------------
 # stopping
 
@@ -312,12 +318,12 @@ def train(s: Settings) -> int:
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     path = choose_path(s, machine.device)
-    model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
+    objective = raw = make_objective(s, path)
+    model = raw.model
     if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
         note(f"{source}: has no {', '.join(fresh)}: random at the start")
     model.to(machine.device)
     torch.manual_seed(s.seed + 1 + machine.rank)  # dropout: a stream of its own, whatever the weights drew
-    objective = raw = Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None)
     if path.kind == "compiled":
         objective = torch.compile(objective)
     if machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
