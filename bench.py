@@ -31,7 +31,8 @@ from losses import loss_weights, scales
 from machine import choose_path
 from model import Transformer
 from optimizer import make_optimizer
-from train import Settings, make_objective, shape_of
+from settings import Settings, shape_of
+from train import make_objective
 
 ROOT = Path(__file__).resolve().parent
 PATHS = {"plain": {"path": "plain", "dtype": "float32"}, "plain, bfloat16": {"path": "plain", "dtype": "bfloat16"},

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from files import atomic_write
-from model import ModelArgs, Transformer
+from model import HEADS, ModelArgs, Transformer
 from tokenizer import vocab_folder
 
-HEAD_PREFIX = "future_heads."
 MAX_SEQ_LEN = 1 << 24  # run.c's bound
 NORM_EPS = 1e-5  # what readers of every version assume; the file has no place for it
 MAGIC, HEADER_BYTES = 0x616B3432, 256  # versions 1 and 2 begin so: "ak42"
@@ -66,6 +65,8 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
     for name, value in args.items():
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
+    if args.get("trunk", "transformer") != "transformer":
+        raise ValueError(f"{path}: its trunk is {args['trunk']}; only Transformers are read and exported here")
     args.setdefault("n_kv_heads", args.get("n_heads"))
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if type(args.get(name)) is not int or args[name] < 1:
@@ -77,8 +78,9 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
         found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else None
         if found is None or len(found) != 2 or any(s not in (f, None) for s, f in zip(shape, found, strict=True)):
             raise ValueError(f"{path}: {name}: expected shape {shape} by model_args, found {found}")
-    counts = {"n_layers": len({n.split(".")[1] for n in state if n.startswith("layers.")}),
-              "n_future_heads": len({n.split(".")[1] for n in state if n.startswith(HEAD_PREFIX)})}
+    counts = {"n_layers": len({n.split(".")[1] for n in state if n.startswith("layers.")})}
+    if args.get("head") != "shared":  # which has no tensors
+        counts["n_future_heads"] = len({n.split(".")[1] for n in state if n.startswith("future_heads.")})
     for name, found in counts.items():
         if args.setdefault(name, 0) != found:
             raise ValueError(f"{path}: model_args: {name}={args[name]!r}, but there are tensors for {found}")
@@ -95,21 +97,21 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
 
 
 def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Copy a checkpoint's tensors into `model`; returns the future heads' parameters it did not have.
+    """Copy a checkpoint's tensors into `model`; returns the heads' parameters it did not have.
 
-    The trunk must be there, whole and of the same shape. Future heads of the checkpoint that the
-    model has not are left out. Errors: ValueError naming the file and tensor, found and expected.
+    The trunk must be there, whole and of the same shape. Heads of the checkpoint that the model has
+    not are left out. Errors: ValueError naming the file and tensor, found and expected.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     if "output.weight" in missing and model.args.tie_embeddings:
         missing.remove("output.weight")
-    fresh = [name for name in missing if name.startswith(HEAD_PREFIX)]
+    fresh = [name for name in missing if name.startswith(HEADS)]
     if len(fresh) < len(missing):
         raise ValueError(f"{path}: has no tensor {next(n for n in missing if n not in fresh)}")
     for name, tensor in state.items():
         if name not in own:
-            if name.startswith(HEAD_PREFIX) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
+            if name.startswith(HEADS) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
                 continue
             raise ValueError(f"{path}: holds a tensor that this model has not: {name}")
         dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
@@ -155,7 +157,7 @@ def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
 
     Errors: ValueError if the format cannot say what the model is, or the file cannot be written.
     """
-    args, layers = model.args, model.layers
+    args, layers = model.args, model.unrolled()  # layers that recur are written as often
     if args.norm_eps != NORM_EPS:
         raise ValueError(f"{path}: this format's readers take norm_eps={NORM_EPS}, the model has {args.norm_eps}")
     embedding, norm = [model.tok_embeddings.weight], [model.norm.weight]
@@ -167,7 +169,7 @@ def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
     norms, matrices = [*attention_norms, *ffn_norms, *norm], [*embedding, *attention, *ffn, *output]
     # In version 0 a negative vocabulary size says that an unembedding of its own follows at the end.
     sign = -1 if version == 0 and not args.tie_embeddings else 1
-    header = struct.pack("<7i", args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads,
+    header = struct.pack("<7i", args.dim, args.hidden_dim, len(layers), args.n_heads, args.n_kv_heads,
                          sign * args.vocab_size, args.max_seq_len)
     if version > 0:
         group = largest_group(args) if version == 2 else 0
@@ -186,12 +188,15 @@ def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
 
 def trunk_checksum(model: Transformer) -> int:
     """CRC-32 of the trunk's norms, which are float32 in every version: run.c's test that heads and trunk match."""
-    norms = [layer.attention_norm for layer in model.layers] + [layer.ffn_norm for layer in model.layers] + [model.norm]
+    layers = model.unrolled()
+    norms = [layer.attention_norm for layer in layers] + [layer.ffn_norm for layer in layers] + [model.norm]
     return zlib.crc32(b"".join(float_bytes(norm.weight) for norm in norms))
 
 
 def check_heads(model: Transformer, path: str | Path) -> None:
-    """ValueError if the model has no future heads to write to `path`, or more than run.c takes."""
+    """ValueError if the model has no future heads that run.c takes, or too many."""
+    if model.args.head not in HEAD_TYPES:
+        raise ValueError(f"{path}: run drafts with heads of type {', '.join(HEAD_TYPES)}, found {model.args.head}")
     if not 1 <= model.args.n_future_heads <= MAX_HEADS:
         found = model.args.n_future_heads
         raise ValueError(f"{path}: expected a model with 1 to {MAX_HEADS} future heads, found {found}")

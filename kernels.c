@@ -484,18 +484,18 @@ static float exponentials(float *x, int64_t V, float *max) {
     return sum_of(sum);
 }
 
-// logits, teacher: (N, V) activations; target: (N,); valid: (N,) bool; results: (N,)
+// logits, teacher: (N, V) activations; classes, scales: (N, K); taught: (N,) bool, or NULL for nowhere; results: (N, K) and (N,)
 //
-//     entropy = -log softmax(logits)[target]                    divergence = KL(softmax(teacher) || softmax(logits))
-//     gradient = scale * that of entropy + teacher_scale * that of divergence, by the logits
+//     entropy[k] = -log softmax(logits)[classes[k]]             divergence = KL(softmax(teacher) || softmax(logits))
+//     gradient = sum of scales[k] * that of entropy[k] + teacher_scale * that of divergence, by the logits
 //     log_sum = log(sum(exp(logits))), which is what teacher_log_sum is of the teacher
-//     hit = 1 where the target's logit is the largest, the first of equals
+//     best = where the logits are largest, the first of equals
 //
-// and all 0 where not valid. gradient may be the logits themselves, or NULL if nobody wants it; teacher may be NULL.
-// Returns -2 if a target is not in 0..V-1.
-int head_losses(const void *logits, const int64_t *target, const uint8_t *valid, float scale, void *gradient,
+// divergence is 0 where not taught, and gradient where nothing has a scale. gradient may be the logits themselves, or NULL
+// if nobody wants it, and so may best. Returns -2 if a class is not in 0..V-1.
+int head_losses(const void *logits, const int64_t *classes, const float *scales, const uint8_t *taught, void *gradient,
                 const void *teacher, const float *teacher_log_sum, float teacher_scale, float *entropy, float *divergence,
-                float *log_sum, float *hit, int64_t N, int64_t V, int64_t bf16) {
+                float *log_sum, float *best, int64_t N, int64_t V, int64_t K, int64_t bf16) {
     float *all_threads = scratch(3, V);
     int outside = 0;
     if (!all_threads) return -1;
@@ -505,33 +505,41 @@ int head_losses(const void *logits, const int64_t *target, const uint8_t *valid,
         for (int64_t i = V; i < padded(V); i++) a[i] = z[i] = LOWEST;  // stays; as probable as nothing, for both
 #pragma omp for schedule(static) reduction(| : outside)
         for (int64_t n = 0; n < N; n++) {
-            entropy[n] = divergence[n] = log_sum[n] = hit[n] = 0.0f;
-            memset(q, 0, (size_t)V * 4);
-            if (target[n] < 0 || target[n] >= V) {
-                outside = 1;
-            } else if (valid[n]) {
-                read_row(a, logits, n * V, V, (int)bf16);
-                memcpy(q, a, (size_t)padded(V) * 4);
-                const float sum = exponentials(q, V, &max), share = (scale + teacher_scale) / sum;
-                log_sum[n] = max + logf(sum);
-                entropy[n] = max - a[target[n]] + logf(sum);
-                if (a[target[n]] == max) {
-                    int earlier = 0;
-                    for (int64_t i = 0; i < target[n]; i++) earlier |= a[i] == max;
-                    hit[n] = earlier ? 0.0f : 1.0f;
+            const int is_taught = taught && taught[n];
+            float scale = 0.0f;
+            read_row(a, logits, n * V, V, (int)bf16);
+            memcpy(q, a, (size_t)padded(V) * 4);
+            const float sum = exponentials(q, V, &max);
+            log_sum[n] = max + logf(sum);
+            for (int64_t k = 0; k < K; k++) {
+                const int64_t class = classes[n * K + k];
+                const int inside = class >= 0 && class < V;
+                outside |= !inside;
+                entropy[n * K + k] = inside ? max - a[class] + logf(sum) : 0.0f;
+                scale += scales[n * K + k];
+            }
+            if (best) {
+                int64_t first = 0;
+                while (first < V - 1 && a[first] != max) first++;  // NaN has no largest
+                best[n] = (float)first;
+            }
+            if (is_taught) scale += teacher_scale;
+            if (gradient && scale == 0.0f) {
+                memset(q, 0, (size_t)V * 4);  // not a product, or what is infinite or NaN would come through
+            } else if (gradient) {
+                for (int64_t i = 0; i < V; i += LANES) *at(q, i) *= scale / sum;
+                for (int64_t k = 0; k < K && !outside; k++) q[classes[n * K + k]] -= scales[n * K + k];
+            }
+            divergence[n] = 0.0f;
+            if (is_taught) {
+                read_row(z, teacher, n * V, V, (int)bf16);
+                Floats apart = all(0.0f);
+                for (int64_t i = 0; i < V; i += LANES) {
+                    Floats log_p = *at(z, i) - teacher_log_sum[n], p = exp2_of(log_p * LOG2E);
+                    apart += p * (log_p - (*at(a, i) - log_sum[n]));
+                    *at(q, i) -= p * teacher_scale;
                 }
-                for (int64_t i = 0; i < V; i += LANES) *at(q, i) *= share;
-                q[target[n]] -= scale;
-                if (teacher) {
-                    read_row(z, teacher, n * V, V, (int)bf16);
-                    Floats apart = all(0.0f);
-                    for (int64_t i = 0; i < V; i += LANES) {
-                        Floats log_p = *at(z, i) - teacher_log_sum[n], p = exp2_of(log_p * LOG2E);
-                        apart += p * (log_p - (*at(a, i) - log_sum[n]));
-                        *at(q, i) -= p * teacher_scale;
-                    }
-                    divergence[n] = sum_of(apart);
-                }
+                divergence[n] = sum_of(apart);
             }
             if (gradient) write_row(gradient, n * V, q, V, (int)bf16);
         }

@@ -1,7 +1,7 @@
 """kernels.c in PyTorch: a training step several times faster on a CPU, with the same parameters and mathematics.
 
     model = KernelTransformer(args)                 # in place of Transformer
-    objective = Objective(model, kernels=kernels)   # this module
+    objective = Objective(model, kernels=kernels)   # this module, whose engine takes the losses
     with torch.autocast("cpu", torch.bfloat16): ... # or without, in float32
 
 kernels.c is compiled once, by the C compiler that also builds run.c, and kept in build/ (`library`).
@@ -17,12 +17,14 @@ import shlex
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from losses import Found, Part, chunk_rows, plain_engine
 from model import RMSNorm, Transformer, TransformerBlock
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -32,7 +34,7 @@ MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["
 SIGNATURES = {  # p: pointer, i: int64, f: float
     "attention_forward": "pppppiiiiii", "attention_backward": "pppppppiiiiii", "norm_forward": "pppppiifi",
     "norm_backward": "pppppppiifi", "swiglu_forward": "ppiii", "swiglu_backward": "pppiii",
-    "head_losses": "pppfpppfppppiii"}
+    "head_losses": "ppppppp" "f" "pppp" "iiii"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -100,7 +102,7 @@ def _call(name: str, *args: Tensor | int | float | None) -> None:
             assert arg.is_contiguous() and arg.device.type == "cpu", f"{name}: {arg.shape}, {arg.device}"
     failure = getattr(library(), name)(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args))
     if failure == -2:
-        raise IndexError(f"kernels.c: {name}: a target is outside of the vocabulary")
+        raise IndexError(f"kernels.c: {name}: a class is outside of the vocabulary")
     if failure:
         raise MemoryError(f"kernels.c: {name}: out of memory")
 
@@ -203,8 +205,8 @@ class SwiGLU(Function):
 class KernelNorm(RMSNorm):
     """model.RMSNorm, of the type that matrix products want."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return Norm.apply(x, self.weight, self.eps, _activation_dtype())
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return Norm.apply(x, self.weight if weight is None else weight, self.eps, _activation_dtype())
 
 
 class KernelBlock(TransformerBlock):
@@ -232,18 +234,140 @@ class KernelTransformer(Transformer):
         super().__init__(args)
 
 
-def head_losses(logits: Tensor, target: Tensor, valid: Tensor, scale: float, gradient: Tensor | None,
-                teacher: tuple[Tensor, Tensor] | None, teacher_scale: float, results: tuple[Tensor, ...]):
+# ---------------------------------------------------------------------------------------------
+# the losses
+
+def head_losses(logits: Tensor, classes: Tensor, scales: Tensor, gradient: Tensor | None,
+                teacher: tuple[Tensor, Tensor] | None, taught: Tensor | None, teacher_scale: float,
+                results: tuple[Tensor | None, ...]):
     """Fills `results` for each row of logits (N, V).
 
-    They are its cross-entropy, its divergence from the teacher, log(sum(exp(row))), and 1 where the
-    target has the largest logit.
-    target: (N,) int64; valid: (N,) bool, all is 0 where it is false; teacher: logits (N, V) and their
-    log-sums (N,); results: (N,) float32 each. gradient (N, V), which may be the logits, becomes that of
-    scale * cross-entropy + teacher_scale * KL(softmax(teacher) || softmax(row)).
-    Errors: IndexError for a target outside of the vocabulary.
+    They are its cross-entropy with each of its `classes` (N, K), its divergence from the teacher, log(sum(exp(row))),
+    each (N,), and the class of the largest logit, (N,) float32 or None if nobody asks.
+    classes: int64; scales: (N, K) float32; teacher: logits (N, V) and their log-sums (N,); taught: (N,) bool,
+    the divergence is 0 elsewhere. gradient (N, V), which may be the logits, becomes that of the sum of
+    scales * cross-entropies + teacher_scale * KL(softmax(teacher) || softmax(row)).
+    Errors: IndexError for a class outside of the vocabulary.
     """
-    assert target.dtype == torch.int64, target.dtype
+    assert classes.dtype == torch.int64 and classes.shape == scales.shape, (classes.dtype, classes.shape, scales.shape)
     teacher_logits, teacher_log_sum = teacher or (None, None)
-    _call("head_losses", logits, target, valid, scale, gradient, teacher_logits, teacher_log_sum, teacher_scale,
-          *results, *logits.shape, _is_bf16(logits))
+    _call("head_losses", logits, classes, scales, taught, gradient, teacher_logits, teacher_log_sum, teacher_scale,
+          *results, *logits.shape, classes.shape[1], _is_bf16(logits))
+
+
+class Ask(NamedTuple):
+    """What is asked of a head, by row in the frame of its targets (losses.Part)."""
+
+    shift: int
+    classes: Tensor  # (N, K)
+    scales: Tensor  # (N, K), what each cross-entropy adds to the total
+    taught: Tensor | None  # (N,) bool, where the divergence from the first head counts
+    teacher_scale: float  # what it adds to the total
+
+
+class HeadLosses(Function):
+    """The losses of all heads in one pass over the targets.
+
+    Head i asks at t for the token that the NTP head asks for at t+i. So a chunk of targets u has one
+    row of each head's logits, from the features at u - i, and one teacher for all, the NTP logits:
+    each head's are formed once, whatever losses they have, and their gradients, weighted, are ready
+    when the chunk is done.
+
+    tensors: features (N, D), weight (V, D) of each head in turn. Returns the total, which has gradients,
+    and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
+    """
+
+    @staticmethod
+    def forward(ctx, asks: list[Ask], rows: int, wants_best: bool, *tensors):
+        features, weights = tensors[0::2], tensors[1::2]
+        N, learns = len(features[0]), [any(ctx.needs_input_grad[k : k + 2]) for k in range(3, 3 + len(tensors), 2)]
+        rounded = [w.to(f.dtype) for f, w in zip(features, weights, strict=True)]
+        to_features = [torch.zeros_like(f) if wanted else None for f, wanted in zip(features, learns, strict=True)]
+        to_weights = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, learns, strict=True)]
+        teaches = any(ask.taught is not None for ask in asks)
+        entropies = [torch.zeros(ask.classes.shape) for ask in asks]
+        divergences, log_sums, bests = torch.zeros(3, len(asks), N)
+        for start in range(0, N, rows):
+            end, z = min(start + rows, N), None
+            for k, ask in enumerate(asks):
+                first = max(start, ask.shift)  # no features lie `shift` before these targets; none of them is valid
+                if first >= end:
+                    continue
+                inputs, part = slice(first - ask.shift, end - ask.shift), slice(first, end)
+                logits = F.linear(features[k][inputs], rounded[k])
+                teacher, taught = None, None
+                if ask.taught is not None:
+                    teacher, taught = (z[first - start :], log_sums[0, part]), ask.taught[part]
+                gradient = None if not learns[k] else torch.empty_like(logits) if k == 0 and teaches else logits
+                head_losses(logits, ask.classes[part], ask.scales[part], gradient, teacher, taught, ask.teacher_scale,
+                            (entropies[k][part], divergences[k, part], log_sums[k, part],
+                             bests[k, part] if wants_best else None))
+                z = logits if k == 0 else z
+                if learns[k]:
+                    torch.mm(gradient, rounded[k], out=to_features[k][inputs])
+                    if weights[k].dtype == gradient.dtype:
+                        to_weights[k].addmm_(gradient.T, features[k][inputs])
+                    else:
+                        to_weights[k] += gradient.T @ features[k][inputs]
+        ctx.save_for_backward(*(t for pair in zip(to_features, to_weights, strict=True) for t in pair))
+        total = torch.zeros(())
+        for ask, entropy, divergence in zip(asks, entropies, divergences, strict=True):
+            total += torch.where(ask.scales > 0.0, ask.scales * entropy, 0.0).sum()
+            if ask.taught is not None:
+                total += ask.teacher_scale * divergence.sum()
+        found = [t for k in range(len(asks)) for t in (entropies[k], divergences[k], bests[k] if wants_best else None)]
+        ctx.mark_non_differentiable(*(t for t in found if t is not None))
+        return total, *found
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        # in place: they are asked for once
+        return None, None, None, *(t if t is None else t.mul_(gradient) for t in ctx.saved_tensors)
+
+
+def ask_of(part: Part, usual: set[str], scales: dict[str, float], N: int) -> Ask:
+    """A part as HeadLosses takes it; usual: the losses of part.taught that it computes."""
+    classes, columns = [torch.zeros(N, 0, dtype=torch.long)], [torch.zeros(N, 0)]
+    for name, aim in part.aims.items():
+        shares = torch.ones(1) if aim.shares is None else aim.shares
+        classes.append(aim.classes)
+        columns.append(scales.get(name, 0.0) * aim.valid[:, None] * shares)
+    taught = [name for name in part.taught if name in usual]
+    return Ask(part.shift, torch.cat(classes, 1), torch.cat(columns, 1), part.taught[taught[0]] if taught else None,
+               sum(scales.get(name, 0.0) for name in taught))
+
+
+def engine(parts: list[Part], rows: int, kinds: dict[str, tuple], scales: dict[str, Tensor], wants_best: bool
+           ) -> tuple[Tensor, list[Found]]:
+    """losses.plain_engine, and the total; scales: {loss: what each of its positions adds to that}.
+
+    Of losses that compare with part 0, KL from it without a temperature is taken here, any other by
+    plain_engine. Autocast is left aside: features have the type that products are to have.
+    """
+    scales = {name: float(scale) for name, scale in scales.items()}
+    usual = {name for name, kind in kinds.items() if kind == ("forward", 1.0)}
+    features = [part.readout.features.flatten(0, 1) for part in parts]
+    N = len(features[0])
+    asks = [ask_of(part, usual, scales, N) for part in parts]
+    tensors = [t for f, part in zip(features, parts, strict=True) for t in (f, part.readout.weight)]
+    with torch.autocast("cpu", enabled=False):
+        total, *results = HeadLosses.apply(asks, rows, wants_best, *tensors)
+    found = []
+    for k, part in enumerate(parts):
+        entropy, divergence, best = results[3 * k : 3 * k + 3]
+        entropies, column = {}, 0
+        for name, aim in part.aims.items():
+            each = entropy[:, column : column + aim.classes.shape[1]]
+            entropies[name] = (each if aim.shares is None else each * aim.shares).sum(1)
+            column += aim.classes.shape[1]
+        found.append(Found(entropies, {name: divergence for name in part.taught if name in usual}, best))
+    unusual = [k for k, part in enumerate(parts) if part.taught.keys() - usual]
+    if unusual:
+        others = [part._replace(aims={}, taught={name: v for name, v in part.taught.items() if name not in usual})
+                  for part in (parts[0], *(parts[k] for k in unusual))]
+        compared = plain_engine(others, chunk_rows(N, len(parts[0].readout.weight)), kinds, False)
+        for k, part, more in zip(unusual, others[1:], compared[1:], strict=True):
+            found[k].divergences.update(more.divergences)
+            for name, valid in part.taught.items():
+                total = total + scales.get(name, 0.0) * torch.where(valid, more.divergences[name], 0.0).sum()
+    return total, found

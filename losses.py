@@ -1,21 +1,22 @@
-"""Every objective: what it compares, which positions count, what it weighs at a given step.
+"""Every objective: what it asks of which head, which positions count, what it weighs at a given step.
 
 B batch, T positions, V vocabulary, n future heads. A position t has read x[0..t]; y[t] = x[t+1] is
 its next token; z are the NTP head's logits and a_i those of future head i, all (B, T, V).
 
     ntp             mean over t of  CE(z[t], y[t])
     nitp_i          mean over t of  CE(a_i[t], y[t+i])                        head i predicts x[t+1+i]
-    consistency_i   mean over t of  KL(softmax(z[t+i]) || softmax(a_i[t]))    the NTP head, i tokens later,
+    consistency_i   mean over t of  D(softmax(z[t+i]), softmax(a_i[t]))       the NTP head, i tokens later,
                                                                               teaches head i; z is detached
+    spelling_j      mean over t of  CE(s_j[t], letter j of the text after t)
+    order           mean over t of  CE(o[t], the tokens to come, the nearer the more)
+    soft            mean over t of  CE(z[t], the neighbours of y[t])
+    superposition   in place of ntp: CE(z[p], all tokens of the next bag), where p has read bags
     total           ntp + sum of weight(step) * loss
 
+All but consistency are cross-entropies of one head's logits against a few classes with shares (`Aim`).
 Each loss is a mean over its own valid positions: row ends have no target i tokens further on, and
 with mask_document_ends neither has a position whose target lies behind the next BOS. Only val ntp
-judges a run; the others are means to that end.
-
-Multi-token prediction: Gloeckle et al. 2024 (arXiv 2404.19737, section 2). The consistency loss is
-self-distillation (Hinton et al. 2015, arXiv 1503.02531) from the head that knows more to the one
-that knows less.
+judges a run; the others are means to that end. Formulas, sources and costs: doc/objectives.md.
 """
 
 import math
@@ -24,22 +25,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import LinearCrossEntropyOptions
+from torch.utils.checkpoint import checkpoint
 
 WHOLE = 1 << 24  # a head's logits are formed all at once up to so many (64 MiB), else a CHUNK of them at a time
 CHUNK = 1 << 20  # 4 MiB of float32; and no fewer than FEWEST rows
 FEWEST = 256
-IGNORED = -100  # a target that does not count, as F.cross_entropy has it
 
 
-def chunk_rows(positions: int, vocab_size: int, aligned: bool = False) -> int | None:
+def chunk_rows(positions: int, vocab_size: int, with_kernels: bool = False) -> int | None:
     """How many positions' logits are formed at a time; None: all of them.
 
     A chunk's gradients are made while its logits are at hand, so memory does not grow with positions
     or heads (Gloeckle et al. 2024, section 2). For a small vocabulary whole logits are as fast, but
-    not where AlignedLosses takes them, which finds a chunk in the cache again.
+    not with kernels.py, which finds a chunk in the cache again.
     """
-    whole = positions * vocab_size <= WHOLE and not aligned
+    whole = positions * vocab_size <= WHOLE and not with_kernels
     return None if whole else max(FEWEST, CHUNK // vocab_size)
 
 
@@ -48,15 +48,25 @@ class Loss(NamedTuple):
     count: Tensor  # scalar, int64: how many positions the mean is over
 
 
-def mean_over(total: Tensor, valid: Tensor) -> Loss:
-    """A sum over the positions where valid (B, S) is true as their mean; 0, not NaN, where it nowhere is."""
+def masked_mean(per_position: Tensor, valid: Tensor) -> Loss:
+    """The mean of per_position (N,) where valid (N,) is true; 0, not NaN, where it nowhere is."""
     count = valid.sum()
+    total = torch.where(valid, per_position, 0.0).sum()  # not a product: 0 * inf would be NaN
     return Loss(total / count.clamp(min=1), count)
 
 
-def masked_mean(per_position: Tensor, valid: Tensor) -> Loss:
-    """The mean of per_position (B, S) where valid (B, S) is true."""
-    return mean_over(torch.where(valid, per_position, 0.0).sum(), valid)  # not a product: 0 * inf would be NaN
+# ---------------------------------------------------------------------------------------------
+# what the objectives ask for
+
+class Aim(NamedTuple):
+    """What a cross-entropy asks a head for: the classes that share the target at positions t = 0..S-1.
+
+    Heads that look i tokens ahead have S = T - i, or no positions; all others have S = T.
+    """
+
+    classes: Tensor  # (B, S, K) int64
+    valid: Tensor  # (B, S) bool
+    shares: Tensor | None = None  # (B, S, K) float32, whose sum is 1; None: K = 1, and it has all
 
 
 def valid_positions(y: Tensor, i: int, bos: int | None) -> Tensor:
@@ -78,138 +88,134 @@ def valid_positions(y: Tensor, i: int, bos: int | None) -> Tensor:
     return valid
 
 
-def ahead_loss(logits: Tensor, y: Tensor, i: int, valid: Tensor) -> Loss:
-    """NTP (i = 0) and NiTP_i: cross-entropy of logits[t] against y[t+i]. logits: (B, T, V), y: (B, T)."""
-    length = valid.shape[1]
-    loss = F.cross_entropy(logits[:, :length].flatten(0, 1), y[:, i : i + length].flatten(), reduction="none")
-    return masked_mean(loss.view_as(valid), valid)
+def ahead(y: Tensor, i: int, bos: int | None) -> Aim:
+    """NTP (i = 0) and NiTP_i: y[t+i]."""
+    return Aim(y[:, i:, None], valid_positions(y, i, bos))
 
 
-def consistency_loss(teacher: Tensor, student: Tensor, i: int, valid: Tensor) -> Loss:
-    """Consistency_i: KL(softmax(teacher[t+i]) || softmax(student[t])), summed over V. Both (B, T, V).
+def upcoming(y: Tensor, window: int, bos: int | None) -> Aim:
+    """Order: the tokens y[t..t+window-1], each where it comes first, with shares of softmax(-distance).
 
-    At t+i the NTP head predicts the same token as head i at t, having read the i tokens between.
+    TOP (arXiv 2508.19228, section 3): ListNet's listwise ranking loss on scores that fall by one from
+    token to token. What lies more than 16 tokens ahead would have a share of e^-16.
     """
-    length = valid.shape[1]
-    log_p = F.log_softmax(teacher[:, i : i + length].detach(), dim=-1)
-    log_q = F.log_softmax(student[:, :length], dim=-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # F.kl_div takes q first
-    return masked_mean(kl, valid)
+    later = F.pad(y, (0, window - 1), value=-1).unfold(1, window, 1)  # (B, T, W), -1 behind the row
+    repeated = (later[..., :, None] == later[..., None, :]).tril(-1).any(-1)  # came before, nearer
+    counts = (later >= 0) & ~repeated
+    if bos is not None:
+        starts = (later == bos).long()
+        counts &= starts.cumsum(-1) - starts == 0  # no document starts before it
+    nearness = torch.exp(-torch.arange(window, device=y.device, dtype=torch.float32)) * counts
+    return Aim(later.clamp(min=0), torch.ones_like(y, dtype=torch.bool), nearness / nearness.sum(-1, keepdim=True))
 
 
-class ChunkedDivergence(torch.autograd.Function):
-    """Sum over rows of KL(softmax(teacher) || softmax(student)), counted rows only; logits are features times weight.
+def next_bag(y: Tensor, s: int) -> Aim:
+    """Superposition: bag p has read x[ps..ps+s-1]; the s tokens after it share the target. y: (B, T), s divides T.
 
-    Like F.linear_cross_entropy in chunks it has its gradients ready after the forward pass: that of
-    KL by the student's logits is softmax(student) - softmax(teacher). teacher, features: (N, D),
-    weights: (V, D), counts: (N, 1), 1 where a row counts, else 0; the teacher gets no gradient.
+    Token superposition (arXiv 2605.06546): multi-hot cross-entropy on the next bag.
     """
-
-    @staticmethod
-    def forward(ctx, teacher, teacher_weight, features, weight, counts, rows: int, wants_gradients: bool):
-        total = features.new_zeros(())
-        to_features, to_weight = torch.empty_like(features), torch.zeros_like(weight)
-        for start in range(0, len(features), rows):
-            part = slice(start, start + rows)
-            log_p = F.log_softmax(F.linear(teacher[part], teacher_weight), dim=-1)
-            log_q = F.log_softmax(F.linear(features[part], weight), dim=-1)
-            kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1, keepdim=True)
-            total += torch.where(counts[part] > 0, kl, 0.0).sum()
-            if wants_gradients:
-                to_logits = log_q.exp_().sub_(log_p.exp_()).mul_(counts[part])
-                torch.mm(to_logits, weight, out=to_features[part])
-                to_weight.addmm_(to_logits.T, features[part])
-        ctx.save_for_backward(to_features, to_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        to_features, to_weight = ctx.saved_tensors
-        return None, None, gradient * to_features, gradient * to_weight, None, None, None
+    B, T = y.shape
+    bags = y[:, s - 1 : T - 1].unflatten(1, (T // s - 1, s)) if T > s else y.new_zeros(B, 0, s)
+    classes = F.pad(bags, (0, 0, 0, 1))  # what follows the last bag is not in the row
+    valid = torch.arange(T // s, device=y.device).expand(B, -1) < T // s - 1
+    return Aim(classes, valid, torch.full(classes.shape, 1.0 / s, device=y.device))
 
 
-@torch.compiler.disable  # a loop over chunks would be unrolled
-def chunked_ahead_loss(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Loss:
-    """ahead_loss from a readout - .features (B, T, D), .weight (V, D) - the logits of `rows` positions at a time."""
-    length = valid.shape[1]
-    target = y[:, i : i + length].masked_fill(~valid, IGNORED).flatten()
-    if target.numel() == 0:  # of which linear_cross_entropy makes no chunks
-        return masked_mean(head.features.new_zeros(valid.shape), valid)
-    with torch.autocast(head.features.device.type, enabled=False):
-        total = F.linear_cross_entropy(head.features[:, :length].flatten(0, 1).float(), head.weight.float(), target,
-                                       reduction="sum", ignore_index=IGNORED,
-                                       options=LinearCrossEntropyOptions(batch_chunk_size=rows))
-    return mean_over(total, valid)
+@torch.no_grad()
+def nearest_tokens(embeddings: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of each token (V, D) the k nearest by cosine, itself among them, and softmax(cosine / temperature): both (V, k).
 
-
-@torch.compiler.disable
-def chunked_consistency_loss(teacher, student, i: int, valid: Tensor, rows: int) -> Loss:
-    """consistency_loss from both readouts, the logits of `rows` positions at a time."""
-    length = valid.shape[1]
-    with torch.autocast(valid.device.type, enabled=False):
-        total = ChunkedDivergence.apply(
-            teacher.features[:, i : i + length].detach().flatten(0, 1).float(), teacher.weight.detach().float(),
-            student.features[:, :length].flatten(0, 1).float(), student.weight.float(),
-            valid.reshape(-1, 1).float(), rows, torch.is_grad_enabled())
-    return mean_over(total, valid)
-
-
-def chunked_hits(head, y: Tensor, i: int, valid: Tensor, rows: int) -> Tensor:
-    """Where the head's best token is y[t+i]: bool, the shape of `valid`."""
-    length = valid.shape[1]
-    best = [F.linear(part, head.weight).argmax(-1) for part in head.features[:, :length].flatten(0, 1).split(rows)]
-    return torch.cat(best).view_as(valid) == y[:, i : i + length]
-
-
-class AlignedLosses(torch.autograd.Function):
-    """All losses of all heads in one pass over the targets, by way of kernels.py.
-
-    Head i asks at t for the token that the NTP head asks for at t+i. So a chunk of targets u has one
-    row of each head's logits, from the features at u - i, and one teacher for all, the NTP logits:
-    each head's are formed once, whatever losses they have, and their gradients, weighted, are ready
-    when the chunk is done.
-
-    scales: {i: (of the cross-entropy, of the consistency loss or None)}, head 0 first; valid: {i: (N,)
-    bool by target}; tensors: features (N, D), weight (V, D) of each head in turn. Returns the total,
-    which has gradients, and by head the sums of cross-entropy, divergence and hits: (heads, 3).
+    Token alignment of Stefanik et al. 2023 (ACL 2023.acl-long.492, section 3), here between
+    the tokens of a vocabulary by their own embeddings. k = V and a high temperature smooth labels evenly.
     """
+    unit = F.normalize(embeddings.float(), dim=1)
+    nearest = [(part @ unit.T).topk(k) for part in unit.split(1024)]
+    return (torch.cat([found.indices for found in nearest]),
+            torch.cat([F.softmax(found.values / temperature, dim=1) for found in nearest]))
 
-    @staticmethod
-    def forward(ctx, kernels, targets, valid, scales, rows: int, gradients: bool, *tensors):
-        features, weights = tensors[0::2], tensors[1::2]
-        rounded = [w.to(f.dtype) for f, w in zip(features, weights)]
-        to_features = [torch.zeros_like(f) for f in features] if gradients else []
-        to_weights = [torch.zeros_like(w) for w in weights] if gradients else []
-        teaches = any(scale is not None for _, scale in scales.values())
-        found = torch.zeros(len(scales), 4, len(targets))  # cross-entropy, divergence, log-sum of the logits, hit
-        for start in range(0, len(targets), rows):
-            end, z = min(start + rows, len(targets)), None
-            for k, (i, (scale, divergence_scale)) in enumerate(scales.items()):
-                first = max(start, i)  # no features lie i before these targets; later rows' first i are not valid
-                if first >= end:
-                    continue
-                inputs, part = slice(first - i, end - i), slice(first, end)
-                logits = F.linear(features[k][inputs], rounded[k])
-                teacher = None if divergence_scale is None else (z[first - start :], found[0, 2, part])
-                gradient = None if not gradients else torch.empty_like(logits) if i == 0 and teaches else logits
-                kernels.head_losses(logits, targets[part], valid[i][part], scale, gradient, teacher,
-                                    divergence_scale or 0.0, tuple(found[k, :, part]))
-                z = logits if i == 0 else z
-                if gradients:
-                    torch.mm(gradient, rounded[k], out=to_features[k][inputs])
-                    if weights[k].dtype == gradient.dtype:
-                        to_weights[k].addmm_(gradient.T, features[k][inputs])
-                    else:
-                        to_weights[k] += gradient.T @ features[k][inputs]
-        ctx.save_for_backward(*(t for pair in zip(to_features, to_weights) for t in pair))
-        sums = found[:, [0, 1, 3]].sum(-1)
-        ctx.mark_non_differentiable(sums)
-        weight = torch.tensor([[scale, divergence_scale or 0.0] for scale, divergence_scale in scales.values()])
-        return (sums[:, :2] * weight).sum(), sums
 
-    @staticmethod
-    def backward(ctx, gradient, _):
-        return *[None] * 6, *(t.mul_(gradient) for t in ctx.saved_tensors)  # in place: they are asked for once
+def divergence(log_p: Tensor, log_q: Tensor, direction: str = "forward", temperature: float = 1.0) -> Tensor:
+    """Consistency at each row: from student log_q (N, V) to teacher log_p (N, V), logs of probabilities -> (N,).
+
+    forward: KL(p || q); reverse: KL(q || p); js: the mean of both's KL to their middle. With a temperature
+    both are softened, and the loss times its square (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    """
+    if temperature != 1.0:
+        log_p, log_q = (F.log_softmax(log / temperature, dim=-1) for log in (log_p, log_q))
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)  # F.kl_div takes the second first
+
+    if direction == "forward":
+        found = kl(log_p, log_q)
+    elif direction == "reverse":
+        found = kl(log_q, log_p)
+    else:
+        middle = torch.logaddexp(log_p, log_q) - math.log(2.0)
+        found = 0.5 * (kl(log_p, middle) + kl(log_q, middle))
+    return found * temperature**2
+
+
+# ---------------------------------------------------------------------------------------------
+# from what is asked to numbers
+
+class Part(NamedTuple):
+    """All that is asked of one head in the frame of its targets: row u = b T + t + shift of N = B T rows."""
+
+    readout: NamedTuple  # .features (B, T, D), .weight (V, D)
+    shift: int  # so many positions before its row's lie the features
+    aims: dict[str, Aim]  # by loss, framed: (N, K) and (N,)
+    taught: dict[str, Tensor]  # by loss that compares with part 0, which has shift 0: valid, (N,)
+
+
+def framed(t: Tensor, T: int) -> Tensor:
+    """(B, S, ...) of positions t = 0..S-1 as (B T, ...) in the frame of targets, moved by T - S."""
+    return F.pad(t, (0, 0) * (t.dim() - 2) + (T - t.shape[1], 0)).flatten(0, 1)
+
+
+class Found(NamedTuple):
+    """What an engine makes of a part, by row."""
+
+    entropies: dict[str, Tensor]  # by loss of part.aims, (N,)
+    divergences: dict[str, Tensor]  # by loss of part.taught, (N,)
+    best: Tensor | None  # (N,) the class with the largest logit, the first of equals
+
+
+def plain_engine(parts: list[Part], rows: int | None, kinds: dict[str, tuple], wants_best: bool) -> list[Found]:
+    """PyTorch alone: `rows` of all parts at a time, formed once more for their gradients; None: all rows, once.
+
+    kinds: {loss: (direction, temperature)} of losses that compare with part 0.
+    """
+    features = [part.readout.features.flatten(0, 1) for part in parts]
+    N = len(features[0])
+
+    def chunk(start: int, end: int) -> list[Found]:
+        found, log_p = [], None
+        for part, inputs in zip(parts, features, strict=True):
+            first = min(max(start, part.shift), end)  # no features lie `shift` before these rows; none of them is valid
+            logits = F.linear(inputs[first - part.shift : end - part.shift], part.readout.weight)
+            # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
+            log_q = F.log_softmax(logits.float(), dim=-1)
+            log_p = log_q.detach() if log_p is None else log_p
+            entropies = {}
+            for name, (classes, _, shares) in part.aims.items():
+                score = log_q.gather(1, classes[first:end])
+                entropies[name] = -(score if shares is None else score * shares[first:end]).sum(1)
+            divergences = {name: divergence(log_p[first - start :], log_q, *kinds[name]) for name in part.taught}
+            best = log_q.argmax(1) if wants_best else None
+            found.append(Found(*({k: F.pad(v, (first - start, 0)) for k, v in values.items()}
+                                 for values in (entropies, divergences)),
+                               F.pad(best, (first - start, 0)) if wants_best else None))
+        return found
+
+    if rows is None or N == 0:
+        return chunk(0, N)
+    chunks = [checkpoint(chunk, start, min(start + rows, N), use_reentrant=False, preserve_rng_state=False)
+              for start in range(0, N, rows)]
+    return [Found(*({name: torch.cat([found[k][field][name] for found in chunks]) for name in chunks[0][k][field]}
+                    for field in (0, 1)),
+                  torch.cat([found[k].best for found in chunks]) if wants_best else None)
+            for k in range(len(parts))]
 
 
 def parse_name(name: str) -> tuple[str, int]:
@@ -218,24 +224,42 @@ def parse_name(name: str) -> tuple[str, int]:
     return kind, int(i or 0)
 
 
-def all_losses(n_future_heads: int) -> tuple[str, ...]:
-    """The names of all losses that a model with so many heads has."""
-    return ("ntp", *(f"{kind}_{i}" for kind in ("nitp", "consistency") for i in range(1, n_future_heads + 1)))
+def all_losses(n_future_heads: int, letters: int = 0, order: bool = False, soft: bool = False) -> tuple[str, ...]:
+    """The names of all losses of next tokens that a model with such heads has."""
+    return ("ntp", *(f"{kind}_{i}" for kind in ("nitp", "consistency") for i in range(1, n_future_heads + 1)),
+            *(f"spelling_{j}" for j in range(1, letters + 1)), *["order"] * order, *["soft"] * soft)
 
 
 class Objective(nn.Module):
     """A model with its losses as one module, so that DDP and torch.compile see a whole step.
 
-    model: has trunk(x) -> h and readouts(h, heads) -> {i: Readout}, as model.Transformer has.
+    model: has trunk(x) -> h and readouts(x, h, heads) -> {head: Readout}, as model.Transformer has.
     bos: the token that starts a document, if future targets are to stay inside theirs (valid_positions); or None.
-    kernels: the module of that name, if its head_losses is to take the logits; or None.
+    kernels: the module of that name, if it is to take the logits; or None.
+    consistency: direction and temperature of the consistency losses (`divergence`).
+    letters: letters.Letters, and how many of them ahead the model's spelling heads are asked for; or None.
+    order_window: tokens ahead that the order head ranks. bag: tokens in a bag of superposition.
+    neighbours: how many tokens share a soft target, and the temperature between them, once
+        refresh_neighbours has looked for them; or None.
     """
 
-    def __init__(self, model: nn.Module, bos: int | None = None, kernels=None):
+    def __init__(self, model: nn.Module, bos: int | None = None, kernels=None, *,
+                 consistency: tuple[str, float] = ("forward", 1.0), letters: tuple[nn.Module, int] | None = None,
+                 order_window: int = 0, bag: int = 1, neighbours: tuple[int, float] | None = None):
         super().__init__()
-        self.model = model
-        self.bos = bos
-        self.kernels = kernels
+        self.model, self.bos, self.kernels = model, bos, kernels
+        self.consistency, self.order_window, self.bag, self.neighbours = consistency, order_window, bag, neighbours
+        self.letters, self.n_letters = letters or (None, 0)
+        if neighbours:
+            V = model.tok_embeddings.num_embeddings
+            self.register_buffer("soft_classes", torch.zeros(V, neighbours[0], dtype=torch.long))
+            self.register_buffer("soft_shares", torch.zeros(V, neighbours[0]))
+
+    def refresh_neighbours(self) -> None:
+        """Look up anew which tokens are near each other; between two calls soft targets stay what they are."""
+        classes, shares = nearest_tokens(self.model.tok_embeddings.weight, *self.neighbours)
+        self.soft_classes.copy_(classes)
+        self.soft_shares.copy_(shares)
 
     def forward(self, x: Tensor, y: Tensor, scales: dict[str, Tensor]) -> tuple[Tensor, dict[str, Loss]]:
         """What tokens x and their next tokens y, both (B, T) int64, add to the total loss, and the losses themselves.
@@ -244,68 +268,106 @@ class Objective(nn.Module):
         in it are not computed, and heads that none of them asks for are not run. Only the total has
         gradients.
         """
-        if self.kernels:
-            return self._aligned(x, y, tuple(scales), scales, accuracy=False)
-        losses = self.losses(x, y, tuple(scales))
-        total = sum(scales[name] * loss.mean * loss.count for name, loss in losses.items())
+        total, losses, _ = self._compute(x, y, tuple(scales), scales)
         return total, {name: Loss(loss.mean.detach(), loss.count) for name, loss in losses.items()}
 
-    def losses(self, x: Tensor, y: Tensor, names: tuple[str, ...], accuracy: bool = False) -> dict[str, Loss]:
-        """The losses called `names` on tokens x and their next tokens y.
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0) -> dict[str, Loss]:
+        """The losses called `names`, and of the NTP head and future heads 1..heads what they guess.
 
-        With `accuracy`, acc_i joins each head that is run: the share of valid positions whose top-1
-        token is y[t+i] (acc_0 is the NTP head's).
+        acc_i: the share of valid positions whose top-1 token is y[t+i]; agree_i: that of those where it
+        is the NTP head's at t+i; kl_i: the mean of KL(NTP head at t+i || head i at t).
         """
-        if self.kernels:
-            return self._aligned(x, y, names, {}, accuracy)[1]
-        readouts, valid = self._read(x, y, names)
-        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0])
-        # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
-        logits = {} if rows else {i: readout.logits().float() for i, readout in readouts.items()}
-        losses = {}
-        for name in names:
-            kind, i = parse_name(name)
-            if kind == "consistency" and rows:
-                losses[name] = chunked_consistency_loss(readouts[0], readouts[i], i, valid[i], rows)
-            elif kind == "consistency":
-                losses[name] = consistency_loss(logits[0], logits[i], i, valid[i])
-            elif rows:
-                losses[name] = chunked_ahead_loss(readouts[i], y, i, valid[i], rows)
-            else:
-                losses[name] = ahead_loss(logits[i], y, i, valid[i])
-        for i in readouts if accuracy else ():
-            length = valid[i].shape[1]
-            hits = (chunked_hits(readouts[i], y, i, valid[i], rows) if rows else
-                    logits[i][:, :length].argmax(-1) == y[:, i : i + length])
-            losses[f"acc_{i}"] = masked_mean(hits.float(), valid[i])
+        ahead = range(1, heads + 1)
+        _, losses, best = self._compute(x, y, (*names, *(f"kl_{i}" for i in ahead)), {}, (0, *ahead))
+        for i in (0, *ahead):
+            valid, later = valid_positions(y, i, self.bos), slice(i, None)
+            guess = best[i][:, : valid.shape[1]]
+            losses[f"acc_{i}"] = masked_mean((guess == y[:, later]).float(), valid)
+            if i:
+                losses[f"agree_{i}"] = masked_mean((guess == best[0][:, later]).float(), valid)
         return losses
 
-    def _read(self, x: Tensor, y: Tensor, names: tuple[str, ...]) -> tuple[dict, dict]:
-        """{i: Readout} and {i: valid positions} of the heads that the losses ask for."""
-        heads = sorted({parse_name(name)[1] for name in names} | {0})
-        return self.model.readouts(self.model.trunk(x), heads), {i: valid_positions(y, i, self.bos) for i in heads}
-
-    def _aligned(self, x: Tensor, y: Tensor, names: tuple[str, ...], scales: dict[str, Tensor], accuracy: bool):
-        """(total, losses) by AlignedLosses."""
-        readouts, valid = self._read(x, y, names)
-        per_position = {name: float(scales.get(name, 0.0)) for name in names}
-        by_head = {i: (per_position.get(f"nitp_{i}" if i else "ntp", 0.0), per_position.get(f"consistency_{i}"))
-                   for i in readouts}
-        by_target = {i: F.pad(v, (y.shape[1] - v.shape[1], 0)).flatten() for i, v in valid.items()}
-        tensors = [t for readout in readouts.values() for t in (readout.features.flatten(0, 1), readout.weight)]
-        rows = chunk_rows(y.numel(), readouts[0].weight.shape[0], aligned=True)
-        with torch.autocast("cpu", enabled=False):  # the features' type is that of the products
-            total, sums = AlignedLosses.apply(self.kernels, y.flatten().contiguous(), by_target, by_head, rows,
-                                              torch.is_grad_enabled(), *tensors)
+    def aims(self, y: Tensor, names: tuple[str, ...]) -> dict[str, Aim]:
+        """What the cross-entropies among the losses `names` ask for; known from the targets alone."""
         found = {}
-        for i, (entropy, divergence, hits) in zip(readouts, sums):
-            found |= {f"nitp_{i}" if i else "ntp": entropy, f"consistency_{i}": divergence, f"acc_{i}": hits}
-        wanted = (*names, *(f"acc_{i}" for i in readouts if accuracy))
-        return total, {name: mean_over(found[name], valid[parse_name(name)[1]]) for name in wanted}
+        if any(name.startswith("spelling") for name in names):
+            letters, known = self.letters.ahead(y, self.n_letters, self.bos)
+        for name in names:
+            kind, i = parse_name(name)
+            if kind in ("ntp", "nitp"):
+                found[name] = ahead(y, i, self.bos)
+            elif kind == "spelling":
+                found[name] = Aim(letters[..., i - 1 : i], known[..., i - 1])
+            elif kind == "order":
+                found[name] = upcoming(y, self.order_window, self.bos)
+            elif kind == "soft":
+                found[name] = Aim(self.soft_classes[y], torch.ones_like(y, dtype=torch.bool), self.soft_shares[y])
+            elif kind == "superposition":
+                found[name] = next_bag(y, self.bag)
+        return found
 
     def counts(self, y: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """How many positions each loss will be a mean over, known from the targets alone."""
-        return {name: valid_positions(y, parse_name(name)[1], self.bos).sum() for name in names}
+        aims = self.aims(y, names)
+        return {name: (aims[name].valid if name in aims else
+                       valid_positions(y, parse_name(name)[1], self.bos)).sum() for name in names}
+
+    def _parts(self, x: Tensor, y: Tensor, names: tuple[str, ...], guessing: tuple[int, ...]) -> dict[tuple, Part]:
+        """{(head, shift): what is asked of it}, (0, 0) first: of the NTP head, which teaches the others."""
+        kinds = {name: parse_name(name) for name in names}
+        heads = {kind if kind in ("spelling", "order") else i for kind, i in kinds.values() if kind != "superposition"}
+        tokens = x.unflatten(1, (-1, self.bag)) if "superposition" in names else x
+        readouts = self.model.readouts(tokens, self.model.trunk(tokens), [0, *sorted(heads - {0}, key=str)])
+        T = tokens.shape[1]
+        parts = {(0, 0): Part(readouts[0], 0, {}, {})}
+
+        def part(head, shift, readout) -> Part:
+            return parts.setdefault((head, shift), Part(readout, shift, {}, {}))
+
+        for name, aim in self.aims(y, names).items():
+            kind, i = kinds[name]
+            head, shift, readout = 0, 0, readouts[0]
+            if kind == "nitp":
+                if readouts[i] is readouts[0]:  # one softmax of the NTP head's logits, whatever it is asked for
+                    aim = Aim(*(t if t is None else F.pad(t, (0, 0) * (t.dim() - 2) + (0, T - t.shape[1]))
+                                for t in aim))
+                else:
+                    head, shift, readout = i, i, readouts[i]
+            elif kind == "spelling":
+                all_letters = readouts[kind].weight.unflatten(0, (self.n_letters, -1))
+                head, readout = name, readouts[kind]._replace(weight=all_letters[i - 1])
+            elif kind == "order":
+                head, readout = kind, readouts[kind]
+            part(head, shift, readout).aims[name] = Aim(*(t if t is None else framed(t, T) for t in aim))
+        for name, (kind, i) in kinds.items():
+            if kind in ("consistency", "kl"):
+                part(i, i, readouts[i]).taught[name] = framed(valid_positions(y, i, self.bos), T)
+        for i in guessing:
+            part(i, i, readouts[i])
+        return parts
+
+    def _compute(self, x: Tensor, y: Tensor, names: tuple[str, ...], scales: dict[str, Tensor],
+                 guessing: tuple[int, ...] = ()) -> tuple[Tensor, dict[str, Loss], dict[int, Tensor]]:
+        """(total, losses, {head: its best token at each position, of the heads `guessing`: (B, T - head)})."""
+        parts = self._parts(x, y, names, guessing)
+        asked = list(parts.values())
+        rows = chunk_rows(asked[0].readout.features.shape[:2].numel(), len(asked[0].readout.weight), bool(self.kernels))
+        kinds = {name: ("forward", 1.0) if parse_name(name)[0] == "kl" else self.consistency
+                 for part in asked for name in part.taught}
+        if self.kernels:
+            total, found = self.kernels.engine(asked, rows, kinds, scales, bool(guessing))
+        else:
+            total, found = 0.0, plain_engine(asked, rows, kinds, bool(guessing))
+        losses = {}
+        for part, (entropies, divergences, _) in zip(asked, found, strict=True):
+            losses |= {name: masked_mean(entropies[name], aim.valid) for name, aim in part.aims.items()}
+            losses |= {name: masked_mean(divergences[name], valid) for name, valid in part.taught.items()}
+        if not self.kernels:
+            total = sum(scale * losses[name].mean * losses[name].count for name, scale in scales.items())
+        best = {head: f.best.view(y.shape)[:, head:] for (head, shift), f in zip(parts, found, strict=True)
+                if guessing and head == shift}
+        return total, {name: losses[name] for name in names}, best
 
 
 def scales(weights: dict[str, float], counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -333,15 +395,31 @@ def schedule(kind: str, start: float, end: float, progress: float) -> float:
     return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
 
 
+def heads_in_curriculum(kind: str, n: int, progress: float) -> int:
+    """How many of n future heads have losses at `progress` of the run.
+
+    All (none); or in n + 1 stages of equal length one more in each, from 0 to n (forward), or one
+    less, from n to 0 (reverse). Aynetdinov & Akbik 2025 (arXiv 2505.22757, section 3).
+    """
+    stage = min(int(progress * (n + 1)), n)
+    return {"none": n, "forward": stage, "reverse": n - stage}[kind]
+
+
 def loss_weights(settings, progress: float) -> dict[str, float]:
     """{loss: weight} at `progress` (0..1) of the run; a loss that weighs 0 is left out and need not be computed.
 
-    settings: has n_future_heads, nitp_weight, consistency_weight, head_decay, aux_schedule,
-    aux_start, aux_end. Head i weighs head_decay^(i-1) of its kind's weight.
+    settings: the names below, as settings.Settings has them. Head i weighs head_decay^(i-1) of its
+    kind's weight; the letters share that of spelling. While tokens are in superposition nothing else weighs.
     """
-    factor = schedule(settings.aux_schedule, settings.aux_start, settings.aux_end, progress)
+    s = settings
+    if s.superposition > 1 and progress < s.superposition_end:
+        return {"superposition": 1.0}
+    factor = schedule(s.aux_schedule, s.aux_start, s.aux_end, progress)
     weights = {"ntp": 1.0}
-    for kind, weight in (("nitp", settings.nitp_weight), ("consistency", settings.consistency_weight)):
-        for i in range(1, settings.n_future_heads + 1):
-            weights[f"{kind}_{i}"] = weight * settings.head_decay ** (i - 1) * factor
+    for kind, weight in (("nitp", s.nitp_weight), ("consistency", s.consistency_weight)):
+        for i in range(1, heads_in_curriculum(s.curriculum, s.n_future_heads, progress) + 1):
+            weights[f"{kind}_{i}"] = weight * s.head_decay ** (i - 1) * factor
+    for j in range(1, s.spelling_letters + 1):
+        weights[f"spelling_{j}"] = s.spelling_weight / s.spelling_letters * factor
+    weights |= {"order": s.order_weight * factor, "soft": s.soft_weight * factor}
     return {name: weight for name, weight in weights.items() if weight > 0.0}

@@ -2,13 +2,14 @@
 
 The trunk turns tokens into states h; the next-token (NTP) head and each future head read them:
 
-    h = model.trunk(tokens)             # (B, T, D), after the last block
-    heads = model.readouts(h, [0, i])
-    z = heads[0].logits()               # (B, T, V), z[t] scores x[t+1]
-    a = heads[i].logits()               # (B, T, V), a[t] scores x[t+1+i], i = 1..n
+    h = model.trunk(tokens)                 # (B, T, D), after the last block
+    heads = model.readouts(tokens, h, [0, i])
+    z = heads[0].logits()                   # (B, T, V), z[t] scores x[t+1]
+    a = heads[i].logits()                   # (B, T, V), a[t] scores x[t+1+i], i = 1..n
 
 B batch, T positions, D model dim, H heads, hd head dim, V vocabulary, n future heads. Parameter
-names of the trunk are llama2.c's, so its checkpoints load; heads are under `future_heads.`.
+names of the trunk are llama2.c's, so its checkpoints load; those of heads begin as in HEADS. What each
+type of head is for: doc/objectives.md.
 
 What this leaves out on purpose: losses (losses.py), optimisers and files (train.py, export.py),
 the KV cache (run.c).
@@ -39,14 +40,26 @@ class ModelArgs:
     max_seq_len: int = 512
     dropout: float = 0.0
     tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
+    trunk: str = "transformer"  # or rnn, which no file format of run.c's can hold
+    recurrence: int = 1  # how often the layers between prelude and coda are applied
+    prelude_layers: int = 1
+    coda_layers: int = 1
     n_future_heads: int = 0
     head: str = "linear"
+    aux_grad_scale: float = 1.0  # of each further head's gradient, what reaches the trunk
+    aux_grad_power: bool = False  # of head i's, that to the power of i
+    spelling_letters: int = 0  # letters of the following text that are predicted, each by a head of its own
+    alphabet_size: int = 0  # classes of those heads
+    order_window: int = 0  # tokens ahead that the order head ranks; 0: there is none
 
     def __post_init__(self):
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
             raise ValueError(f"dim={self.dim}: expected an even multiple of n_heads={self.n_heads} (RoPE turns pairs)")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads={self.n_kv_heads}: expected a divisor of n_heads={self.n_heads}")
+        if self.recurrence > 1 and self.prelude_layers + self.coda_layers >= self.n_layers:
+            raise ValueError(f"recurrence={self.recurrence}: no layer is between prelude_layers={self.prelude_layers} "
+                             f"and coda_layers={self.coda_layers} of n_layers={self.n_layers}")
         if self.hidden_dim == 0:
             self.hidden_dim = self.multiple_of * math.ceil(int(2 * 4 * self.dim / 3) / self.multiple_of)
 
@@ -78,10 +91,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """weight: in place of the norm's own."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return normed.type_as(x) * (self.weight if weight is None else weight)
 
 
 def rope_table(head_dim: int, length: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -151,34 +165,116 @@ class TransformerBlock(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# future heads: each is built from ModelArgs and maps the model, its states h and norm(h) to a Readout
+# future heads: each is built from ModelArgs and the trunk's kind of block
+
+def part_of_gradient(x: Tensor, part: float) -> Tensor:
+    """x, back through which goes only a part of the gradient."""
+    if part == 1.0:
+        return x
+    return x.detach() if part == 0.0 else torch.lerp(x.detach(), x, part)  # the same numbers, exactly
+
+
+class View:
+    """What future heads may read; `part` of their gradient reaches the trunk by way of it."""
+
+    def __init__(self, model: "Transformer", tokens: Tensor, h: Tensor, ntp: Readout, part: float):
+        self.model, self.tokens, self.part, self.ntp = model, tokens, part, ntp
+        self.h = part_of_gradient(h, part)  # (B, T, D)
+        self.normed = part_of_gradient(ntp.features, part)  # (B, T, D), norm(h)
+        self.unembedding = part_of_gradient(ntp.weight, part)  # (V, D)
+        self.rope = model.rope_cos[: h.shape[1]], model.rope_sin[: h.shape[1]]
+
+    def embedding_ahead(self, i: int) -> Tensor:
+        """(B, T, D): at t that of x[t+i]; in the last i positions of a row it means nothing."""
+        return F.embedding(self.tokens.roll(-i, 1), part_of_gradient(self.model.tok_embeddings.weight, self.part))
+
+    def readout(self, state: Tensor) -> Readout:
+        """The trunk's norm and unembedding of a head's own state (B, T, D)."""
+        return Readout(self.model.norm(state, part_of_gradient(self.model.norm.weight, self.part)), self.unembedding)
+
 
 class LinearHead(nn.Module):
-    """An unembedding of its own on the trunk's normed states: V x D parameters a head."""
+    """An unembedding of its own on norm(h): V x D parameters a head (lingua; Platek's fork of llama2.c)."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, block: type):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(args.vocab_size, args.dim))
 
-    def forward(self, model: "Transformer", h: Tensor, normed: Tensor) -> Readout:
-        return Readout(normed, self.weight)
+    def forward(self, view: View) -> Readout:
+        return Readout(view.normed, self.weight)
 
 
-FUTURE_HEADS = {"linear": LinearHead}
+class ResidualHead(nn.Module):
+    """h + SiLU(W h), W = 0 at the start: D x D parameters a head (Medusa, arXiv 2401.10774, section 2.1)."""
+
+    def __init__(self, args: ModelArgs, block: type):
+        super().__init__()
+        self.residual = nn.Linear(args.dim, args.dim, bias=False)
+
+    def forward(self, view: View) -> Readout:
+        return view.readout(view.h + F.silu(self.residual(view.h)))
+
+
+class BlockHead(nn.Module):
+    """A transformer block of its own on h (Gloeckle et al. 2024, arXiv 2404.19737, section 2)."""
+
+    def __init__(self, args: ModelArgs, block: type):
+        super().__init__()
+        self.block = block(args)
+
+    def forward(self, view: View) -> Readout:
+        return view.readout(self.block(view.h, *view.rope))
+
+
+class SequentialHead(nn.Module):
+    """A block on a projection of [norm(state of the head before) ; norm(embedding of x[t+i])] (DeepSeek-V3, arXiv
+    2412.19437, section 2.2): head i at t has seen the i tokens in between, and all heads before it are run as well.
+    """
+
+    def __init__(self, args: ModelArgs, block: type):
+        super().__init__()
+        self.state_norm = block.Norm(args.dim, args.norm_eps)
+        self.token_norm = block.Norm(args.dim, args.norm_eps)
+        self.project = nn.Linear(2 * args.dim, args.dim, bias=False)
+        self.block = block(args)
+
+    def next_state(self, view: View, i: int, state: Tensor) -> Tensor:
+        both = torch.cat((self.state_norm(state), self.token_norm(view.embedding_ahead(i))), dim=-1)
+        return self.block(self.project(both).type_as(state), *view.rope)
+
+
+class SharedHead(nn.Module):
+    """The next-token head itself, asked for a later token as well (modded-nanogpt's multi-token record)."""
+
+    def __init__(self, args: ModelArgs, block: type):
+        super().__init__()
+
+    def forward(self, view: View) -> Readout:
+        return view.ntp
+
+
+FUTURE_HEADS = {"linear": LinearHead, "residual": ResidualHead, "block": BlockHead, "sequential": SequentialHead,
+                "shared": SharedHead}
+HEADS = ("future_heads.", "spelling_heads.", "order_head.")  # what names of parameters outside of the trunk begin with
 
 
 class Transformer(nn.Module):
-    """Trunk, NTP head and `n_future_heads` future heads."""
+    """Trunk, NTP head, `n_future_heads` future heads, and heads for letters and order where ModelArgs has them."""
 
     Block = TransformerBlock  # kernels.py puts a faster one with the same parameters in its place
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        if args.head not in FUTURE_HEADS:
-            raise ValueError(f"head={args.head}: expected one of {', '.join(FUTURE_HEADS)}")
+        for name, known in (("head", FUTURE_HEADS), ("trunk", ("transformer", "rnn"))):
+            if getattr(args, name) not in known:
+                raise ValueError(f"{name}={getattr(args, name)}: expected one of {', '.join(known)}")
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(self.Block(args) for _ in range(args.n_layers))
+        if args.trunk == "rnn":  # Elman 1990, with PyTorch's own initial weights
+            self.rnn = nn.RNN(args.dim, args.dim, args.n_layers, batch_first=True)
+            self.layers = nn.ModuleList()
+        else:
+            self.layers = nn.ModuleList(self.Block(args) for _ in range(args.n_layers))
         self.norm = self.Block.Norm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
@@ -188,37 +284,95 @@ class Transformer(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         self._init_weights(self)
         # Heads last: the trunk of a seed starts the same whatever heads sit on it, so runs can be compared in pairs.
-        self.future_heads = nn.ModuleList(FUTURE_HEADS[args.head](args) for _ in range(args.n_future_heads))
+        self.future_heads = nn.ModuleList(FUTURE_HEADS[args.head](args, self.Block) for _ in range(args.n_future_heads))
         self._init_weights(self.future_heads)
+        if args.spelling_letters:
+            self.spelling_heads = nn.Linear(args.dim, args.spelling_letters * args.alphabet_size, bias=False)
+            self._init_weights(self.spelling_heads)
+        if args.order_window:
+            self.order_head = nn.Linear(args.dim, args.vocab_size, bias=False)
+            self._init_weights(self.order_head)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Matrices from N(0, 0.02); those that write into the residual stream smaller, by sqrt(2 n_layers) (GPT-2)."""
+        """Matrices from N(0, 0.02); those that write into the residual stream smaller, by sqrt(2 layers) (GPT-2)."""
+        depth = len(self.unrolled()) or self.args.n_layers
         for name, p in module.named_parameters():
-            if p.dim() == 2:
-                residual = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * self.args.n_layers) if residual else 0.02)
+            if name.endswith("residual.weight"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2 and not name.startswith("rnn."):
+                writes = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * depth) if writes else 0.02)
+
+    def unrolled(self) -> list[TransformerBlock]:
+        """The layers in the order in which they are applied: prelude, `recurrence` times the core, coda.
+
+        Recurrent depth: Geiping et al. 2025 (arXiv 2502.05171), here without the input's injection and
+        the random first state, which a Llama has no place for.
+        """
+        layers, r = list(self.layers), self.args.recurrence
+        if r == 1:
+            return layers
+        first, last = self.args.prelude_layers, len(layers) - self.args.coda_layers
+        return layers[:first] + layers[first:last] * r + layers[last:]
+
+    def start_as_last_block(self, heads: Iterable[int]) -> None:
+        """Make the blocks of these future heads copies of the trunk's last. Errors: ValueError where there is none."""
+        for i in heads:
+            if not self.layers or not hasattr(self.future_heads[i - 1], "block"):
+                raise ValueError(f"head_init=last_block: needs heads with a block and a Transformer, "
+                                 f"found head={self.args.head}, trunk={self.args.trunk}")
+            self.future_heads[i - 1].block.load_state_dict(self.layers[-1].state_dict())
 
     def trunk(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, T) int64, T <= max_seq_len -> h: (B, T, D), the states after the last block."""
+        """tokens: (B, T) int64, T <= max_seq_len -> h: (B, T, D), the states after the last block.
+
+        Of tokens (B, T, s), bags of s, a position reads the mean of their embeddings.
+        """
         T = tokens.shape[1]
         if T > self.args.max_seq_len:
             raise ValueError(f"a row of {T} tokens: this model's max_seq_len is {self.args.max_seq_len}")
-        h = F.dropout(self.tok_embeddings(tokens), self.args.dropout, self.training)
-        for layer in self.layers:
+        h = self.tok_embeddings(tokens)
+        h = F.dropout(h.mean(2) if tokens.dim() == 3 else h, self.args.dropout, self.training)
+        if self.args.trunk == "rnn":
+            with torch.autocast(h.device.type, enabled=False):
+                return self.rnn(h)[0]
+        for layer in self.unrolled():
             h = layer(h, self.rope_cos[:T], self.rope_sin[:T])
         return h
 
-    def readouts(self, h: Tensor, heads: Iterable[int]) -> dict[int, Readout]:
-        """{i: head i on states h}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead."""
-        normed = self.norm(h)  # once, for all heads that read it
-        ntp = Readout(normed, self.output.weight)
-        return {i: self.future_heads[i - 1](self, h, normed) if i else ntp for i in heads}
+    def readouts(self, tokens: Tensor, h: Tensor, heads: Iterable[int | str]) -> dict[int | str, Readout]:
+        """{head: what it makes of states h}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead.
+
+        "spelling" is that of the letters, its weight (spelling_letters * alphabet_size, D); "order" that
+        of the order of tokens. tokens (B, T) are those that h is of.
+        """
+        ntp = Readout(self.norm(h), self.output.weight)  # normed once, for all heads that read it
+        found, state = {0: ntp}, None
+        part, power = self.args.aux_grad_scale, self.args.aux_grad_power
+        views = {}
+        for i in range(1, 1 + max((i for i in heads if isinstance(i, int)), default=0)):
+            head, chained = self.future_heads[i - 1], self.args.head == "sequential"
+            if i in heads or chained:
+                share = part**i if power else part
+                view = views[share] = views.get(share) or View(self, tokens, h, ntp, share)
+                if chained:
+                    state = head.next_state(view, i, view.h if state is None else state)
+                if i in heads:
+                    found[i] = view.readout(state) if chained else head(view)
+        for name, head in (("spelling", "spelling_heads"), ("order", "order_head")):
+            if name in heads:
+                found[name] = Readout(part_of_gradient(ntp.features, part), getattr(self, head).weight)
+        return {i: found[i] for i in heads}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) -> NTP logits z: (B, T, V)."""
-        return self.readouts(self.trunk(tokens), [0])[0].logits()
+        return self.readouts(tokens, self.trunk(tokens), [0])[0].logits()
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """Those of trunk and NTP head."""
+        return [p for name, p in self.named_parameters() if not name.startswith(HEADS)]
 
     def parameter_counts(self) -> dict[str, int]:
-        """{'trunk': parameters with the NTP head, 'future heads': parameters only they have}."""
-        heads = sum(p.numel() for p in self.future_heads.parameters())
-        return {"trunk": sum(p.numel() for p in self.parameters()) - heads, "future heads": heads}
+        """{'trunk': parameters with the NTP head, 'future heads': parameters only they and other heads have}."""
+        trunk = sum(p.numel() for p in self.trunk_parameters())
+        return {"trunk": trunk, "future heads": sum(p.numel() for p in self.parameters()) - trunk}

@@ -19,9 +19,8 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,115 +28,35 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import kernels
-from configurator import (
-    AtLeast0,
-    AtLeast1,
-    Fraction,
-    FractionAbove0,
-    FractionBelow1,
-    NonNegative,
-    Positive,
-    Range,
-    configure,
-    help_text,
-)
+from configurator import configure, help_text
 from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
+from letters import Letters, token_texts
 from log import Log
 from losses import Objective, all_losses, loss_weights, scales
 from machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note, out_of_memory
-from model import FUTURE_HEADS, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 from optimizer import make_optimizer
+from settings import Settings, check, shape_of
 from tinystories import TrainBatches, Windows, eval_batches
-from tokenizer import BOS, BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE, vocab_folder
+from tokenizer import BOS, load_tokenizer, vocab_folder
 
 
-@dataclass
-class Settings:
-    # where the run lives
-    out_dir: str = "out"  # folder of ckpt.pt, last.pt and log.jsonl
-    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or the path of any llama2.c-style checkpoint
-    eval_interval: AtLeast1 = 250  # iterations between evaluations; each saves last.pt
-    eval_iters: AtLeast1 = 25  # validation batches of 32 rows an evaluation, the same ones in every run
-    eval_only: bool = False  # evaluate once and stop; writes nothing
-    log_interval: AtLeast1 = 1  # iterations between lines on the terminal and in log.jsonl
-    # wandb
-    wandb_log: bool = False  # send the log to wandb as well
-    wandb_project: str = "lookahead"  # wandb project
-    wandb_run_name: str = ""  # wandb run name; empty: the name of out_dir
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: keep it in ./wandb for `wandb sync`
-    # data
-    data_dir: str = "data"  # folder of all data sets
-    dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
-    vocab_size: Annotated[int, Range(BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE)] = 512  # tokens; 259 is the byte tokenizer
-    max_seq_len: AtLeast1 = 512  # tokens in a row, and the longest context of the model
-    batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
-    gradient_accumulation_steps: AtLeast1 = 1  # micro-batches an iteration
-    # model
-    dim: AtLeast1 = 64  # width of the residual stream
-    n_layers: AtLeast1 = 5  # transformer blocks
-    n_heads: AtLeast1 = 8  # query heads; dim must be an even multiple
-    n_kv_heads: AtLeast1 = 4  # key/value heads; a divisor of n_heads
-    hidden_dim: AtLeast0 = 0  # width of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
-    multiple_of: AtLeast1 = 4  # see hidden_dim
-    norm_eps: Positive = 1e-5  # RMSNorm's epsilon; run.c uses 1e-5
-    dropout: FractionBelow1 = 0.0  # share of activations dropped in training
-    tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
-    # looking ahead
-    n_future_heads: AtLeast0 = 0  # head i predicts the token i further ahead than the next
-    head: Literal[tuple(FUTURE_HEADS)] = "linear"  # type of the future heads
-    nitp_weight: NonNegative = 0.0  # of the first head's cross-entropy loss
-    consistency_weight: NonNegative = 0.0  # of the first head's KL from the NTP head that has seen more
-    head_decay: FractionAbove0 = 1.0  # head i weighs head_decay^(i-1) of the above
-    mask_document_ends: bool = False  # no target of a future head lies behind the next BOS
-    aux_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of these weights between aux_start and aux_end
-    aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
-    aux_end: Fraction = 1.0  # fraction of the run from which they are 0 (1: never)
-    # optimisation
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
-    learning_rate: Positive = 5e-4  # peak of the learning rate
-    max_iters: AtLeast1 = 100_000  # iterations of the whole run
-    warmup_iters: AtLeast0 = 1000  # iterations in which the rate rises to its peak
-    decay_lr: bool = True  # fall to min_lr in half a cosine by max_iters; false: stay at the peak
-    min_lr: NonNegative = 0.0  # where the cosine ends
-    weight_decay: NonNegative = 0.1  # on matrices only
-    beta1: FractionBelow1 = 0.9  # AdamW's
-    beta2: FractionBelow1 = 0.95  # AdamW's
-    grad_clip: NonNegative = 1.0  # largest norm of the whole gradient; 0: no clipping
-    # system
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
-    device: str = "auto"  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bfloat16 where it is fast
-    path: Literal["auto", "plain", "fast"] = "auto"  # fast: kernels.c, for CPUs; plain: PyTorch; auto: the fastest
-    compile: bool = False  # torch.compile the plain path
-
-
-def check(s: Settings) -> None:
-    """Refuse settings that contradict each other; ValueError names them."""
-    shape_of(s)
-    if (s.nitp_weight or s.consistency_weight) and not s.n_future_heads:
-        name = "nitp_weight" if s.nitp_weight else "consistency_weight"
-        raise ValueError(f"{name}={getattr(s, name)}: needs a future head, found n_future_heads=0")
-    if s.n_future_heads >= s.max_seq_len:
-        raise ValueError(f"n_future_heads={s.n_future_heads}: expected less than max_seq_len={s.max_seq_len}")
-    if s.aux_start >= s.aux_end:
-        raise ValueError(f"aux_start={s.aux_start}: expected less than aux_end={s.aux_end}")
-    if s.min_lr > s.learning_rate:
-        raise ValueError(f"min_lr={s.min_lr}: expected at most learning_rate={s.learning_rate}")
-    if not s.out_dir:
-        raise ValueError("out_dir: expected the name of a folder, found nothing")
-    if s.eval_only and s.init_from == "scratch":
-        raise ValueError("eval_only: nothing to evaluate with init_from=scratch; give resume or a checkpoint's path")
-
-
-def shape_of(s: Settings) -> ModelArgs:
-    return ModelArgs(**{f.name: getattr(s, f.name) for f in fields(ModelArgs)})
-
-
-def make_objective(s: Settings, path: StepPath) -> Objective:
-    """A new model with its losses, both of the kind that the path wants."""
+def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None) -> Objective:
+    """A new model with its losses, both of the kind that the path wants. texts: of the tokens, for spelling."""
     model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
-    return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None)
+    if s.spelling_letters and texts is None:
+        raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer, so no letters")
+    return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None,
+                     consistency=(s.consistency_direction, s.consistency_temperature),
+                     letters=(Letters(texts, s.spelling_case), s.spelling_letters) if s.spelling_letters else None,
+                     order_window=s.order_window, bag=s.superposition,
+                     neighbours=(s.soft_neighbours, s.soft_temperature) if s.soft_weight else None)
+
+
+def losses_of(s: Settings) -> tuple[str, ...]:
+    """The losses that a run with these settings has a use for, as evaluations report them."""
+    return all_losses(s.n_future_heads, s.spelling_letters, s.order_window > 0, s.soft_weight > 0.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,7 +85,9 @@ class Stop:
 
 RESUMED = {"optimizer": dict, "scaler": dict, "iter_num": int, "best_val_ntp": float, "config": dict, "rng": list,
            "seconds": float, "tokens": int}  # what a checkpoint needs beside the model to be resumed
-SHAPE = {f.name for f in fields(ModelArgs)} - {"dropout"}
+OF_HEADS = {"n_future_heads", "head", "spelling_letters", "spelling_case", "order_window"}
+OF_TRAINING = {"dropout", "aux_grad_scale", "aux_grad_power"}  # in ModelArgs, but no part of a shape
+SHAPE = {f.name for f in fields(ModelArgs)} - OF_TRAINING - {"alphabet_size"} | OF_HEADS
 
 
 def load_start(s: Settings) -> tuple[dict | None, Path]:
@@ -190,14 +111,14 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
         if not 0 <= checkpoint["iter_num"] <= s.max_iters:
             raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}, max_iters={s.max_iters}")
         for f in fields(Settings):
-            then, now = checkpoint["config"].get(f.name), getattr(s, f.name)
+            then, now = checkpoint["config"].get(f.name, f.default), getattr(s, f.name)
             if f.name in SHAPE and then != now:
                 raise ValueError(f"{f.name}={now}: the run in {path} has {then}; a resumed run keeps its shape")
             if f.name in checkpoint["config"] and then != now and f.name not in ("init_from", "eval_only"):
                 note(f"resuming with {f.name}={now}, was {then}")
     else:
         theirs, ours = model_args_of(checkpoint, path), shape_of(s)
-        for name in sorted(SHAPE - {"n_future_heads", "head", "max_seq_len", "multiple_of"}):
+        for name in sorted(SHAPE - OF_HEADS - {"max_seq_len", "multiple_of"}):
             then, now = getattr(theirs, name), getattr(ours, name)
             setattr(s, name, then)
             if then != now:
@@ -238,22 +159,38 @@ def learning_rate(s: Settings, it: int) -> float:
     return s.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
 
 
-@torch.no_grad()
+def freeze(model: Transformer, s: Settings, it: int) -> bool:
+    """Let learn what is to learn at iteration `it`; returns whether that is other than it was."""
+    frozen, changed = s.freeze_trunk_iters < 0 or it < s.freeze_trunk_iters, False
+    for p in model.trunk_parameters():
+        learns = not frozen and not (s.freeze_embeddings and p is model.tok_embeddings.weight)
+        changed |= p.requires_grad != learns
+        p.requires_grad = learns
+    return changed
+
+
 def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machine: Machine, path: StepPath) -> dict:
-    """{name: mean over all validation batches}, of the losses `names` and of acc_i; ranks share the work."""
-    names_and_accuracy = (*names, *(f"acc_{i}" for i in range(objective.model.args.n_future_heads + 1)))
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in names_and_accuracy}  # of values, of positions
+    """{name: mean over all validation batches}, of `names` and of the heads' guesses; ranks share the work."""
+    n = objective.model.args.n_future_heads
+    guesses = (f"{kind}_{i}" for kind in ("acc", "agree", "kl") for i in range(kind != "acc", n + 1))
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*names, *guesses)}  # of values, of positions
     objective.eval()
     mine = batches[machine.rank :: machine.world]
     for x, y in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # None: on terminals only
         with path.autocast():
-            losses = objective.losses(*machine.put(x, y), names, accuracy=True)
-        for name, loss in losses.items():
-            count = loss.count.item()
-            sums[name] += torch.tensor([loss.mean.item() * count, count])
+            losses = objective.evaluate(*machine.put(x, y), names, n)
+        for name in sums:
+            count = losses[name].count.item()
+            sums[name] += torch.tensor([losses[name].mean.item() * count, count])
     objective.train()
     totals = machine.sum(torch.stack(list(sums.values())))  # (losses, 2)
     return {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
+
+
+def tokens_per_byte(batches: list, texts: list[bytes]) -> float:
+    """Of the targets of validation batches: what nats a token times this, over log 2, are in bits a byte."""
+    length = torch.tensor([len(text) for text in texts])
+    return sum(y.numel() for _, y in batches) / max(1, sum(length[y].sum().item() for _, y in batches))
 
 
 def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -> None:
@@ -263,30 +200,31 @@ def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -
                          f"What {s.out_dir} holds is from before")
 
 
-def tokens_per_step(s: Settings, machine: Machine) -> int:
-    """Tokens that all processes together train on in one iteration."""
-    return s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len
+def tokens_per_step(s: Settings, machine: Machine, it: int) -> int:
+    """Tokens that all processes together train on in iteration `it`; a bag of them takes the place of one."""
+    bag = s.superposition if it / s.max_iters < s.superposition_end else 1
+    return s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len * bag
 
 
 def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, path: StepPath) -> None:
     """Say what follows from the settings."""
     counts = model.parameter_counts()
-    per_step = tokens_per_step(s, machine)
-    total = per_step * s.max_iters
+    per_step = tokens_per_step(s, machine, s.max_iters)
+    total = sum(tokens_per_step(s, machine, it) for it in range(s.max_iters))
     if s.n_future_heads and not (s.nitp_weight or s.consistency_weight):
         note(f"n_future_heads={s.n_future_heads}: no loss has a weight, so the heads stay as they start")
     if s.warmup_iters >= s.max_iters:
         note(f"warmup_iters={s.warmup_iters}: the run ends before the learning rate is at its peak")
     print(f"parameters: {counts['trunk']:,} in trunk and NTP head, "
-          f"{counts['future heads']:,} in {s.n_future_heads} future heads\n"
+          f"{counts['future heads']:,} in {s.n_future_heads} future heads"
+          + " and others" * (s.spelling_letters + s.order_window > 0) + "\n"
           f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
           f"{total / (len(train) * s.max_seq_len):.2f} epochs of {len(train):,} rows in {train.path}\n"
           f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {path}", flush=True)
 
 
-def show(line: dict, s: Settings, machine: Machine) -> str:
+def show(line: dict, s: Settings, step_seconds: float) -> str:
     """A line of the log for the terminal: losses, rate, speed, time left."""
-    step_seconds = tokens_per_step(s, machine) / line["tok_per_s"]
     minutes, seconds = divmod(round((s.max_iters - line["iter"]) * step_seconds), 60)
     losses = "  ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in line.items() if k.startswith("train/"))
     return (f"iter {line['iter']}/{s.max_iters} | {losses} | lr {line['lr']:.2e} | {step_seconds * 1000:.0f} ms | "
@@ -313,22 +251,38 @@ def train(s: Settings) -> int:
     folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
     train_rows, val_rows = (Windows(folder / f"{split}.bin", s.vocab_size, s.max_seq_len) for split in ("train", "val"))
     batches = TrainBatches(train_rows, s.batch_size, s.seed, machine.rank, machine.world)
+    bags = batches
+    if s.superposition > 1:  # as many bags in a row as else tokens
+        rows = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len * s.superposition)
+        bags = TrainBatches(rows, s.batch_size, s.seed, machine.rank, machine.world)
     val_batches = eval_batches(val_rows, s.eval_iters)
+    texts = token_texts(load_tokenizer(folder, s.vocab_size)) if (folder / "tokenizer.bin").exists() else None
 
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     path = choose_path(s, machine.device)
-    objective = raw = make_objective(s, path)
+    raw = make_objective(s, path, texts)
     model = raw.model
+    fresh = [name for name, _ in model.named_parameters()]
     if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
-        note(f"{source}: has no {', '.join(fresh)}: random at the start")
-    model.to(machine.device)
+        note(f"{source}: has no {', '.join(fresh)}: at the start as in a new model")
+    if s.head_init == "last_block":
+        model.start_as_last_block(i for i in range(1, s.n_future_heads + 1)
+                                  if any(name.startswith(f"future_heads.{i - 1}.") for name in fresh))
+    raw.to(machine.device)
+    if s.soft_weight:
+        raw.refresh_neighbours()
     torch.manual_seed(s.seed + 1 + machine.rank)  # dropout: a stream of its own, whatever the weights drew
-    if path.kind == "compiled":
-        objective = torch.compile(objective)
-    if machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
-        objective = DistributedDataParallel(objective, find_unused_parameters=s.n_future_heads > 0)
     optimizer = make_optimizer(s, model)
+
+    def wrapped() -> torch.nn.Module:
+        """The objective as it runs; anew whenever other parameters learn."""
+        objective = torch.compile(raw) if path.kind == "compiled" else raw
+        if machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
+            has_heads = len(model.trunk_parameters()) < len(list(model.parameters()))
+            objective = DistributedDataParallel(objective, find_unused_parameters=has_heads)
+        return objective
+
     scaler = torch.amp.GradScaler(machine.device.type, enabled=path.dtype == torch.float16)
 
     start, best, seconds, tokens, wandb_id = 0, math.inf, 0.0, 0, None
@@ -339,6 +293,8 @@ def train(s: Settings) -> int:
             if checkpoint["scaler"]:  # empty unless the run was float16
                 scaler.load_state_dict(checkpoint["scaler"])
             restore_rng(checkpoint["rng"], machine)
+            for name, table in raw.named_buffers(recurse=False):  # soft targets, as of their last refresh
+                table.copy_(checkpoint["objective"][name])
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{source}: its optimizer or random state does not fit this run: {error!r}") from error
         for group, fresh_group in zip(optimizer.param_groups, fresh_groups, strict=True):
@@ -348,8 +304,17 @@ def train(s: Settings) -> int:
     del checkpoint
     if first:
         announce(s, model, train_rows, machine, path)
+
+    per_byte = tokens_per_byte(val_batches, texts) if texts else 0.0
+
+    def validate() -> dict:
+        val = evaluate(raw, val_batches, losses_of(s), machine, path)
+        if per_byte:
+            val["bits_per_byte"] = val["ntp"] / math.log(2.0) * per_byte
+        return val
+
     if s.eval_only:
-        val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, path)
+        val = validate()
         if first:
             print("\n".join(f"val/{name} {value:.6f}" for name, value in val.items()))
         return 0
@@ -361,19 +326,22 @@ def train(s: Settings) -> int:
             return
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                    "model_args": model.args.as_dict(), "iter_num": it, "best_val_ntp": best, "config": asdict(s),
-                   "rng": rng, "seconds": seconds, "tokens": tokens, "wandb_id": log.wandb_id or wandb_id}
+                   "objective": dict(raw.named_buffers(recurse=False)), "rng": rng, "seconds": seconds,
+                   "tokens": tokens, "wandb_id": log.wandb_id or wandb_id}
         buffer = io.BytesIO()  # torch.save straight to a full disk would not say that the disk is full
         torch.save(content, buffer)
         for name in names:
             with atomic_write(Path(s.out_dir) / name) as f:
                 f.write(buffer.getbuffer())
 
-    stop, last_shown = Stop(), (tokens, seconds)
+    stop, last_shown = Stop(), (start, tokens, seconds)
+    freeze(model, s, start)
+    objective = wrapped()
     for it in range(start, s.max_iters + 1):
         line: dict = {"iter": it, "tokens": tokens, "seconds": seconds}
         evaluates = it % s.eval_interval == 0 or it == s.max_iters
         if evaluates:
-            val = evaluate(raw, val_batches, all_losses(s.n_future_heads), machine, path)
+            val = validate()
             line |= {f"val/{name}": value for name, value in val.items()}
             if first:
                 print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
@@ -393,8 +361,13 @@ def train(s: Settings) -> int:
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, it)
+        if freeze(model, s, it):
+            objective = wrapped()
+        if s.soft_weight and it % s.soft_refresh == 0:
+            raw.refresh_neighbours()
         weights = loss_weights(s, it / s.max_iters)
-        micro = [machine.put(*batches[it * accumulate + m]) for m in range(accumulate)]
+        source = bags if "superposition" in weights else batches
+        micro = [machine.put(*source[it * accumulate + m]) for m in range(accumulate)]
         micro_counts = [raw.counts(y, tuple(weights)) for _, y in micro]
         counts = {name: machine.sum(sum(c[name] for c in micro_counts)) for name in weights}  # of the whole iteration
         means = dict.fromkeys(weights, 0.0)
@@ -411,7 +384,7 @@ def train(s: Settings) -> int:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        tokens += tokens_per_step(s, machine)
+        tokens += tokens_per_step(s, machine, it)
 
         due = evaluates or it % s.log_interval == 0
         if due or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
@@ -422,14 +395,16 @@ def train(s: Settings) -> int:
             means["total"] = sum(weights[name] * mean for name, mean in means.items())
             norm = grad_norm.item()  # not finite where float16 overflows, and the scaler skips the step
             line |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None,
-                     "tok_per_s": (tokens - last_shown[0]) / (seconds - last_shown[1])}
+                     "tok_per_s": (tokens - last_shown[1]) / (seconds - last_shown[2])}
             line |= {f"train/{name}": mean for name, mean in means.items()}
-            line |= {f"weight/{name}": weights.get(name, 0.0) for name in all_losses(s.n_future_heads)[1:]}
-            last_shown = tokens, seconds
+            line |= {f"weight/{name}": weights.get(name, 0.0)
+                     for name in (*losses_of(s)[1:], *["superposition"] * (s.superposition > 1))}
+            step_seconds = (seconds - last_shown[2]) / (it + 1 - last_shown[0])
+            last_shown = it + 1, tokens, seconds
             check_finite("training loss", means["total"], it, s)
             if first:
                 log.write(line)
-                print(show(line, s, machine), flush=True)
+                print(show(line, s, step_seconds), flush=True)
     if first:
         log.close()
         if stop.signal and it < s.max_iters:

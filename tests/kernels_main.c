@@ -60,19 +60,24 @@ static void rows(int64_t N, int64_t D, int bf16) {
     check(gate_up, 2 * N * D, bf16), check(y, N * D, bf16), check(d, 2 * N * D, bf16);
 
     void *teacher = activations(N * D, bf16), *logits = activations(N * D, bf16), *gradient = activations(N * D, bf16);
-    float *results = malloc((size_t)N * 5 * sizeof *results), *none = NULL;
-    int64_t *target = malloc((size_t)N * 8);
-    uint8_t *valid = malloc((size_t)N);
+    const int64_t K = N % 3;  // classes a row, none among it
+    float *results = malloc((size_t)(N * (4 + K)) * sizeof *results), *scales = malloc((size_t)(N * K) * sizeof *scales);
+    float *none = NULL;
+    int64_t *classes = malloc((size_t)(N * K) * 8);
+    uint8_t *taught = malloc((size_t)N);
     for (int64_t n = 0; n < N; n++) {
-        target[n] = n % D;
-        valid[n] = n % 5 != 4;
+        taught[n] = n % 5 != 4;
+        for (int64_t k = 0; k < K; k++) {
+            classes[n * K + k] = (n + k) % D;
+            scales[n * K + k] = n % 7 ? 0.5f : 0.0f;
+        }
     }
-    float *ce = results, *kl = results + N, *sums = results + 2 * N, *teacher_sums = results + 3 * N, *hit = results + 4 * N;
-    bad |= head_losses(teacher, target, valid, 0.0f, NULL, NULL, none, 0.0f, ce, kl, teacher_sums, hit, N, D, bf16);
-    bad |= head_losses(logits, target, valid, 1.0f, gradient, teacher, teacher_sums, 0.5f, ce, kl, sums, hit, N, D, bf16);
-    bad |= head_losses(logits, target, valid, 1.0f, logits, NULL, none, 0.0f, ce, kl, sums, hit, N, D, bf16);
-    check(teacher, N * D, bf16), check(logits, N * D, bf16), check(gradient, N * D, bf16), check(results, 5 * N, 0);
-    free(target), free(valid);
+    float *kl = results, *sums = kl + N, *teacher_sums = sums + N, *best = teacher_sums + N, *ce = best + N;
+    bad |= head_losses(teacher, classes, scales, NULL, NULL, NULL, none, 0.0f, ce, kl, teacher_sums, best, N, D, K, bf16);
+    bad |= head_losses(logits, classes, scales, taught, gradient, teacher, teacher_sums, 0.5f, ce, kl, sums, NULL, N, D, K, bf16);
+    bad |= head_losses(logits, classes, scales, NULL, logits, NULL, none, 0.0f, ce, kl, sums, best, N, D, K, bf16);
+    check(teacher, N * D, bf16), check(logits, N * D, bf16), check(gradient, N * D, bf16), check(results, (4 + K) * N, 0);
+    free(classes), free(scales), free(taught);
 }
 
 int main(void) {

@@ -123,63 +123,72 @@ def test_swiglu_far_from_zero():
 # ---------------------------------------------------------------------------------------------
 # the losses' functions
 
-def head_losses(logits, target, valid, scale, gradient, teacher, teacher_scale):
-    results = tuple(torch.full((4, len(logits)), torch.nan))
-    kernels.head_losses(logits, target, valid, scale, gradient, teacher, teacher_scale, results)
+def head_losses(logits, classes, scales, gradient=None, teacher=None, taught=None, teacher_scale=0.0):
+    results = (torch.full(classes.shape, torch.nan), *torch.full((3, len(logits)), torch.nan))
+    kernels.head_losses(logits, classes, scales, gradient, teacher, taught, teacher_scale, results)
     return results
 
 
 @dtypes
 @pytest.mark.parametrize("with_teacher", [False, True])
-@pytest.mark.parametrize("N,V", [(5, 512), (1, 1), (3, 17), (40, 259), (2, 5000)])
-def test_head_losses(N, V, with_teacher, dtype):
+@pytest.mark.parametrize("N,V,K", [(5, 512, 1), (1, 1, 1), (3, 17, 0), (40, 259, 3), (2, 5000, 2)])
+def test_head_losses(N, V, K, with_teacher, dtype):
     logits, wide = leaf(N, V, dtype=dtype, scale=4.0)
     z, wide_z = leaf(N, V, dtype=dtype, scale=3.0, seed=1)
-    target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
-    valid = torch.arange(N) % 3 != 1
+    g = torch.Generator().manual_seed(1)
+    classes, scales = torch.randint(V, (N, K), generator=g), torch.rand(N, K, generator=g)
+    scales[torch.arange(N) % 3 == 1] = 0.0  # rows that nobody asks
+    taught = torch.arange(N) % 3 != 1
     teacher = (z.detach(), z.detach().float().logsumexp(-1)) if with_teacher else None
+    how = (teacher, taught if with_teacher else None, 0.2 * with_teacher)
 
-    entropy = torch.where(valid, F.cross_entropy(wide, target, reduction="none"), 0.0)
+    entropy = -wide.log_softmax(-1).gather(1, classes)
     divergence = F.kl_div(wide.log_softmax(-1), wide_z.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    divergence = torch.where(valid, divergence, 0.0) * with_teacher
-    (0.7 * entropy + 0.2 * divergence).sum().backward()
+    divergence = torch.where(taught, divergence, 0.0) * with_teacher
+    ((scales * entropy).sum() + 0.2 * divergence.sum()).backward()
 
     for aliased in (False, True):  # the gradient in a place of its own, and in that of the logits
         rows = logits.detach().clone()
         gradient = rows if aliased else torch.full_like(rows, torch.nan)
-        got = head_losses(rows, target, valid, 0.7, gradient, teacher, 0.2 * with_teacher)
-        assert torch.equal(got[3].bool(), (wide.argmax(-1) == target) & valid)
-        for mine, want in zip(got[:3], (entropy, divergence, torch.where(valid, wide.logsumexp(-1), 0.0)), strict=True):
+        got = head_losses(rows, classes, scales, gradient, *how)
+        assert torch.equal(got[3].long(), wide.argmax(-1))
+        for mine, want in zip(got[:3], (entropy, divergence, wide.logsumexp(-1)), strict=True):
             compare(mine, want.detach(), torch.float32)  # of the logits as rounded, so float32 whatever they are
         compare(gradient, wide.grad, dtype)
+        assert (gradient[torch.arange(N) % 3 == 1] == 0).all()
         assert aliased or torch.equal(rows, logits)
     rows = logits.detach().clone()
-    assert all(map(torch.equal, head_losses(rows, target, valid, 0.0, None, teacher, 0.0), got))
+    assert all(map(torch.equal, head_losses(rows, classes, scales, None, *how), got))
     assert torch.equal(rows, logits)  # nobody asked for gradients
+    without_best = (*(torch.empty_like(t) for t in got[:3]), None)
+    kernels.head_losses(rows, classes, scales, None, *how, without_best)
+    assert all(map(torch.equal, without_best[:3], got))
 
 
 def test_losses_of_logits_that_overflow_or_are_nan():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [3e38, 0.0, -3e38], [0.0, torch.nan, 0.0]])
-    target, valid = torch.tensor([0, 1, 0, 0]), torch.ones(4, dtype=torch.bool)
-    entropy, _, log_sum, _ = head_losses(logits, target, valid, 1.0, None, None, 0.0)
-    torch.testing.assert_close(entropy[:3], torch.tensor([0.0, torch.tensor(3.0).log(), 0.0]))
+    classes, one = torch.tensor([[0], [1], [0], [0]]), torch.ones(4, 1)
+    entropy, _, log_sum, _ = head_losses(logits, classes, one)
+    torch.testing.assert_close(entropy[:3, 0], torch.tensor([0.0, torch.tensor(3.0).log(), 0.0]))
     assert entropy[3].isnan()  # so that train.py stops
-    _, divergence, _, _ = head_losses(logits, target, valid, 1.0, None, (logits, log_sum), 1.0)
+    _, divergence, _, _ = head_losses(logits, classes, one, None, (logits, log_sum), torch.ones(4).bool(), 1.0)
     torch.testing.assert_close(divergence[:2], torch.zeros(2), atol=1e-3, rtol=0)
     assert divergence[3].isnan()
+    gradient = torch.empty_like(logits)
+    head_losses(logits, classes, torch.tensor([[1.0], [1.0], [1.0], [0.0]]), gradient)
+    assert torch.isfinite(gradient).all()  # a row that nobody asks does not leak
 
 
 def test_of_equal_logits_the_first_is_the_best():
-    logits, valid = torch.tensor([[0.0, 2.0, 2.0, 1.0]]).repeat(4, 1), torch.ones(4, dtype=torch.bool)
-    hits = head_losses(logits, torch.arange(4), valid, 1.0, None, None, 0.0)[3]
-    assert hits.tolist() == [0.0, 1.0, 0.0, 0.0]
+    best = head_losses(torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 2.0, 2.0, 3.0], [0.0, 0.0, 0.0, 1.0]]),
+                       torch.zeros(3, 1).long(), torch.ones(3, 1))[3]
+    assert best.tolist() == [1.0, 0.0, 3.0]
 
 
-def test_a_target_outside_of_the_vocabulary_is_an_error_not_a_read_elsewhere():
-    valid = torch.ones(2, dtype=torch.bool)
+def test_a_class_outside_of_the_vocabulary_is_an_error_not_a_read_elsewhere():
     for outside in (5, -1):
         with pytest.raises(IndexError, match="outside of the vocabulary"):
-            head_losses(torch.zeros(2, 5), torch.tensor([4, outside]), valid, 1.0, None, None, 0.0)
+            head_losses(torch.zeros(2, 5), torch.tensor([[4], [outside]]), torch.ones(2, 1), torch.zeros(2, 5))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,7 +230,7 @@ def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
     found = []
     for objective, kind in ((Objective(plain, 1), torch.float32), (Objective(fast, 1, kernels), dtype)):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-            losses = objective.losses(x, y, names, accuracy=True)
+            losses = objective.evaluate(x, y, names, 2)
             weights = {name: 1.0 + k for k, name in enumerate(names)}
             total, _ = objective(x, y, scales(weights, objective.counts(y, names)))
         total.backward()
@@ -260,7 +269,7 @@ def test_the_number_of_threads_changes_no_bit():
             gate_up, _ = leaf(500, 64, dtype=torch.float32)
             kernels.SwiGLU.apply(gate_up).square().sum().backward()
             logits, target = torch.randn(99, 300, generator=torch.Generator().manual_seed(0)), torch.arange(99)
-            losses = head_losses(logits, target, torch.ones(99).bool(), 0.5, logits, None, 0.0)
+            losses = head_losses(logits, target[:, None], torch.full((99, 1), 0.5), logits)
             found.append((qkv.grad, h.grad, branch.grad, weight.grad, gate_up.grad, logits, *losses))
         finally:
             torch.set_num_threads(before)
@@ -281,7 +290,7 @@ def test_features_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         total, _ = objective(x, y, scales({"ntp": 1.0}, objective.counts(y, ("ntp",))))
     total.backward()
-    assert total.item() == pytest.approx(Objective(plain).losses(x, y, ("ntp",))["ntp"].mean.item(), rel=0.01)
+    assert total.item() == pytest.approx(Objective(plain).evaluate(x, y, ("ntp",))["ntp"].mean.item(), rel=0.01)
 
 
 def test_no_position_sees_what_comes_after_it():

@@ -1,7 +1,6 @@
 """The objectives against an unfused, slow, obviously correct reference, gradients included."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import kernels
 import losses
 from losses import Objective, all_losses, loss_weights, scales, schedule, valid_positions
 from model import ModelArgs, Readout, Transformer
+from settings import Settings
 
 BOS = 1
 
@@ -18,7 +18,7 @@ BOS = 1
 def objective_of(request, monkeypatch):
     """objective_of(logits, bos): with whole logits, with those of four positions at a time, and those in kernels.c."""
     if request.param != "whole":
-        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size, aligned=False: 4)
+        monkeypatch.setattr(losses, "chunk_rows", lambda *_: 4)
 
     def make(logits, bos=None):
         if request.param == "kernels":
@@ -47,7 +47,7 @@ class Table(torch.nn.Module):
     def trunk(self, x):
         return x
 
-    def readouts(self, h, heads):
+    def readouts(self, x, h, heads):
         self.read.update(heads)
         V, dtype = self.tables[0].shape[-1], self.tables[0].dtype
         return {i: Readout(self.tables[i], torch.eye(V, dtype=dtype)) for i in heads}
@@ -100,7 +100,7 @@ def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, ob
     want = slow_losses(x, y, slow, n, masked)
     sum(weights[name] * mean for name, (mean, _) in want.items()).backward()
 
-    assert list(got) == list(all_losses(n)) == list(fast.losses(x, y, all_losses(n)))
+    assert list(got) == list(all_losses(n)) == list(fast.evaluate(x, y, all_losses(n)))[: 2 * n + 1]
     for name, (mean, count) in want.items():
         assert got[name].count.item() == count, name
         assert got[name].mean.item() == pytest.approx(mean.item(), rel=1e-5), name  # float32 against float64
@@ -113,7 +113,7 @@ def test_a_perfect_student_has_no_consistency_loss(objective_of):
     x, y, logits = random_case(2, False)
     for i in (1, 2):
         logits[i][:, :-i] = logits[0][:, i:]
-    got = objective_of(logits).losses(x, y, ("consistency_1", "consistency_2"))
+    got = objective_of(logits).evaluate(x, y, ("consistency_1", "consistency_2"))
     assert got["consistency_1"].mean.item() == pytest.approx(0, abs=1e-6)
     assert got["consistency_2"].mean.item() == pytest.approx(0, abs=1e-6)
 
@@ -143,7 +143,7 @@ def test_each_loss_reaches_its_own_head_and_nothing_else(objective_of):
 def test_a_head_that_no_loss_asks_for_is_not_run():
     x, y, logits = random_case(3, False)
     objective = Objective(Table(logits))
-    objective.losses(x, y, ("ntp", "nitp_2"))
+    objective(x, y, {"ntp": torch.tensor(1.0), "nitp_2": torch.tensor(1.0)})
     assert objective.model.read == {0, 2}
 
 
@@ -151,7 +151,7 @@ def test_a_head_that_no_loss_asks_for_is_not_run():
 def test_no_valid_target_gives_zero_not_nan(n, T, objective_of):
     x, y, logits = random_case(n, False, T=T)
     objective = objective_of(logits)
-    got = objective.losses(x, y, all_losses(n), accuracy=True)
+    got = objective.evaluate(x, y, all_losses(n), n)
     for kind in ("nitp", "consistency", "acc"):
         for i in range(1, n + 1):
             loss = got[f"{kind}_{i}"]
@@ -166,7 +166,7 @@ def test_a_row_that_is_all_document_starts_has_no_future_target(objective_of):
     assert valid_positions(y, 0, BOS).all()
     assert not valid_positions(y, 1, BOS).any()
     x, y, logits = y, y, [torch.randn(2, 6, 5) for _ in range(2)]
-    got = objective_of(logits, bos=BOS).losses(x, y, all_losses(1))
+    got = objective_of(logits, bos=BOS).evaluate(x, y, all_losses(1))
     assert got["nitp_1"].mean.item() == 0 and got["consistency_1"].mean.item() == 0 and got["ntp"].count.item() == 12
 
 
@@ -175,7 +175,7 @@ def test_an_infinite_loss_at_a_masked_position_does_not_leak():
     y[0, 0] = BOS  # masks position 0 for head 1
     logits[1][0, 0] = float("-inf")
     logits[1][0, 0, 3] = 0.0
-    got = Objective(Table(logits), bos=BOS).losses(x, y, ("nitp_1",))
+    got = Objective(Table(logits), bos=BOS).evaluate(x, y, ("nitp_1",))
     assert math.isfinite(got["nitp_1"].mean.item())
 
 
@@ -184,7 +184,7 @@ def test_statistics_are_float32_under_half_precision():
     V = 3000
     logits = [torch.zeros(1, 4, V, dtype=torch.bfloat16) for _ in range(2)]
     x = y = torch.zeros(1, 4, dtype=torch.long)
-    for name, loss in Objective(Table(logits)).losses(x, y, all_losses(1)).items():
+    for name, loss in Objective(Table(logits))(x, y, dict.fromkeys(all_losses(1), torch.tensor(0.25)))[1].items():
         assert loss.mean.dtype == torch.float32
         assert loss.mean.item() == pytest.approx(0.0 if name == "consistency_1" else math.log(V), abs=1e-5)
 
@@ -196,7 +196,7 @@ def test_accuracy_is_top_1_of_each_head_at_its_own_target(objective_of):
         logits[i].zero_()
         logits[i][:, :length].scatter_(2, y[:, i:, None], 1.0)
     logits[2][0] = -logits[2][0]  # a third of head 2's rows always wrong
-    got = objective_of(logits).losses(x, y, ("nitp_1", "nitp_2"), accuracy=True)
+    got = objective_of(logits).evaluate(x, y, ("nitp_1", "nitp_2"), 2)
     assert got["acc_0"].mean.item() == 1 and got["acc_1"].mean.item() == 1
     assert got["acc_2"].mean.item() == pytest.approx(2 / 3)
 
@@ -227,10 +227,10 @@ def test_chunks_equal_the_whole_with_a_real_model(name, monkeypatch):
     x, y = torch.randint(0, 300, (2, 3, 20))
     results = []
     for rows, with_kernels in ((None, None), (7, None), (7, kernels)):
-        monkeypatch.setattr(losses, "chunk_rows", lambda positions, vocab_size, aligned=False, rows=rows: rows)
+        monkeypatch.setattr(losses, "chunk_rows", lambda *_, rows=rows: rows)
         model.zero_grad()
         objective = Objective(model, BOS, with_kernels)
-        got = objective.losses(x, y, ("ntp", name), accuracy=True)
+        got = objective.evaluate(x, y, ("ntp", name), 2)
         learn(objective, x, y, {"ntp": 1.0} | {name: 0.3})
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([*(loss.mean for loss in got.values()), *gradients])
@@ -262,7 +262,7 @@ def test_a_large_vocabulary_never_has_all_its_logits(with_kernels):
     objective = Objective(model, None, with_kernels)
     x, y = torch.randint(0, V, (2, B, T))
     with Largest() as seen:
-        objective.losses(x, y, all_losses(1), accuracy=True)
+        objective.evaluate(x, y, all_losses(1), 1)
         learn(objective, x, y, dict.fromkeys(all_losses(1), 1.0))
     assert 0 < seen.numel == losses.FEWEST * V < B * T * V / 4
 
@@ -277,16 +277,15 @@ class SimpleRows(torch.nn.Module):
     def trunk(self, x):
         return x
 
-    def readouts(self, h, heads):
-        return {i: Readout(r.features[self.rows], r.weight) for i, r in self.table.readouts(h, heads).items()}
+    def readouts(self, x, h, heads):
+        return {i: Readout(r.features[self.rows], r.weight) for i, r in self.table.readouts(x, h, heads).items()}
 
 
 # ---------------------------------------------------------------------------------------------
 # weights
 
 def settings(**changes):
-    return SimpleNamespace(**{"n_future_heads": 2, "nitp_weight": 0.4, "consistency_weight": 0.02, "head_decay": 0.5,
-                              "aux_schedule": "constant", "aux_start": 0.0, "aux_end": 1.0} | changes)
+    return Settings(**{"n_future_heads": 2, "nitp_weight": 0.4, "consistency_weight": 0.02, "head_decay": 0.5} | changes)
 
 
 def test_weights_are_independent_and_decay_by_head():

@@ -25,7 +25,7 @@ def test_no_head_sees_the_future(i):
     model, x = make(n_future_heads=2), tokens()
     changed = x.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 31
-    a, b = (model.readouts(model.trunk(t), [i])[i].logits() for t in (x, changed))
+    a, b = (model.readouts(t, model.trunk(t), [i])[i].logits() for t in (x, changed))
     torch.testing.assert_close(a[:, :6], b[:, :6])
     assert not torch.allclose(a[:, 6], b[:, 6])
 
@@ -35,7 +35,7 @@ def test_forward_is_the_next_token_head():
     z = model(x)
     assert z.shape == (2, 10, 31)
     torch.testing.assert_close(z, model.norm(model.trunk(x)) @ model.output.weight.T)
-    assert not torch.allclose(z, model.readouts(model.trunk(x), [1])[1].logits())
+    assert not torch.allclose(z, model.readouts(x, model.trunk(x), [1])[1].logits())
 
 
 def test_grouped_queries_are_full_attention_with_repeated_key_heads():
@@ -95,7 +95,7 @@ def test_linear_heads_own_an_unembedding_each():
     assert model.parameter_counts()["future heads"] == 3 * 31 * 16
     names = {n for n in model.state_dict() if n.startswith("future_heads.")}
     assert names == {f"future_heads.{i}.weight" for i in range(3)}
-    weights = [head.weight for head in model.readouts(model.trunk(tokens()), range(4)).values()]
+    weights = [head.weight for head in model.readouts(tokens(), model.trunk(tokens()), range(4)).values()]
     assert len({w.data_ptr() for w in weights}) == 4
 
 
@@ -114,21 +114,20 @@ def test_initial_weights():
         else:
             residual = name.endswith(("wo.weight", "w2.weight"))
             assert p.std().item() == pytest.approx(0.02 / 4 if residual else 0.02, rel=0.05), name
-    loss = Objective(model).losses(tokens(4, 12), tokens(4, 12, seed=2), all_losses(1))
+    loss = Objective(model).evaluate(tokens(4, 12), tokens(4, 12, seed=2), all_losses(1))
     assert loss["ntp"].mean.item() == pytest.approx(math.log(512), abs=0.1)
 
 
 def test_every_parameter_learns_when_every_loss_weighs():
     model = make(n_future_heads=2)
-    losses = Objective(model).losses(tokens(), tokens(seed=2), all_losses(2))
-    sum(loss.mean for loss in losses.values()).backward()
+    Objective(model)(tokens(), tokens(seed=2), dict.fromkeys(all_losses(2), torch.tensor(0.1)))[0].backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 def test_future_losses_reach_the_trunk_but_not_the_ntp_heads_matrix_when_untied():
     model = make(n_future_heads=1, tie_embeddings=False)
-    Objective(model).losses(tokens(), tokens(seed=2), ("nitp_1",))["nitp_1"].mean.backward()
+    Objective(model)(tokens(), tokens(seed=2), {"nitp_1": torch.tensor(0.1)})[0].backward()
     assert model.output.weight.grad is None
     assert model.layers[0].attention.wq.weight.grad.abs().sum() > 0
 

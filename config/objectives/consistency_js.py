@@ -1,0 +1,25 @@
+"""260K parameters on TinyStories. The same by the Jensen-Shannon divergence, both sides softened."""
+out_dir = "out/objectives/consistency_js"
+# data
+dataset = "tinystories"
+vocab_size = 512
+max_seq_len = 256
+batch_size = 32  # 8,192 tokens a step
+# model
+dim = 64
+n_layers = 5
+n_heads = 8
+n_kv_heads = 4
+# objective
+n_future_heads = 1
+consistency_weight = 0.1
+consistency_direction = "js"
+consistency_temperature = 2.0
+# optimisation
+learning_rate = 2e-3
+max_iters = 800
+warmup_iters = 100
+beta2 = 0.99
+weight_decay = 0.01
+eval_interval = 200
+log_interval = 10

@@ -1,0 +1,24 @@
+"""260K parameters on TinyStories. A tenth of weight on the eight tokens nearest to the next one by their embeddings."""
+out_dir = "out/objectives/soft"
+# data
+dataset = "tinystories"
+vocab_size = 512
+max_seq_len = 256
+batch_size = 32  # 8,192 tokens a step
+# model
+dim = 64
+n_layers = 5
+n_heads = 8
+n_kv_heads = 4
+# objective
+soft_weight = 0.1
+soft_neighbours = 8
+soft_temperature = 0.1
+# optimisation
+learning_rate = 2e-3
+max_iters = 800
+warmup_iters = 100
+beta2 = 0.99
+weight_decay = 0.01
+eval_interval = 200
+log_interval = 10

@@ -1,0 +1,67 @@
+"""The text behind tokens, letter by letter: targets for heads that spell, and lengths in bytes.
+
+    letters = Letters(token_texts(tokenizer), "lower")
+    targets, known = letters.ahead(y, 4, bos)     # the next four letters of the text, at every position
+
+A letter is a byte of UTF-8, as one of the few classes of an alphabet: a to z, space, line break,
+digits, common punctuation; one class for all other bytes, and one for the end of a document.
+
+What this leaves out on purpose: letters beyond ASCII, and heads (model.py).
+"""
+
+import string
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer import FIRST_BYTE, Tokenizer
+
+OTHER, END = 0, 1  # classes of every alphabet
+COMMON = " \n.,!?;:'\"-" + string.digits
+ALPHABETS = {"true": string.ascii_letters + COMMON, "lower": string.ascii_lowercase + COMMON,
+             "upper": string.ascii_uppercase + COMMON}
+
+
+def alphabet_size(case: str) -> int:
+    """Classes of a letter where its case is kept ("true") or all letters are "lower" or "upper"."""
+    return 2 + len(ALPHABETS[case])
+
+
+def token_texts(tokenizer: Tokenizer) -> list[bytes]:
+    """The text that each token stands for, in UTF-8; empty for <unk>, BOS and EOS."""
+    texts = [piece for piece, _ in tokenizer.pieces()]
+    return [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)] + texts[FIRST_BYTE + 256 :]
+
+
+class Letters(nn.Module):
+    """The letters of each token of a vocabulary, for batches of tokens. case: true, lower or upper."""
+
+    def __init__(self, texts: list[bytes], case: str):
+        super().__init__()
+        folded = {"true": bytes, "lower": bytes.lower, "upper": bytes.upper}[case]
+        classes = {ord(letter): 2 + k for k, letter in enumerate(ALPHABETS[case])}
+        spelt = [[classes.get(b, OTHER) for b in folded(text)] or [END] for text in texts]
+        longest = max(map(len, spelt))
+        self.register_buffer("length", torch.tensor([len(s) for s in spelt]), persistent=False)  # (V,)
+        table = torch.tensor([s + [OTHER] * (longest - len(s)) for s in spelt])
+        self.register_buffer("table", table, persistent=False)  # (V, longest)
+
+    def ahead(self, y: Tensor, m: int, bos: int | None) -> tuple[Tensor, Tensor]:
+        """Of next tokens y (B, T) the m letters that follow each position, (B, T, m), and which of them are known.
+
+        Letters are those of y[t], y[t+1], ... without a break; behind the end of a row none is known,
+        and with `bos` none behind the end of a document (its own class still is).
+        """
+        B, T = y.shape
+        longest, lengths = self.table.shape[1], self.length[y]  # (B, T)
+        start = lengths.cumsum(1) - lengths  # where each token's letters begin in the text of its row
+        place = start[..., None] + torch.arange(longest, device=y.device)  # (B, T, longest)
+        place = place.masked_fill(place >= (start + lengths)[..., None], T * longest)  # the padding of a short token
+        text = y.new_zeros(B, T * longest + m + 1).scatter_(1, place.flatten(1), self.table[y].flatten(1))
+        at = start[..., None] + torch.arange(m, device=y.device)  # (B, T, m)
+        known = at < (start + lengths)[:, -1:, None]
+        letters = text.gather(1, at.clamp(max=T * longest - 1).flatten(1)).view(B, T, m)
+        if bos is not None:
+            ended = letters == END
+            known = known & (ended.cumsum(2) - ended.long() == 0)
+        return letters, known

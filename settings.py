@@ -1,0 +1,174 @@
+"""Every setting of train.py, what it takes, and what contradicts what.
+
+`python train.py --help` prints them; config/*.py and the command line set them (configurator.py).
+
+What this leaves out on purpose: what a setting does (model.py, losses.py, train.py).
+"""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+from configurator import (
+    AtLeast0,
+    AtLeast1,
+    Fraction,
+    FractionAbove0,
+    FractionBelow1,
+    NonNegative,
+    Positive,
+    Range,
+)
+from letters import alphabet_size
+from model import FUTURE_HEADS, ModelArgs
+from tokenizer import MAX_VOCAB_SIZE
+
+MOST_NEIGHBOURS = 1 << 24  # entries of the table of soft targets; 12 bytes each, in every checkpoint
+
+
+@dataclass
+class Settings:
+    # where the run lives
+    out_dir: str = "out"  # folder of ckpt.pt, last.pt and log.jsonl
+    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or the path of any llama2.c-style checkpoint
+    eval_interval: AtLeast1 = 250  # iterations between evaluations; each saves last.pt
+    eval_iters: AtLeast1 = 25  # validation batches of 32 rows an evaluation, the same ones in every run
+    eval_only: bool = False  # evaluate once and stop; writes nothing
+    log_interval: AtLeast1 = 1  # iterations between lines on the terminal and in log.jsonl
+    # wandb
+    wandb_log: bool = False  # send the log to wandb as well
+    wandb_project: str = "lookahead"  # wandb project
+    wandb_run_name: str = ""  # wandb run name; empty: the name of out_dir
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: keep it in ./wandb for `wandb sync`
+    # data
+    data_dir: str = "data"  # folder of all data sets
+    dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
+    vocab_size: Annotated[int, Range(4, MAX_VOCAB_SIZE)] = 512  # tokens; 259 is the byte tokenizer
+    max_seq_len: AtLeast1 = 512  # tokens in a row, and the longest context of the model
+    batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
+    gradient_accumulation_steps: AtLeast1 = 1  # micro-batches an iteration
+    # model
+    dim: AtLeast1 = 64  # width of the residual stream
+    n_layers: AtLeast1 = 5  # transformer blocks
+    n_heads: AtLeast1 = 8  # query heads; dim must be an even multiple
+    n_kv_heads: AtLeast1 = 4  # key/value heads; a divisor of n_heads
+    hidden_dim: AtLeast0 = 0  # width of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
+    multiple_of: AtLeast1 = 4  # see hidden_dim
+    norm_eps: Positive = 1e-5  # RMSNorm's epsilon; run.c uses 1e-5
+    dropout: FractionBelow1 = 0.0  # share of activations dropped in training
+    tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
+    trunk: Literal["transformer", "rnn"] = "transformer"  # rnn: n_layers of Elman's, for comparison; not exported
+    recurrence: AtLeast1 = 1  # how often the layers between prelude and coda are applied
+    prelude_layers: AtLeast0 = 1  # layers before those that recur
+    coda_layers: AtLeast0 = 1  # layers behind those that recur
+    # looking ahead
+    n_future_heads: AtLeast0 = 0  # head i predicts the token i further ahead than the next
+    head: Literal[tuple(FUTURE_HEADS)] = "linear"  # type of the future heads
+    nitp_weight: NonNegative = 0.0  # of the first head's cross-entropy loss
+    consistency_weight: NonNegative = 0.0  # of the first head's divergence from the NTP head that has seen more
+    consistency_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(NTP || head), KL(head || NTP), or js
+    consistency_temperature: Positive = 1.0  # softens both sides
+    head_decay: FractionAbove0 = 1.0  # head i weighs head_decay^(i-1) of the above
+    head_init: Literal["random", "last_block"] = "random"  # last_block: blocks of heads copy the trunk's last
+    aux_grad_scale: Fraction = 1.0  # of each further head's gradient, what reaches the trunk
+    aux_grad_power: bool = False  # of head i's, that to the power of i
+    freeze_trunk_iters: Annotated[int, Range(-1)] = 0  # iterations in which heads learn alone; -1: all
+    freeze_embeddings: bool = False  # token embeddings, and an unembedding tied to them, stay as they start
+    curriculum: Literal["none", "forward", "reverse"] = "none"  # future heads join, or leave, one by one over the run
+    spelling_letters: AtLeast0 = 0  # letters of the following text that small heads predict
+    spelling_weight: NonNegative = 0.0  # of all letters together
+    spelling_case: Literal["true", "lower", "upper"] = "true"  # letters as they are, or all lower or upper case
+    order_window: Annotated[int, Range(0, 64)] = 0  # tokens ahead that a head ranks by distance; 0: there is none
+    order_weight: NonNegative = 0.0  # of that ranking
+    soft_weight: NonNegative = 0.0  # of the cross-entropy against neighbours of the next token
+    soft_neighbours: AtLeast1 = 8  # how many share it, the token itself among them
+    soft_temperature: Positive = 0.1  # of the softmax of their cosines; high: even shares
+    soft_refresh: AtLeast1 = 100  # iterations between two looks at who is near whom
+    superposition: AtLeast1 = 1  # tokens in a bag, in the first part of the run; 1: no bags
+    superposition_end: FractionAbove0 = 0.3  # fraction of the run at which that part ends
+    mask_document_ends: bool = False  # no target further ahead than the next token lies behind the next BOS
+    aux_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of all weights between aux_start and aux_end
+    aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
+    aux_end: Fraction = 1.0  # fraction of the run from which they are 0 (1: never)
+    # optimisation
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
+    learning_rate: Positive = 5e-4  # peak of the learning rate
+    max_iters: AtLeast1 = 100_000  # iterations of the whole run
+    warmup_iters: AtLeast0 = 1000  # iterations in which the rate rises to its peak
+    decay_lr: bool = True  # fall to min_lr in half a cosine by max_iters; false: stay at the peak
+    min_lr: NonNegative = 0.0  # where the cosine ends
+    weight_decay: NonNegative = 0.1  # on matrices only
+    beta1: FractionBelow1 = 0.9  # AdamW's
+    beta2: FractionBelow1 = 0.95  # AdamW's
+    grad_clip: NonNegative = 1.0  # largest norm of the whole gradient; 0: no clipping
+    # system
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bfloat16 where it is fast
+    path: Literal["auto", "plain", "fast"] = "auto"  # fast: kernels.c, for CPUs; plain: PyTorch; auto: the fastest
+    compile: bool = False  # torch.compile the plain path
+
+
+def check(s: Settings) -> None:
+    """Refuse settings that contradict each other; ValueError names them."""
+    shape_of(s)
+    for weight, needed in (("nitp_weight", "n_future_heads"), ("consistency_weight", "n_future_heads"),
+                           ("spelling_weight", "spelling_letters"), ("order_weight", "order_window")):
+        if getattr(s, weight) and not getattr(s, needed):
+            raise ValueError(f"{weight}={getattr(s, weight)}: needs a head for it, found {needed}=0")
+    if s.n_future_heads >= s.max_seq_len:
+        raise ValueError(f"n_future_heads={s.n_future_heads}: expected less than max_seq_len={s.max_seq_len}")
+    if s.aux_start >= s.aux_end:
+        raise ValueError(f"aux_start={s.aux_start}: expected less than aux_end={s.aux_end}")
+    if s.min_lr > s.learning_rate:
+        raise ValueError(f"min_lr={s.min_lr}: expected at most learning_rate={s.learning_rate}")
+    if not s.out_dir:
+        raise ValueError("out_dir: expected the name of a folder, found nothing")
+    if s.eval_only and s.init_from == "scratch":
+        raise ValueError("eval_only: nothing to evaluate with init_from=scratch; give resume or a checkpoint's path")
+    if s.soft_weight and s.soft_neighbours > s.vocab_size:
+        raise ValueError(f"soft_neighbours={s.soft_neighbours}: expected at most vocab_size={s.vocab_size}")
+    if s.soft_weight and s.soft_neighbours * s.vocab_size > MOST_NEIGHBOURS:
+        raise ValueError(f"soft_neighbours={s.soft_neighbours}: a table for vocab_size={s.vocab_size} has room for "
+                         f"{MOST_NEIGHBOURS // s.vocab_size} of each token")
+    if s.curriculum != "none" and not s.n_future_heads:
+        raise ValueError(f"curriculum={s.curriculum}: needs future heads, found n_future_heads=0")
+    check_heads(s)
+    if s.freeze_trunk_iters:
+        check_frozen(s)
+
+
+def check_heads(s: Settings) -> None:
+    """Settings that some heads and trunks cannot have."""
+    scaled = s.aux_grad_scale != 1.0 and "aux_grad_scale" or s.aux_grad_power and "aux_grad_power"
+    if s.head == "shared" and s.n_future_heads and scaled:
+        raise ValueError(f"{scaled}={getattr(s, scaled)}: head=shared is the trunk's own; lower nitp_weight instead")
+    if s.head == "sequential" and s.aux_grad_power:
+        raise ValueError("aux_grad_power=True: not with head=sequential, whose heads read one another")
+    blocks = s.head in ("block", "sequential") and s.trunk == "transformer" and s.n_future_heads
+    if s.head_init == "last_block" and not blocks:
+        raise ValueError(f"head_init=last_block: needs future heads with a block, and a Transformer; found "
+                         f"n_future_heads={s.n_future_heads}, head={s.head}, trunk={s.trunk}")
+    if s.trunk == "rnn" and (s.recurrence > 1 or s.dropout or s.optimizer == "muon"):
+        name = "recurrence" if s.recurrence > 1 else "dropout" if s.dropout else "optimizer"
+        raise ValueError(f"{name}={getattr(s, name)}: not with trunk=rnn")
+
+
+def check_frozen(s: Settings) -> None:
+    """While the trunk is frozen some head must learn."""
+    until = s.max_iters if s.freeze_trunk_iters < 0 else min(s.freeze_trunk_iters, s.max_iters)
+    wanted = f"freeze_trunk_iters={s.freeze_trunk_iters}"
+    own_heads = s.n_future_heads and s.head != "shared" and (s.nitp_weight or s.consistency_weight)
+    if not (own_heads or s.spelling_weight or s.order_weight):
+        raise ValueError(f"{wanted}: needs heads with parameters and a weight to learn meanwhile; found "
+                         f"n_future_heads={s.n_future_heads}, head={s.head}, all weights 0 or without a head")
+    if s.superposition > 1:
+        raise ValueError(f"{wanted}: no head learns with superposition={s.superposition}")
+    if s.curriculum != "none":
+        raise ValueError(f"{wanted}: heads have no loss at times with curriculum={s.curriculum}")
+    if s.aux_start > 0.0 or until > s.aux_end * s.max_iters:
+        raise ValueError(f"{wanted}: nothing would learn outside of aux_start={s.aux_start} to aux_end={s.aux_end}")
+
+
+def shape_of(s: Settings) -> ModelArgs:
+    same = {f.name: getattr(s, f.name) for f in fields(ModelArgs) if hasattr(s, f.name)}
+    return ModelArgs(**same, alphabet_size=alphabet_size(s.spelling_case) if s.spelling_letters else 0)
