@@ -32,7 +32,7 @@ from machine import choose_path
 from model import Transformer
 from optimizer import make_optimizer
 from settings import Settings, shape_of
-from train import make_objective
+from train import freeze, make_objective
 
 ROOT = Path(__file__).resolve().parent
 PATHS = {"plain": {"path": "plain", "dtype": "float32"}, "plain, bfloat16": {"path": "plain", "dtype": "bfloat16"},
@@ -67,18 +67,26 @@ class Figures(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 # measuring
 
-def make_step(s: Settings) -> Callable[[], None]:
-    """A training step on random tokens, as train.py makes it: losses, gradients, clipping, update."""
+def make_step(s: Settings, texts: list[bytes] | None = None) -> Callable[[float], None]:
+    """A training step on random tokens, as train.py makes it: losses, gradients, clipping, update.
+
+    It takes the progress of the run (0 to 1), by which weights may change. texts: of the tokens, for spelling.
+    """
     path = choose_path(s, torch.device("cpu"))
     torch.manual_seed(s.seed)
-    objective = raw = make_objective(s, path)
+    objective = raw = make_objective(s, path, texts)
     if path.kind == "compiled":
         objective = torch.compile(objective)
-    optimizer, weights = make_optimizer(s, raw.model), loss_weights(s, 0.5)
-    x, y = torch.randint(s.vocab_size, (2, s.batch_size, s.max_seq_len))
-    counts = raw.counts(y, tuple(weights))
+    optimizer = make_optimizer(s, raw.model)
+    if s.soft_weight:
+        raw.refresh_neighbours()
+    rows = torch.randint(s.vocab_size, (2, s.batch_size, s.superposition * s.max_seq_len))
 
-    def step():
+    def step(progress: float = 0.5):
+        weights = loss_weights(s, progress)
+        freeze(raw.model, s, round(progress * s.max_iters))
+        x, y = rows if "superposition" in weights else rows[..., : s.max_seq_len]
+        counts = raw.counts(y, tuple(weights))
         with path.autocast():
             total, _ = objective(x, y, scales(weights, counts))
         total.backward()

@@ -350,7 +350,7 @@ class Transformer(nn.Module):
         found, state = {0: ntp}, None
         part, power = self.args.aux_grad_scale, self.args.aux_grad_power
         views = {}
-        for i in range(1, 1 + max((i for i in heads if isinstance(i, int)), default=0)):
+        for i in range(1, 1 + max(i for i in (0, *heads) if isinstance(i, int))):
             head, chained = self.future_heads[i - 1], self.args.head == "sequential"
             if i in heads or chained:
                 share = part**i if power else part

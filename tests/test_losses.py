@@ -7,7 +7,8 @@ import torch
 
 import kernels
 import losses
-from losses import Objective, all_losses, loss_weights, scales, schedule, valid_positions
+from letters import ALPHABETS, Letters, alphabet_size
+from losses import Objective, all_losses, heads_in_curriculum, loss_weights, scales, schedule, valid_positions
 from model import ModelArgs, Readout, Transformer
 from settings import Settings
 
@@ -20,10 +21,11 @@ def objective_of(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(losses, "chunk_rows", lambda *_: 4)
 
-    def make(logits, bos=None):
-        if request.param == "kernels":
-            return Objective(Table([t.float() for t in logits]), bos, kernels)
-        return Objective(Table(logits), bos)
+    def make(logits, bos=None, shared=False, others=None, **options):
+        fast = request.param == "kernels"
+        if fast:
+            logits, others = [t.float() for t in logits], {k: t.float() for k, t in (others or {}).items()}
+        return Objective(Table(logits, shared, **others or {}), bos, kernels if fast else None, **options)
 
     return make
 
@@ -37,20 +39,23 @@ def learn(objective, x, y, weights: dict[str, float]) -> dict:
 
 
 class Table(torch.nn.Module):
-    """A stand-in for a model whose logits are free parameters: logits[i] is (B, T, V) for head i."""
+    """A stand-in for a model whose logits are free parameters: logits[i] is (B, T, V) for head i, and by name."""
 
-    def __init__(self, logits: list[torch.Tensor]):
+    def __init__(self, logits: list[torch.Tensor], shared: bool = False, **others: torch.Tensor):
         super().__init__()
         self.tables = torch.nn.ParameterList(torch.nn.Parameter(t.clone()) for t in logits)
-        self.read = set()
+        self.others = torch.nn.ParameterDict({k: torch.nn.Parameter(t.clone()) for k, t in others.items()})
+        self.shared, self.read = shared, set()
+        self.tok_embeddings = torch.nn.Embedding(logits[0].shape[-1], 4)
 
     def trunk(self, x):
         return x
 
     def readouts(self, x, h, heads):
         self.read.update(heads)
-        V, dtype = self.tables[0].shape[-1], self.tables[0].dtype
-        return {i: Readout(self.tables[i], torch.eye(V, dtype=dtype)) for i in heads}
+        logits = {i: self.others[i] if isinstance(i, str) else self.tables[0 if self.shared else i] for i in heads}
+        found = {i: Readout(t, torch.eye(t.shape[-1], dtype=t.dtype)) for i, t in logits.items()}
+        return dict.fromkeys(heads, found[0]) if self.shared else found
 
 
 def random_case(n: int, boundaries: bool, B=3, T=9, V=7, seed=0):
@@ -106,6 +111,213 @@ def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, ob
         assert got[name].mean.item() == pytest.approx(mean.item(), rel=1e-5), name  # float32 against float64
     for i in range(n + 1):
         torch.testing.assert_close(fast.model.tables[i].grad.double(), slow[i].grad, rtol=1e-4, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------
+# the others, each against its definition
+
+TEXTS = [b"", b"", b"", b" a", b"Bc", b"d.", b"\xc3\xa9", b"efG"]  # of tokens 0..7
+
+
+def agrees(objective, x, y, weights: dict[str, float], slow: list[torch.Tensor], want: dict[str, list]) -> None:
+    """Losses and gradients of `objective` are those of the terms `want`, {loss: [a scalar for each valid position]}.
+
+    slow: copies of the objective's parameters, of which the terms are made.
+    """
+    got = learn(objective, x, y, weights)
+    sum(weights[name] * sum(terms) / len(terms) for name, terms in want.items()).backward()
+    for name, terms in want.items():
+        assert got[name].count.item() == len(terms), name
+        assert got[name].mean.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-5), name
+    mine = [*objective.model.tables, *objective.model.others.values()]
+    for a, b in zip(mine, slow, strict=True):
+        torch.testing.assert_close(torch.zeros_like(b) if a.grad is None else a.grad.double(),
+                                   torch.zeros_like(b) if b.grad is None else b.grad, rtol=1e-4, atol=1e-7)
+
+
+def copies(*tables: torch.Tensor) -> list[torch.Tensor]:
+    return [t.double().clone().requires_grad_() for t in tables]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+def test_consistency_in_each_direction(direction, temperature, objective_of):
+    x, y, logits = random_case(2, True, seed=3)
+    slow = copies(*logits)
+    want = {"ntp": [], "consistency_1": [], "consistency_2": []}
+    for b in range(3):
+        for t in range(9):
+            want["ntp"].append(-slow[0][b, t].log_softmax(0)[y[b, t]])
+            for i in (1, 2):
+                if t + i < 9 and BOS not in y[b, t : t + i].tolist():
+                    p = (slow[0][b, t + i].detach() / temperature).softmax(0)
+                    q = (slow[i][b, t] / temperature).softmax(0)
+                    m = (p + q) / 2
+                    kl = {"forward": p * (p / q).log(), "reverse": q * (q / p).log(),
+                          "js": (p * (p / m).log() + q * (q / m).log()) / 2}[direction]
+                    want[f"consistency_{i}"].append(kl.sum() * temperature**2)
+    objective = objective_of(logits, BOS, consistency=(direction, temperature))
+    agrees(objective, x, y, {"ntp": 1.0, "consistency_1": 0.7, "consistency_2": 0.4}, slow, want)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_shared_head_is_the_next_token_head_asked_for_later_tokens(masked, objective_of):
+    x, y, logits = random_case(0, True, seed=4)
+    slow = copies(*logits)
+    want = {name: [] for name in ("ntp", "nitp_1", "nitp_2", "consistency_1")}
+    for b in range(3):
+        for t in range(9):
+            log_q = slow[0][b, t].log_softmax(0)
+            for i, name in enumerate(("ntp", "nitp_1", "nitp_2")):
+                if t + i < 9 and not (masked and BOS in y[b, t : t + i].tolist()):
+                    want[name].append(-log_q[y[b, t + i]])
+                    if i == 1:
+                        p = slow[0][b, t + 1].detach().softmax(0)
+                        want["consistency_1"].append((p * (p.log() - log_q)).sum())
+    objective = objective_of(logits, BOS if masked else None, shared=True)
+    agrees(objective, x, y, {"ntp": 1.0, "nitp_1": 0.5, "nitp_2": 0.25, "consistency_1": 0.3}, slow, want)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [1, 4, 20])
+def test_order_ranks_tokens_by_how_soon_they_come(window, masked, objective_of):
+    x, y, logits = random_case(1, True, seed=5)
+    order = logits.pop()
+    slow = copies(*logits, order)
+    terms = []
+    for b in range(3):
+        for t in range(9):
+            nearest = {}  # token: distance
+            for d, token in enumerate(y[b, t : t + window].tolist()):
+                nearest.setdefault(token, d)
+                if masked and token == BOS:
+                    break
+            total = sum(math.exp(-d) for d in nearest.values())
+            log_q = slow[1][b, t].log_softmax(0)
+            terms.append(-sum(math.exp(-d) / total * log_q[token] for token, d in nearest.items()))
+    objective = objective_of(logits, BOS if masked else None, others={"order": order}, order_window=window)
+    agrees(objective, x, y, {"order": 0.8}, slow, {"order": terms})
+
+
+def test_soft_targets_are_shared_by_neighbours(objective_of):
+    x, y, logits = random_case(0, False, seed=6)
+    objective = objective_of(logits, neighbours=(3, 0.2))
+    objective.refresh_neighbours()
+    unit = objective.model.tok_embeddings.weight.detach()
+    unit = unit / unit.norm(dim=1, keepdim=True)
+    slow = copies(*logits)
+    want = {"ntp": [], "soft": []}
+    for b in range(3):
+        for t in range(9):
+            log_q, cosine = slow[0][b, t].log_softmax(0), unit @ unit[y[b, t]]
+            near = sorted(range(7), key=lambda v: -cosine[v])[:3]
+            assert near[0] == y[b, t]
+            shares = (cosine[near] / 0.2).softmax(0)
+            want["ntp"].append(-log_q[y[b, t]])
+            want["soft"].append(-sum(share * log_q[v] for share, v in zip(shares, near, strict=True)))
+    agrees(objective, x, y, {"ntp": 1.0, "soft": 0.5}, slow, want)
+
+
+def test_all_tokens_as_even_neighbours_are_label_smoothing(objective_of):
+    x, y, logits = random_case(0, False)
+    objective = objective_of(logits, neighbours=(7, 1e8))
+    objective.refresh_neighbours()
+    epsilon = 0.2
+    total, _ = objective(x, y, scales({"ntp": 1 - epsilon, "soft": epsilon}, objective.counts(y, ("ntp", "soft"))))
+    want = torch.nn.functional.cross_entropy(logits[0].flatten(0, 1), y.flatten(), label_smoothing=epsilon)
+    assert total.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_neighbours_are_looked_up_when_asked_and_not_before():
+    objective = Objective(Table([torch.randn(1, 4, 7)]), neighbours=(2, 0.1))
+    objective.refresh_neighbours()
+    before = objective.soft_classes.clone(), objective.soft_shares.clone()
+    with torch.no_grad():
+        objective.model.tok_embeddings.weight.normal_()
+    assert torch.equal(before[0], objective.soft_classes)
+    objective.refresh_neighbours()
+    assert not torch.equal(before[1], objective.soft_shares)
+
+
+@pytest.mark.parametrize("case", ["true", "lower", "upper"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_spelling_asks_for_the_letters_of_the_text_that_follows(masked, case, objective_of):
+    x, y, logits = random_case(0, True, V=8, seed=7)
+    m, size = 3, alphabet_size(case)
+    heads = torch.randn(3, 9, m * size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    slow = copies(*logits, heads)
+    fold = {"true": lambda c: c, "lower": str.lower, "upper": str.upper}[case]
+    want = {f"spelling_{j}": [] for j in range(1, m + 1)}
+    for b in range(3):
+        for t in range(9):
+            text = "".join(TEXTS[v].decode("latin-1") or "\0" for v in y[b, t:].tolist())  # \0: a document ends
+            for j in range(m):
+                if j < len(text) and not (masked and "\0" in text[:j]):
+                    letter = fold(text[j]) if text[j] < "\x80" else text[j]
+                    known = ALPHABETS[case].find(letter)
+                    target = 1 if letter == "\0" else known + 2 if known >= 0 else 0
+                    want[f"spelling_{j + 1}"].append(-slow[1][b, t, j * size : (j + 1) * size].log_softmax(0)[target])
+    objective = objective_of(logits, BOS if masked else None, others={"spelling": heads},
+                             letters=(Letters(TEXTS, case), m))
+    agrees(objective, x, y, {name: 0.3 + 0.2 * k for k, name in enumerate(want)}, slow, want)
+
+
+def test_lower_and_upper_case_ask_for_the_same_letters():
+    """Under other names: so these two variants are one objective, apart from initial weights."""
+    y = torch.randint(0, 8, (2, 9))
+    (lower, known), (upper, _) = (Letters(TEXTS, case).ahead(y, 4, None) for case in ("lower", "upper"))
+    assert torch.equal(lower[known], upper[known])
+
+
+@pytest.mark.parametrize("s", [2, 3, 9])
+def test_superposition_asks_for_the_next_bag(s, objective_of):
+    x, y, _ = random_case(0, False, T=9 if s != 2 else 10, seed=8)
+    bags = x.shape[1] // s
+    logits = [torch.randn(3, bags, 7, dtype=torch.float64)]
+    slow = copies(*logits)
+    terms = []
+    for b in range(3):
+        for p in range(bags - 1):
+            log_q = slow[0][b, p].log_softmax(0)
+            terms.append(-sum(log_q[v] for v in x[b, (p + 1) * s : (p + 2) * s].tolist()) / s)
+    objective = objective_of(logits, BOS, bag=s)
+    if terms:
+        agrees(objective, x, y, {"superposition": 1.0}, slow, {"superposition": terms})
+    else:  # one bag has none after it
+        assert learn(objective, x, y, {"superposition": 1.0})["superposition"].mean.item() == 0
+
+
+def test_a_guess_agrees_with_the_head_that_has_seen_more(objective_of):
+    """agree_i compares head i at t with the NTP head at t+i, whatever the target is; kl_i is forward KL."""
+    x, y, logits = random_case(2, False)
+    logits[1][:, :-1] = 5 * logits[0][:, 1:]
+    logits[2][:, :-2] = -logits[0][:, 2:]
+    objective = objective_of(logits, consistency=("reverse", 2.0))
+    got = objective.evaluate(x, y, ("ntp",), 2)
+    assert got["agree_1"].mean.item() == 1 and got["agree_2"].mean.item() == 0 and got["acc_1"].mean.item() < 1
+    log_p, log_q = logits[0][:, 1:].log_softmax(-1), logits[1][:, :-1].log_softmax(-1)
+    want = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert got["kl_1"].mean.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+OPTIONS = {"order_window": 30, "bag": 2, "neighbours": (2, 1.0), "letters": (Letters(TEXTS, "lower"), 4)}
+EVERY = ("ntp", "order", "soft", "spelling_1", "spelling_4", "nitp_3", "consistency_3")
+
+
+@pytest.mark.parametrize("T,row", [(1, None), (2, None), (6, BOS), (6, 7)])
+def test_rows_that_are_short_or_all_document_starts_give_numbers(T, row, objective_of):
+    """More letters and tokens ahead than the row has, and rows in which every document ends at once."""
+    y = torch.randint(2, 8, (2, T)) if row is None else torch.full((2, T), row)
+    others = {"order": torch.randn(2, T, 8), "spelling": torch.randn(2, T, 4 * alphabet_size("lower"))}
+    objective = objective_of([torch.randn(2, T, 8) for _ in range(4)], BOS, others=others, **OPTIONS)
+    objective.refresh_neighbours()
+    got = learn(objective, y, y, dict.fromkeys(EVERY, 1.0))
+    if row == BOS:
+        assert [got[name].count.item() for name in ("spelling_4", "nitp_3", "spelling_1")] == [0, 0, 2 * T]
+    for loss in got.values():
+        assert math.isfinite(loss.mean.item()) and (loss.count.item() > 0 or loss.mean.item() == 0)
+    for t in objective.model.parameters():
+        assert t.grad is None or torch.isfinite(t.grad).all()
 
 
 def test_a_perfect_student_has_no_consistency_loss(objective_of):
@@ -285,7 +497,8 @@ class SimpleRows(torch.nn.Module):
 # weights
 
 def settings(**changes):
-    return Settings(**{"n_future_heads": 2, "nitp_weight": 0.4, "consistency_weight": 0.02, "head_decay": 0.5} | changes)
+    two_heads = {"n_future_heads": 2, "nitp_weight": 0.4, "consistency_weight": 0.02, "head_decay": 0.5}
+    return Settings(**two_heads | changes)
 
 
 def test_weights_are_independent_and_decay_by_head():
@@ -299,6 +512,26 @@ def test_a_loss_whose_schedule_has_ended_or_not_begun_is_left_out():
     s = settings(aux_schedule="linear", aux_start=0.2, aux_end=0.6)
     assert set(loss_weights(s, 0.19)) == set(loss_weights(s, 0.6)) == {"ntp"}
     assert loss_weights(s, 0.4)["nitp_1"] == pytest.approx(0.2)
+
+
+def test_a_curriculum_lets_heads_join_or_leave_in_stages_of_equal_length():
+    found = {kind: [heads_in_curriculum(kind, 2, progress) for progress in (0.0, 0.3, 0.34, 0.66, 0.67, 0.99, 1.0)]
+             for kind in ("none", "forward", "reverse")}
+    assert found == {"none": [2] * 7, "forward": [0, 0, 1, 1, 2, 2, 2], "reverse": [2, 2, 1, 1, 0, 0, 0]}
+    assert set(loss_weights(settings(curriculum="forward"), 0.4)) == {"ntp", "nitp_1", "consistency_1"}
+
+
+def test_other_losses_weigh_what_was_said_and_share_the_schedule():
+    s = settings(n_future_heads=0, spelling_letters=2, spelling_weight=0.6, order_weight=0.2, order_window=4,
+                 soft_weight=0.1, aux_schedule="linear")
+    assert loss_weights(s, 0.5) == pytest.approx(
+        {"ntp": 1.0, "spelling_1": 0.15, "spelling_2": 0.15, "order": 0.1, "soft": 0.05})
+
+
+def test_nothing_else_weighs_while_tokens_are_in_superposition():
+    s = settings(superposition=4, superposition_end=0.25)
+    assert loss_weights(s, 0.2) == {"superposition": 1.0}
+    assert "superposition" not in loss_weights(s, 0.25) and "nitp_1" in loss_weights(s, 0.25)
 
 
 @pytest.mark.parametrize("kind,start,end,points", [

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from letters import Letters, alphabet_size
 from losses import Objective, all_losses
-from model import ModelArgs, Transformer, rope_table, rotate
+from model import FUTURE_HEADS, HEADS, ModelArgs, Transformer, rope_table, rotate
 
 ARGS = {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 31, "max_seq_len": 12}
 
@@ -99,11 +100,185 @@ def test_linear_heads_own_an_unembedding_each():
     assert len({w.data_ptr() for w in weights}) == 4
 
 
-def test_heads_do_not_change_how_the_trunk_starts():
-    without, four = make(seed=5).state_dict(), make(seed=5, n_future_heads=4).state_dict()
+ALL_HEADS = {"n_future_heads": 3, "spelling_letters": 2, "alphabet_size": 5, "order_window": 4}
+
+
+@pytest.mark.parametrize("head", FUTURE_HEADS)
+def test_heads_do_not_change_how_the_trunk_starts(head):
+    without, with_heads = make(seed=5).state_dict(), make(seed=5, head=head, **ALL_HEADS).state_dict()
     for name, w in without.items():
-        assert torch.equal(w, four[name]), name
-    assert not torch.equal(four["future_heads.0.weight"], four["future_heads.1.weight"])
+        assert torch.equal(w, with_heads[name]), name
+    for name in with_heads.keys() - without.keys():
+        assert name.startswith(HEADS)
+        if name.startswith("future_heads.0") and "norm" not in name and "residual" not in name:
+            assert not torch.equal(with_heads[name], with_heads[name.replace(".0.", ".1.", 1)]), name
+
+
+@pytest.mark.parametrize("head,own", [("linear", 31 * 16), ("residual", 16 * 16), ("shared", 0)])
+def test_parameters_of_a_head(head, own):
+    counts = make(head=head, n_future_heads=3).parameter_counts()
+    assert counts == {"trunk": make().parameter_counts()["trunk"], "future heads": 3 * own}
+
+
+def test_a_residual_head_starts_as_the_next_token_head():
+    model, x = make(head="residual", n_future_heads=1), tokens()
+    torch.testing.assert_close(model.readouts(x, model.trunk(x), [1])[1].logits(), model(x))
+    with torch.no_grad():
+        model.future_heads[0].residual.weight.normal_()
+    h = model.trunk(x)
+    moved = h @ model.future_heads[0].residual.weight.T
+    want = model.norm(h + moved * torch.sigmoid(moved)) @ model.output.weight.T
+    torch.testing.assert_close(model.readouts(x, h, [1])[1].logits(), want)
+
+
+def test_a_block_head_is_one_more_layer():
+    model, x = make(head="block", n_future_heads=1), tokens()
+    deeper = make(n_layers=3)
+    state = {name: w for name, w in model.state_dict().items() if not name.startswith(HEADS)}
+    state |= {f"layers.2.{name}": w for name, w in model.future_heads[0].block.state_dict().items()}
+    deeper.load_state_dict(state)
+    torch.testing.assert_close(model.readouts(x, model.trunk(x), [1])[1].logits(), deeper(x))
+
+
+def test_a_sequential_head_reads_the_tokens_in_between_and_the_head_before():
+    """By hand, position by position of DeepSeek-V3's equations: the input of depth i at t is x[t+i]."""
+    model, x = make(head="sequential", n_future_heads=2), tokens(1, 8)
+    states = model.trunk(x)
+    for i, head in enumerate(model.future_heads, 1):
+        length = 8 - i
+        both = [torch.cat((head.state_norm(states[0, t]), head.token_norm(model.tok_embeddings(x[0, t + i]))))
+                for t in range(length)]
+        inputs = (torch.stack(both) @ head.project.weight.T)[None]
+        states = head.block(inputs, model.rope_cos[:length], model.rope_sin[:length])
+        want = model.norm(states) @ model.output.weight.T
+        got = model.readouts(x, model.trunk(x), [i])[i].logits()  # the heads before are run unasked
+        torch.testing.assert_close(got[:, :length], want)
+
+
+@pytest.mark.parametrize("head", FUTURE_HEADS)
+def test_what_a_head_may_see(head):
+    """Head i at t sees x[0..t], a sequential one x[0..t+i]; nothing behind that."""
+    model, x = make(head=head, n_future_heads=2), tokens(1, 10)
+    with torch.no_grad():
+        for p in model.future_heads.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    for i in (1, 2):
+        last = 5 + (i if head == "sequential" else 0)  # the last token that position 5 may see
+        for changed in (last, last + 1):
+            other = x.clone()
+            other[0, changed] = (other[0, changed] + 1) % 31
+            a, b = (model.readouts(t, model.trunk(t), [i])[i].logits()[0, 5] for t in (x, other))
+            assert torch.allclose(a, b, atol=1e-6) == (changed > last)
+
+
+def gradients(model, names, x=None, **options) -> dict[str, torch.Tensor]:
+    """Of the sum of these losses, by parameter; those that it does not reach are left out."""
+    x = tokens() if x is None else x
+    model.zero_grad()
+    objective = Objective(model, **{"letters": (Letters([b"ab"] * 31, "lower"), 2), "order_window": 4} | options)
+    objective(x, tokens(*x.shape, seed=2), dict.fromkeys(names, torch.tensor(0.1)))[0].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def lab(head, **changes) -> Transformer:
+    model = make(head=head, **ALL_HEADS | {"alphabet_size": alphabet_size("lower")} | changes)
+    with torch.no_grad():  # away from special starts
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+LOSSES = all_losses(3, letters=2, order=True)
+
+
+@pytest.mark.parametrize("head", FUTURE_HEADS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_reaches_the_trunk_and_its_own_head_and_nothing_else(loss, head):
+    model = lab(head)
+    kind, i = loss.split("_") if "_" in loss else (loss, "0")
+    heads = range(1 if head == "sequential" else int(i), int(i) + 1)
+    own = {"ntp": ("none",), "spelling": ("spelling_heads.",), "order": ("order_head.",)}.get(
+        kind, tuple(f"future_heads.{j - 1}." for j in heads))
+    trunk = {name for name, _ in model.named_parameters() if not name.startswith(HEADS)}
+    reached = set(gradients(model, [loss]))
+    assert reached - trunk == {name for name, _ in model.named_parameters() if name.startswith(own)}
+    assert trunk <= reached  # tied: the embedding at least
+
+
+@pytest.mark.parametrize("head", [h for h in FUTURE_HEADS if h != "shared"])
+@pytest.mark.parametrize("loss", ["nitp_2", "consistency_2", "spelling_1", "order"])
+def test_a_part_of_a_heads_gradient_reaches_the_trunk_and_all_of_it_the_head(loss, head):
+    whole = gradients(lab(head), [loss])
+    for part in (0.1, 0.0):
+        found = gradients(lab(head, aux_grad_scale=part), [loss])
+        for name, gradient in whole.items():
+            if name.startswith(HEADS):
+                torch.testing.assert_close(found[name], gradient)
+            elif part:
+                torch.testing.assert_close(found[name], part * gradient, rtol=1e-4, atol=1e-7)
+            else:
+                assert name not in found
+
+
+def test_the_part_may_be_to_the_power_of_the_head():
+    models = (lab("block", aux_grad_scale=part, aux_grad_power=True) for part in (1.0, 0.5))
+    whole, found = (gradients(model, ["nitp_3"])["layers.0.attention.wq.weight"] for model in models)
+    torch.testing.assert_close(found, 0.125 * whole)
+
+
+def test_a_part_of_the_gradient_leaves_the_numbers_as_they_are():
+    x = tokens()
+    for head in FUTURE_HEADS:
+        a, b = (m.readouts(x, m.trunk(x), [2])[2].logits() for m in (lab(head), lab(head, aux_grad_scale=0.3)))
+        assert torch.equal(a, b) or head == "shared"
+
+
+@pytest.mark.parametrize("head", ["block", "sequential"])
+def test_blocks_of_heads_start_as_copies_of_the_last(head):
+    model = make(head=head, n_future_heads=2)
+    model.start_as_last_block([2])
+    for name, w in model.layers[-1].state_dict().items():
+        assert torch.equal(model.future_heads[1].block.state_dict()[name], w)
+    assert not torch.equal(model.future_heads[0].block.attention.wq.weight, model.layers[-1].attention.wq.weight)
+
+
+def test_without_a_block_there_is_nothing_to_copy():
+    for changes in ({"head": "linear"}, {"head": "block", "trunk": "rnn"}):
+        with pytest.raises(ValueError, match="head_init=last_block"):
+            make(n_future_heads=1, **changes).start_as_last_block([1])
+
+
+def test_layers_that_recur_are_the_same_model_as_their_copies():
+    model, x = make(n_layers=4, recurrence=3, prelude_layers=1, coda_layers=2), tokens()
+    assert [list(model.layers).index(layer) for layer in model.unrolled()] == [0, 1, 1, 1, 2, 3]
+    flat = make(n_layers=6)
+    flat.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("layers.")} | {
+        f"layers.{k}.{name}": w for k, layer in enumerate(model.unrolled()) for name, w in layer.state_dict().items()})
+    torch.testing.assert_close(model(x), flat(x))
+
+
+def test_a_bag_is_read_as_the_mean_of_its_tokens():
+    model, x = make(), tokens(2, 12)
+    bags = x.unflatten(1, (-1, 3))
+    torch.testing.assert_close(model.trunk(bags[:, :, :1]), model.trunk(x[:, ::3]))
+    with torch.no_grad():
+        mean = model.tok_embeddings.weight[bags].mean(2)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.trunk(bags)
+    torch.testing.assert_close(seen[0], mean)
+
+
+def test_an_elman_trunk():
+    """h_t = tanh(W x_t + U h_(t-1) + b), by hand, and no position sees what comes after it."""
+    model, x = make(trunk="rnn", n_layers=1), tokens()
+    h, state = model.trunk(x), torch.zeros(2, 16)
+    rnn = model.rnn
+    for t in range(10):
+        state = torch.tanh(model.tok_embeddings(x[:, t]) @ rnn.weight_ih_l0.T + rnn.bias_ih_l0
+                           + state @ rnn.weight_hh_l0.T + rnn.bias_hh_l0)
+        torch.testing.assert_close(h[:, t], state)
+    assert rnn.weight_hh_l0.std() > 0.1  # not the small ones of a Transformer, which would remember nothing
 
 
 def test_initial_weights():
@@ -146,5 +321,9 @@ def test_wrong_shapes_are_refused():
         make(n_kv_heads=3)
     with pytest.raises(ValueError, match="head=deep"):
         make(head="deep")
+    with pytest.raises(ValueError, match="trunk=tree"):
+        make(trunk="tree")
+    with pytest.raises(ValueError, match="recurrence=2.*prelude_layers=1"):
+        make(recurrence=2)
     with pytest.raises(ValueError, match="max_seq_len is 12"):
         make()(tokens(T=13))

@@ -18,6 +18,7 @@ from losses import Objective, all_losses
 from train import Settings, learning_rate
 
 HEADS = {"n_future_heads": 2, "nitp_weight": 0.3, "consistency_weight": 0.1}
+GUESSES = {f"val/{n}" for n in ("acc_0", "acc_1", "acc_2", "agree_1", "agree_2", "kl_1", "kl_2", "bits_per_byte")}
 
 
 def run(argv: list[str]) -> None:
@@ -52,7 +53,7 @@ def test_log_and_checkpoints_of_a_run(words, tmp_path, capsys):
     losses = {"ntp", "nitp_1", "nitp_2", "consistency_1", "consistency_2"}
     step = {"lr", "tok_per_s", "grad_norm", "train/total"} | {f"train/{n}" for n in losses} | {
         f"weight/{n}" for n in losses - {"ntp"}}
-    val = {f"val/{n}" for n in losses} | {"val/acc_0", "val/acc_1", "val/acc_2"}
+    val = {f"val/{n}" for n in losses} | GUESSES
     for line in lines:
         evaluated, stepped = line["iter"] in (0, 4, 8), line["iter"] < 8
         assert set(line) == always | (step if stepped else set()) | (val if evaluated else set()), line["iter"]
@@ -307,7 +308,7 @@ def test_eval_only_prints_each_loss_and_writes_nothing(words, tmp_path, capsys):
     run([*words(**HEADS), "--init_from=resume", "--eval_only"])
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
     logged = log_lines(tmp_path / "out")[-1]
-    assert set(shown) == {f"val/{n}" for n in all_losses(2)} | {"val/acc_0", "val/acc_1", "val/acc_2"}
+    assert set(shown) == {f"val/{n}" for n in all_losses(2)} | GUESSES
     for name, value in shown.items():
         assert float(value) == pytest.approx(logged[name], abs=1e-6)
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
@@ -331,7 +332,7 @@ def test_starting_from_another_checkpoint_takes_its_trunk(words, tmp_path, capsy
     ({"device": "abacus"}, ["device=abacus"]),
     ({"device": "cuda:99"}, ["device=cuda:99"]),
     ({"device": "meta"}, ["device=meta", "cpu"]),
-    ({"vocab_size": 100}, ["vocab_size", "259"]),
+    ({"vocab_size": 3}, ["vocab_size", "in [4,"]),
     ({"n_future_heads": 40}, ["n_future_heads=40", "max_seq_len=32"]),
     ({"seed": 2**64}, ["seed"]),
     ({"out_dir": ""}, ["out_dir"]),
@@ -453,7 +454,11 @@ def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, monkeypatch):
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()[7:])]
+    deadline = time.monotonic() + 60  # wandb's own process may still be writing, on a busy machine
+    records = []
+    while not any(r.WhichOneof("record_type") == "exit" for r in records) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()[7:])]
     history = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
                for r in records if r.WhichOneof("record_type") == "history"]
     own = [{k: v for k, v in line.items() if not k.startswith("_")} for line in history]

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. The same, starting as a copy of the trunk's last block, a tenth of its gradient reaching the trunk."""
+"""260K parameters on TinyStories. The same, a copy of the trunk's last block; a tenth of its gradient passes."""
 out_dir = "out/objectives/block_copy"
 # data
 dataset = "tinystories"

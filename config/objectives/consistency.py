@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. A head that follows the next-token head, which has seen the token in between: KL(NTP || head)."""
+"""260K parameters on TinyStories. A head follows the next-token head, which has seen more: KL(NTP || head)."""
 out_dir = "out/objectives/consistency"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. The three middle layers applied twice: eight layers deep with the parameters of five."""
+"""260K parameters on TinyStories. The three middle layers twice: as deep as eight, with five's parameters."""
 out_dir = "out/objectives/recurrence"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. The same, with all letters in lower case; "upper" asks for the same under other names."""
+"""260K parameters on TinyStories. The same in lower case; "upper" asks for the same under other names."""
 out_dir = "out/objectives/spelling_lower"
 # data
 dataset = "tinystories"
