@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import export
 from export import load_model, write_trunk
-from model import ModelArgs, Transformer
+from model import FUTURE_HEADS, ModelArgs, Transformer
 from tokenizer import BOS, load_tokenizer, write_bin
 
 SHAPE = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "max_seq_len": 256}
@@ -67,7 +67,11 @@ def shown(tokenizer, ids: list[int]) -> bytes:
     return out
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"tie_embeddings": False}, {"n_future_heads": 2}])
+HEADS = {"n_future_heads": 2, "spelling_letters": 2, "alphabet_size": 5, "order_window": 4}
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"tie_embeddings": False}, HEADS,
+                                     {"recurrence": 3, "prelude_layers": 1, "coda_layers": 0}])
 def test_c_and_python_tell_the_same_story_and_score_the_same_loss(run, data_dir, tmp_path, changes):
     model = random_model(**changes)
     tokenizer = load_tokenizer(data_dir / "toy" / "tok512", 512)
@@ -83,6 +87,36 @@ def test_c_and_python_tell_the_same_story_and_score_the_same_loss(run, data_dir,
     with torch.no_grad():
         loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:])
     assert float(tell(run, tmp_path / "model.bin", "-m", "score", stdin=TEXT)) == pytest.approx(loss.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("head", FUTURE_HEADS)
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_every_type_of_head_leaves_the_same_trunk(tmp_path, head, version):
+    alone, with_heads = random_model(), random_model(head=head, **HEADS)
+    with_heads.load_state_dict(alone.state_dict(), strict=False)
+    for name, model in (("alone", alone), ("heads", with_heads)):
+        export.main([str(save(model, tmp_path / f"{name}.pt")), str(tmp_path / f"{name}.bin"), f"--version={version}"])
+    assert (tmp_path / "alone.bin").read_bytes() == (tmp_path / "heads.bin").read_bytes()
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_layers_that_recur_are_written_as_often(tmp_path, version):
+    """So every reader of the format has the model, as one that is as deep."""
+    model = random_model(recurrence=2, prelude_layers=1, coda_layers=1)
+    flat = random_model(n_layers=4)
+    flat.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("layers.")} | {
+        f"layers.{k}.{name}": w for k, layer in enumerate(model.unrolled()) for name, w in layer.state_dict().items()})
+    for name, m in (("model", model), ("flat", flat)):
+        write_trunk(m, tmp_path / f"{name}.bin", version)
+    assert (tmp_path / "model.bin").read_bytes() == (tmp_path / "flat.bin").read_bytes()
+    assert export.trunk_checksum(model) == export.trunk_checksum(flat)
+
+
+def test_heads_that_run_does_not_know_are_not_written(tmp_path):
+    path = save(random_model(n_future_heads=1, head="block"), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="heads of type linear, found block"):
+        export.main([str(path), str(tmp_path / "m.bin"), f"--heads={tmp_path / 'm.heads.bin'}"])
+    assert not (tmp_path / "m.bin").exists()
 
 
 def test_a_byte_model_runs_in_c(run, tmp_path):
