@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import losses
+import engine
 from files import atomic_write
 from losses import loss_weights, scales
 from machine import choose_path
@@ -108,7 +108,7 @@ def work(pipe, case: Case) -> None:
     """In a process of its own: a step, its seconds and the memory it needed, each time the pipe asks for one."""
     torch.set_num_threads(case.threads)
     if case.whole:
-        losses.WHOLE = 1 << 62
+        engine.WHOLE = 1 << 62
     torch.zeros(8).sum()
     before = memory("VmRSS")
     step = make_step(case.settings)

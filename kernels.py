@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from losses import Found, Part, chunk_rows, plain_engine
+from engine import Found, Part, chunk_rows, plain_engine
 from model import RMSNorm, Transformer, TransformerBlock
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -256,7 +256,7 @@ def head_losses(logits: Tensor, classes: Tensor, scales: Tensor, gradient: Tenso
 
 
 class Ask(NamedTuple):
-    """What is asked of a head, by row in the frame of its targets (losses.Part)."""
+    """What is asked of a head, by row in the frame of its targets (engine.Part)."""
 
     shift: int
     classes: Tensor  # (N, K)
@@ -339,7 +339,7 @@ def ask_of(part: Part, usual: set[str], scales: dict[str, float], N: int) -> Ask
 
 def engine(parts: list[Part], rows: int, kinds: dict[str, tuple], scales: dict[str, Tensor], wants_best: bool
            ) -> tuple[Tensor, list[Found]]:
-    """losses.plain_engine, and the total; scales: {loss: what each of its positions adds to that}.
+    """engine.plain_engine by way of HeadLosses.
 
     Of losses that compare with part 0, KL from it without a temperature is taken here, any other by
     plain_engine. Autocast is left aside: features have the type that products are to have.
@@ -365,9 +365,8 @@ def engine(parts: list[Part], rows: int, kinds: dict[str, tuple], scales: dict[s
     if unusual:
         others = [part._replace(aims={}, taught={name: v for name, v in part.taught.items() if name not in usual})
                   for part in (parts[0], *(parts[k] for k in unusual))]
-        compared = plain_engine(others, chunk_rows(N, len(parts[0].readout.weight)), kinds, False)
-        for k, part, more in zip(unusual, others[1:], compared[1:], strict=True):
-            found[k].divergences.update(more.divergences)
-            for name, valid in part.taught.items():
-                total = total + scales.get(name, 0.0) * torch.where(valid, more.divergences[name], 0.0).sum()
+        more, compared = plain_engine(others, chunk_rows(N, len(parts[0].readout.weight)), kinds, scales, False)
+        total = total + more
+        for k, also in zip(unusual, compared[1:], strict=True):
+            found[k].divergences.update(also.divergences)
     return total, found

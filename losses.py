@@ -13,7 +13,7 @@ its next token; z are the NTP head's logits and a_i those of future head i, all 
     superposition   in place of ntp: CE(z[p], all tokens of the next bag), where p has read bags
     total           ntp + sum of weight(step) * loss
 
-All but consistency are cross-entropies of one head's logits against a few classes with shares (`Aim`).
+All but consistency are cross-entropies of one head's logits against a few classes with shares (engine.Aim).
 Each loss is a mean over its own valid positions: row ends have no target i tokens further on, and
 with mask_document_ends neither has a position whose target lies behind the next BOS. Only val ntp
 judges a run; the others are means to that end. Formulas, sources and costs: doc/objectives.md.
@@ -25,22 +25,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-WHOLE = 1 << 24  # a head's logits are formed all at once up to so many (64 MiB), else a CHUNK of them at a time
-CHUNK = 1 << 20  # 4 MiB of float32; and no fewer than FEWEST rows
-FEWEST = 256
-
-
-def chunk_rows(positions: int, vocab_size: int, with_kernels: bool = False) -> int | None:
-    """How many positions' logits are formed at a time; None: all of them.
-
-    A chunk's gradients are made while its logits are at hand, so memory does not grow with positions
-    or heads (Gloeckle et al. 2024, section 2). For a small vocabulary whole logits are as fast, but
-    not with kernels.py, which finds a chunk in the cache again.
-    """
-    whole = positions * vocab_size <= WHOLE and not with_kernels
-    return None if whole else max(FEWEST, CHUNK // vocab_size)
+from engine import Aim, Part, chunk_rows, plain_engine
 
 
 class Loss(NamedTuple):
@@ -57,17 +43,6 @@ def masked_mean(per_position: Tensor, valid: Tensor) -> Loss:
 
 # ---------------------------------------------------------------------------------------------
 # what the objectives ask for
-
-class Aim(NamedTuple):
-    """What a cross-entropy asks a head for: the classes that share the target at positions t = 0..S-1.
-
-    Heads that look i tokens ahead have S = T - i, or no positions; all others have S = T.
-    """
-
-    classes: Tensor  # (B, S, K) int64
-    valid: Tensor  # (B, S) bool
-    shares: Tensor | None = None  # (B, S, K) float32, whose sum is 1; None: K = 1, and it has all
-
 
 def valid_positions(y: Tensor, i: int, bos: int | None) -> Tensor:
     """(B, max(T - i, 0)) bool: may position t be asked for y[t+i]?
@@ -134,88 +109,12 @@ def nearest_tokens(embeddings: Tensor, k: int, temperature: float) -> tuple[Tens
             torch.cat([F.softmax(found.values / temperature, dim=1) for found in nearest]))
 
 
-def divergence(log_p: Tensor, log_q: Tensor, direction: str = "forward", temperature: float = 1.0) -> Tensor:
-    """Consistency at each row: from student log_q (N, V) to teacher log_p (N, V), logs of probabilities -> (N,).
-
-    forward: KL(p || q); reverse: KL(q || p); js: the mean of both's KL to their middle. With a temperature
-    both are softened, and the loss times its square (Hinton et al. 2015, arXiv 1503.02531, section 2).
-    """
-    if temperature != 1.0:
-        log_p, log_q = (F.log_softmax(log / temperature, dim=-1) for log in (log_p, log_q))
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)  # F.kl_div takes the second first
-
-    if direction == "forward":
-        found = kl(log_p, log_q)
-    elif direction == "reverse":
-        found = kl(log_q, log_p)
-    else:
-        middle = torch.logaddexp(log_p, log_q) - math.log(2.0)
-        found = 0.5 * (kl(log_p, middle) + kl(log_q, middle))
-    return found * temperature**2
-
-
 # ---------------------------------------------------------------------------------------------
-# from what is asked to numbers
-
-class Part(NamedTuple):
-    """All that is asked of one head in the frame of its targets: row u = b T + t + shift of N = B T rows."""
-
-    readout: NamedTuple  # .features (B, T, D), .weight (V, D)
-    shift: int  # so many positions before its row's lie the features
-    aims: dict[str, Aim]  # by loss, framed: (N, K) and (N,)
-    taught: dict[str, Tensor]  # by loss that compares with part 0, which has shift 0: valid, (N,)
-
+# a model and its losses
 
 def framed(t: Tensor, T: int) -> Tensor:
     """(B, S, ...) of positions t = 0..S-1 as (B T, ...) in the frame of targets, moved by T - S."""
     return F.pad(t, (0, 0) * (t.dim() - 2) + (T - t.shape[1], 0)).flatten(0, 1)
-
-
-class Found(NamedTuple):
-    """What an engine makes of a part, by row."""
-
-    entropies: dict[str, Tensor]  # by loss of part.aims, (N,)
-    divergences: dict[str, Tensor]  # by loss of part.taught, (N,)
-    best: Tensor | None  # (N,) the class with the largest logit, the first of equals
-
-
-def plain_engine(parts: list[Part], rows: int | None, kinds: dict[str, tuple], wants_best: bool) -> list[Found]:
-    """PyTorch alone: `rows` of all parts at a time, formed once more for their gradients; None: all rows, once.
-
-    kinds: {loss: (direction, temperature)} of losses that compare with part 0.
-    """
-    features = [part.readout.features.flatten(0, 1) for part in parts]
-    N = len(features[0])
-
-    def chunk(start: int, end: int) -> list[Found]:
-        found, log_p = [], None
-        for part, inputs in zip(parts, features, strict=True):
-            first = min(max(start, part.shift), end)  # no features lie `shift` before these rows; none of them is valid
-            logits = F.linear(inputs[first - part.shift : end - part.shift], part.readout.weight)
-            # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
-            log_q = F.log_softmax(logits.float(), dim=-1)
-            log_p = log_q.detach() if log_p is None else log_p
-            entropies = {}
-            for name, (classes, _, shares) in part.aims.items():
-                score = log_q.gather(1, classes[first:end])
-                entropies[name] = -(score if shares is None else score * shares[first:end]).sum(1)
-            divergences = {name: divergence(log_p[first - start :], log_q, *kinds[name]) for name in part.taught}
-            best = log_q.argmax(1) if wants_best else None
-            found.append(Found(*({k: F.pad(v, (first - start, 0)) for k, v in values.items()}
-                                 for values in (entropies, divergences)),
-                               F.pad(best, (first - start, 0)) if wants_best else None))
-        return found
-
-    if rows is None or N == 0:
-        return chunk(0, N)
-    chunks = [checkpoint(chunk, start, min(start + rows, N), use_reentrant=False, preserve_rng_state=False)
-              for start in range(0, N, rows)]
-    return [Found(*({name: torch.cat([found[k][field][name] for found in chunks]) for name in chunks[0][k][field]}
-                    for field in (0, 1)),
-                  torch.cat([found[k].best for found in chunks]) if wants_best else None)
-            for k in range(len(parts))]
 
 
 def parse_name(name: str) -> tuple[str, int]:
@@ -355,16 +254,12 @@ class Objective(nn.Module):
         rows = chunk_rows(asked[0].readout.features.shape[:2].numel(), len(asked[0].readout.weight), bool(self.kernels))
         kinds = {name: ("forward", 1.0) if parse_name(name)[0] == "kl" else self.consistency
                  for part in asked for name in part.taught}
-        if self.kernels:
-            total, found = self.kernels.engine(asked, rows, kinds, scales, bool(guessing))
-        else:
-            total, found = 0.0, plain_engine(asked, rows, kinds, bool(guessing))
+        engine = self.kernels.engine if self.kernels else plain_engine
+        total, found = engine(asked, rows, kinds, scales, bool(guessing))
         losses = {}
         for part, (entropies, divergences, _) in zip(asked, found, strict=True):
             losses |= {name: masked_mean(entropies[name], aim.valid) for name, aim in part.aims.items()}
             losses |= {name: masked_mean(divergences[name], valid) for name, valid in part.taught.items()}
-        if not self.kernels:
-            total = sum(scale * losses[name].mean * losses[name].count for name, scale in scales.items())
         best = {head: f.best.view(y.shape)[:, head:] for (head, shift), f in zip(parts, found, strict=True)
                 if guessing and head == shift}
         return total, {name: losses[name] for name in names}, best
