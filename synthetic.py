@@ -1,6 +1,6 @@
 """Tasks with a known answer: does a model that looks ahead learn to get it right?
 
-    python synthetic.py arithmetic                    # start + k * step, modulo a prime
+    python synthetic.py arithmetic                    # start + k * step, modulo 31
     python synthetic.py induction --vocab_size=512    # stories whose names must be remembered; wants a text data set
     python synthetic.py polynomial                    # sums, products, compositions over F7[X]/(X^5)
 
@@ -209,7 +209,7 @@ NAMES = frozenset((  # frequent first names of TinyStories and of toystories.py
     "Nick Nora Oliver Ollie Pam Pete Peter Polly Remy Rex Rob Rosie Roxy Ruby Sally Sam Sammy Sandy Sara Sarah "
     "Sofia Sophie Spot Sue Susie Teddy Tim Timmy Toby Tom Tommy Tony Zoe").split())
 NAME = re.compile(rf"\b(?:{'|'.join(sorted(NAMES))})\b")
-FIRSTS, SECONDS, VAL_ONE_IN = 12, 12, 4  # made-up names: first tokens, second tokens, pairs per pair of validation
+FIRSTS, SECONDS, VAL_ONE_IN = 16, 16, 10  # made-up names: first tokens, fewest second ones, of ten pairs one for val
 CONTEXTS = 'Then {0} said, "{0}, look!" {0}\'s hat fell. "{0} is here," said {0}.\n{0} ran with {0} and {0}.'
 
 
@@ -250,8 +250,12 @@ class Spelling:
 
 
 def invent_names(spelling: Spelling, words: set[str], rng: random.Random) -> list[list[Name]]:
-    """Names of two tokens, by first token, all FIRSTS x SECONDS pairs; no name is one of `words`."""
-    texts = sorted({t.decode("utf-8", errors="replace") for t in spelling.texts[FIRST_ID:]}, key=lambda _: rng.random())
+    """Names of two tokens, by first token: each of FIRSTS first tokens with the same second ones, none of `words`.
+
+    Many names, so that it is easier to look back than to learn them all by heart.
+    """
+    texts = [t.decode("utf-8", errors="replace") for t in spelling.texts[FIRST_ID:]]
+    texts = sorted(dict.fromkeys(texts), key=lambda _: rng.random())  # not set(): its order is another in each process
     firsts = list(dict.fromkeys(t.strip() for t in texts if re.fullmatch(" ?[A-Z][a-z]?", t)))[:100]
     seconds = [t for t in texts if re.fullmatch("[a-z]{1,4}", t)][:300]
 
@@ -260,9 +264,9 @@ def invent_names(spelling: Spelling, words: set[str], rng: random.Random) -> lis
 
     fitting = {first: {second for second in seconds if fits(Name(first, second))} for first in firsts}
     chosen = sorted(firsts, key=lambda first: -len(fitting[first]))[:FIRSTS]
-    common = [second for second in seconds if all(second in fitting[first] for first in chosen)][:SECONDS]
+    common = [second for second in seconds if all(second in fitting[first] for first in chosen)]
     if len(chosen) < FIRSTS or len(common) < SECONDS:
-        raise ValueError(f"expected {FIRSTS} first tokens and {SECONDS} second ones that make names with each of them, "
+        raise ValueError(f"expected {FIRSTS} first tokens and {SECONDS} that make a name with each of them, "
                          f"found {len(chosen)} and {len(common)}; try another --vocab_size")
     return [[Name(first, second) for second in common] for first in chosen]
 
@@ -372,15 +376,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--seed", type=int, default=1, help="of everything that is drawn")
         return sub
 
-    sub = command("arithmetic", "arithmetic progressions", 1000, "training rows, each with its own start and step")
-    sub.add_argument("--vocab_size", type=between(7, 1003), default=100, help="3 more than the modulus")
-    sub.add_argument("--length", type=between(5, 4096), default=32, help="tokens in a row, BOS among them")
+    sub = command("arithmetic", "arithmetic progressions", 800, "training rows, each with its own start and step")
+    sub.add_argument("--vocab_size", type=between(7, 1003), default=34, help="3 more than the modulus, 31")
+    sub.add_argument("--length", type=between(5, 4096), default=16, help="tokens in a row, BOS among them")
     sub = command("induction", "stories with made-up names", 20_000, "most training stories")
     sub.add_argument("--from_dataset", default="tinystories", help="name of the data set with the stories")
     sub.add_argument("--vocab_size", type=between(BYTE_VOCAB_SIZE, 1 << 16), default=512, help="of that data set")
-    sub.add_argument("--length", type=between(8, 4096), default=256, help="tokens in a row; stories are cut to it")
+    sub.add_argument("--length", type=between(8, 4096), default=128, help="tokens in a row; stories are cut to it")
     sub = command("polynomial", "polynomials over F7[X]/(X^5)", 100_000, "training rows")
-    sub.add_argument("--operations", type=between(1, 20), default=2, help="most operations in training")
+    sub.add_argument("--operations", type=between(1, 20), default=1, help="most operations in training")
     sub.add_argument("--beyond", type=between(0, 20), default=1, help="how many more in validation")
     sub.add_argument("--val_sequences", type=between(1, 10_000), default=200, help="for each number of operations")
     return parser.parse_args(argv)
