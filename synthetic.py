@@ -21,6 +21,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -210,6 +211,7 @@ NAMES = frozenset((  # frequent first names of TinyStories and of toystories.py
     "Sofia Sophie Spot Sue Susie Teddy Tim Timmy Toby Tom Tommy Tony Zoe").split())
 NAME = re.compile(rf"\b(?:{'|'.join(sorted(NAMES))})\b")
 FIRSTS, SECONDS, VAL_ONE_IN = 16, 16, 10  # made-up names: first tokens, fewest second ones, of ten pairs one for val
+MOST_STORIES = 100_000  # that are looked at in a split; all of TinyStories would not fit in memory
 CONTEXTS = 'Then {0} said, "{0}, look!" {0}\'s hat fell. "{0} is here," said {0}.\n{0} ran with {0} and {0}.'
 
 
@@ -281,11 +283,11 @@ def induction(source: Path, vocab_size: int, length: int, sequences: int, seed: 
     for path in (source / "train.txt", source / "val.txt"):
         if not path.exists():
             raise ValueError(f"{path}: no such text; {how_to_make(folder / 'train.bin', vocab_size)}")
-    spelling, rng = Spelling(load_tokenizer(folder, vocab_size)), dice("induction", seed)
-    stories = {split: list(read_stories(source / f"{split}.txt")) for split in ("train", "val")}
+    spelling = Spelling(load_tokenizer(folder, vocab_size))
+    stories = {split: list(islice(read_stories(source / f"{split}.txt"), MOST_STORIES)) for split in ("train", "val")}
     words = {word for split in stories.values() for story in split for word in re.findall("[A-Za-z]+", story)}
     try:
-        names = invent_names(spelling, words, rng)
+        names = invent_names(spelling, words, dice("names", seed))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -293,7 +295,7 @@ def induction(source: Path, vocab_size: int, length: int, sequences: int, seed: 
         # A second token of validation has been seen in training, and so has a first, but never the two together.
         pools = [[name for j, name in enumerate(row) if ((i + j) % VAL_ONE_IN == 0) == (split == "val")]
                  for i, row in enumerate(names)]
-        written = 0
+        rng, written = dice(f"induction {split}", seed), 0
         for story in stories[split]:
             if written < limit and (made := renamed(story, pools, spelling, length, rng)):
                 written += 1

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import synthetic
 import tinystories
-from conftest import ROOT
 from synthetic import Answers, Name, Spelling
 from tinystories import Windows
 from tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer
