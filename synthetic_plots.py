@@ -99,7 +99,7 @@ def draw(base: Path, mtp: Path, by_sequences: list[tuple[int, Path]], path: Path
     distance.legend(frameon=False)
 
     shares = accuracy_map(mtp)
-    shown = positions.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower",
+    shown = positions.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower",
                              extent=(-0.5, shares.shape[1] - 0.5, 0.5, len(shares) + 0.5))
     figure.colorbar(shown, ax=positions)
     positions.set(title="accuracy by position and distance, mtp", xlabel="position of the last token read",
