@@ -109,6 +109,9 @@ def draw(base: Path, mtp: Path, by_sequences: list[tuple[int, Path]], path: Path
         for heads, points in lowest_losses(by_sequences).items():
             sizes.plot(*zip(*points), "o-", color=MTP if heads else BASE, label="mtp" if heads else "base")
         sizes.set(title="lowest validation NTP loss", xlabel="training sequences", ylabel="nats a token", xscale="log")
+        counts = sorted({sequences for sequences, _ in by_sequences})
+        sizes.set_xticks(counts, map(str, counts))
+        sizes.minorticks_off()
         sizes.legend(frameon=False)
     else:
         sizes.axis("off")

@@ -1,4 +1,4 @@
-"""Arithmetic progressions modulo 31, three future heads: the plateau that arithmetic_base.py shows, cut short."""
+"""Arithmetic progressions modulo 31, three future heads: soon they see four numbers as well as one; a minute."""
 out_dir = "out/arithmetic_mtp"
 # data
 dataset = "arithmetic"  # python synthetic.py arithmetic

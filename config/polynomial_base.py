@@ -1,4 +1,4 @@
-"""Polynomials over F7[X]/(X^5), next-token prediction alone: TODO"""
+"""Polynomials over F7[X]/(X^5), next-token prediction alone: it learns to negate, and nothing else; 2.5 minutes."""
 out_dir = "out/polynomial_base"
 # data
 dataset = "polynomial"  # python synthetic.py polynomial
@@ -15,7 +15,7 @@ n_future_heads = 0
 nitp_weight = 0.0
 # optimisation
 learning_rate = 2e-3
-max_iters = 5000
+max_iters = 3000
 warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.01

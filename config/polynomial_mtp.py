@@ -1,4 +1,4 @@
-"""Polynomials over F7[X]/(X^5), three future heads: TODO"""
+"""Polynomials over F7[X]/(X^5), three future heads: what polynomial_base.py learns, looking ahead; 3 minutes."""
 out_dir = "out/polynomial_mtp"
 # data
 dataset = "polynomial"  # python synthetic.py polynomial
@@ -15,7 +15,7 @@ n_future_heads = 3
 nitp_weight = 0.3
 # optimisation
 learning_rate = 2e-3
-max_iters = 5000
+max_iters = 3000
 warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.01
