@@ -171,8 +171,8 @@ class Objective(nn.Module):
         return total, {name: Loss(loss.mean.detach(), loss.count) for name, loss in losses.items()}
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0) -> dict[str, Loss]:
-        """The losses called `names`, and of the NTP head and future heads 1..heads what they guess.
+    def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0) -> tuple[dict[str, Loss], Tensor]:
+        """The losses called `names`, those of the guesses of heads 0..heads, and the NTP head's guesses (B, T).
 
         acc_i: the share of valid positions whose top-1 token is y[t+i]; agree_i: that of those where it
         is the NTP head's at t+i; kl_i: the mean of KL(NTP head at t+i || head i at t).
@@ -185,7 +185,7 @@ class Objective(nn.Module):
             losses[f"acc_{i}"] = masked_mean((guess == y[:, later]).float(), valid)
             if i:
                 losses[f"agree_{i}"] = masked_mean((guess == best[0][:, later]).float(), valid)
-        return losses
+        return losses, best[0]
 
     def aims(self, y: Tensor, names: tuple[str, ...]) -> dict[str, Aim]:
         """What the cross-entropies among the losses `names` ask for; known from the targets alone."""

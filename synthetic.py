@@ -29,8 +29,9 @@ import numpy as np
 from torch import Tensor
 
 from files import atomic_write
+from letters import token_texts
 from tinystories import how_to_make, read_stories
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, FIRST_BYTE, Tokenizer, load_tokenizer, vocab_folder
+from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, Tokenizer, load_tokenizer, vocab_folder
 
 FIRST_ID = 3  # ids below are <unk>, BOS, EOS, as in every vocabulary of this project
 Row = tuple[list[int], list[int]]  # tokens from BOS on, and the group of each: 0 is not scored
@@ -53,8 +54,9 @@ class Task(NamedTuple):
 class Answers:
     """The scored tokens of a val.bin: answer k is its tokens starts[k]..ends[k] - 1, of group groups[k]."""
 
-    def __init__(self, marks: np.ndarray, names: dict[int, str]):
-        """marks: (tokens,) uint8, 0 or a group; a maximal run of one group is one answer."""
+    def __init__(self, marks: np.ndarray, names: dict[int, str], length: int):
+        """marks: (tokens,) uint8, 0 or a group; a maximal run of one group is one answer. length: of a row."""
+        self.length = length
         changes = np.flatnonzero(np.diff(marks, prepend=0, append=0))  # where runs begin, and where the last ends
         scored = marks[changes[:-1]] > 0
         self.names, self.starts, self.ends = names, changes[:-1][scored], changes[1:][scored]
@@ -68,17 +70,18 @@ class Answers:
             return None
         try:
             marks, tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8), val.stat().st_size // 2
-            groups = {int(g): str(name) for g, name in json.loads(names.read_bytes())["groups"].items()}
+            about = json.loads(names.read_bytes())
+            groups, length = {int(g): str(name) for g, name in about["groups"].items()}, int(about["length"])
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f'{names}: expected {{"groups": {{"1": "name", ...}}}}; '
+            raise ValueError(f'{names}: expected {{"groups": {{"1": "name", ...}}, "length": ...}}; '
                              f"delete {val.parent} and make it again with synthetic.py") from None
         if len(marks) != tokens:
             raise ValueError(f"{path}: expected {tokens} bytes, one for each token of {val}, found {len(marks)}")
         if nameless := set(np.unique(marks).tolist()) - {0, *groups}:
             raise ValueError(f"{path}: holds group {min(nameless)}, which has no name in {names}")
-        return cls(marks, groups)
+        return cls(marks, groups, length)
 
     def score(self, windows: Iterable[int], T: int, best: Tensor, y: Tensor) -> dict[str, tuple[int, int]]:
         """{group: (answers that are right as a whole, answers)} of the windows with these numbers.
@@ -227,9 +230,7 @@ class Spelling:
     """A tokenizer, and where in a text its tokens lie."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.texts = [bytes([i - FIRST_BYTE]) if FIRST_BYTE <= i < BYTE_VOCAB_SIZE else piece
-                      for i, (piece, _) in enumerate(tokenizer.pieces())]
+        self.tokenizer, self.texts = tokenizer, token_texts(tokenizer)
 
     def name_tokens(self, text: str, names: Iterable[Name]) -> tuple[list[int], list[tuple[int, Name]]] | None:
         """Ids of `text`, and for each mention of a name in it the index of its second token.

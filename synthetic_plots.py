@@ -44,7 +44,7 @@ def evaluations(folder: Path) -> list[dict]:
 def predictions(model: Transformer, x: Tensor) -> list[Tensor]:
     """The most likely token of every head, (B, T) each; the next-token head first."""
     heads = range(model.args.n_future_heads + 1)
-    return [head.logits().argmax(-1) for head in model.readouts(model.trunk(x), heads).values()]
+    return [head.logits().argmax(-1) for head in model.readouts(x, model.trunk(x), heads).values()]
 
 
 @torch.no_grad()

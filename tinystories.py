@@ -50,6 +50,7 @@ from tokenizer import (
 
 END = "<|endoftext|>"
 SPLITS = ("train", "val")
+GENERATED = ("arithmetic", "induction", "polynomial")  # data sets that synthetic.py makes
 VOCAB_TEXT = 200_000_000  # characters of train.txt that train_vocab looks at; a vocabulary needs no more
 LONGEST_LINE = 100_000  # characters; SentencePiece passes over lines that are too long for it, so they are cut
 DOWNLOADS = {  # version: {split: file}
@@ -362,6 +363,8 @@ def token_type(vocab_size: int) -> type:
 def how_to_make(tokens: Path, vocab_size: int) -> str:
     """The commands that make a token file."""
     folder = tokens.parent.parent
+    if folder.name in GENERATED:
+        return f"make it with\n    python synthetic.py {folder.name}"
     options = f"--dataset={folder.name} --vocab_size={vocab_size}"
     if str(folder.parent) != "data":
         options += f" --data_dir={folder.parent}"
@@ -430,10 +433,15 @@ class TrainBatches:
 EVAL_BATCH = 32  # windows; fixed, so that every run is judged on the same ones, whatever its batch_size
 
 
-def eval_batches(windows: Windows, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` batches of EVAL_BATCH windows, evenly spread over the file; all windows if there are no more."""
+def eval_windows(windows: Windows, count: int) -> list[np.ndarray]:
+    """`count` times the numbers of EVAL_BATCH windows, evenly spread over the file; all if there are no more."""
     chosen = np.linspace(0, len(windows) - 1, min(count * EVAL_BATCH, len(windows))).round().astype(int)
-    return [windows.rows(chosen[k : k + EVAL_BATCH]) for k in range(0, len(chosen), EVAL_BATCH)]
+    return [chosen[k : k + EVAL_BATCH] for k in range(0, len(chosen), EVAL_BATCH)]
+
+
+def eval_batches(windows: Windows, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The rows of eval_windows."""
+    return [windows.rows(chosen) for chosen in eval_windows(windows, count)]
 
 
 # ---------------------------------------------------------------------------------------------

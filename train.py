@@ -21,6 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,8 @@ from machine import Machine, StepPath, choose_path, find_machine, lost_a_process
 from model import ModelArgs, Transformer
 from optimizer import make_optimizer
 from settings import Settings, check, shape_of
-from tinystories import TrainBatches, Windows, eval_batches
+from synthetic import Answers
+from tinystories import TrainBatches, Windows, eval_batches, eval_windows
 from tokenizer import BOS, load_tokenizer, vocab_folder
 
 
@@ -169,28 +171,49 @@ def freeze(model: Transformer, s: Settings, it: int) -> bool:
     return changed
 
 
-def evaluate(objective: Objective, batches: list, names: tuple[str, ...], machine: Machine, path: StepPath) -> dict:
-    """{name: mean over all validation batches}, of `names` and of the heads' guesses; ranks share the work."""
-    n = objective.model.args.n_future_heads
+class Validation(NamedTuple):
+    """The rows that every run is judged on, and what is known of them."""
+
+    batches: list[tuple[torch.Tensor, torch.Tensor]]
+    windows: list  # the numbers of each batch's rows in val.bin
+    answers: Answers | None  # of a task with a known answer
+    tokens_per_byte: float  # of the targets; 0 where tokens are no text
+
+
+def load_validation(s: Settings, rows: Windows, texts: list[bytes] | None) -> Validation:
+    """Errors: ValueError if answers are broken, or rows of a task not as long as the run's."""
+    answers, batches = Answers.find(rows.path), eval_batches(rows, s.eval_iters)
+    if answers and answers.length != s.max_seq_len:
+        raise ValueError(f"max_seq_len={s.max_seq_len}: expected {answers.length}, the length of a row of {rows.path}")
+    length = torch.tensor([len(text) for text in texts or [b""] * s.vocab_size])
+    size = sum(length[y].sum().item() for _, y in batches)
+    return Validation(batches, eval_windows(rows, s.eval_iters), answers,
+                      sum(y.numel() for _, y in batches) / size if size else 0.0)
+
+
+def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...], machine: Machine,
+             path: StepPath) -> dict[str, float]:
+    """{name: mean over all validation rows}, of `names`, of the heads' guesses and of answers; ranks share the work."""
+    n, answers = objective.model.args.n_future_heads, validation.answers
     guesses = (f"{kind}_{i}" for kind in ("acc", "agree", "kl") for i in range(kind != "acc", n + 1))
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*names, *guesses)}  # of values, of positions
+    exact = [f"exact_{group}" for group in answers.names.values()] if answers else []
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*names, *guesses, *exact)}  # of values, of positions
     objective.eval()
-    mine = batches[machine.rank :: machine.world]
-    for x, y in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # None: on terminals only
+    mine = list(zip(validation.windows, validation.batches, strict=True))[machine.rank :: machine.world]
+    for windows, (x, y) in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # terminals only
         with path.autocast():
-            losses = objective.evaluate(*machine.put(x, y), names, n)
-        for name in sums:
-            count = losses[name].count.item()
-            sums[name] += torch.tensor([losses[name].mean.item() * count, count])
+            losses, best = objective.evaluate(*machine.put(x, y), names, n)
+        for name, loss in losses.items():
+            count = loss.count.item()
+            sums[name] += torch.tensor([loss.mean.item() * count, count])
+        for group, counts in answers.score(windows, y.shape[1], best.cpu(), y).items() if answers else ():
+            sums[f"exact_{group}"] += torch.tensor(counts)
     objective.train()
     totals = machine.sum(torch.stack(list(sums.values())))  # (losses, 2)
-    return {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
-
-
-def tokens_per_byte(batches: list, texts: list[bytes]) -> float:
-    """Of the targets of validation batches: what nats a token times this, over log 2, are in bits a byte."""
-    length = torch.tensor([len(text) for text in texts])
-    return sum(y.numel() for _, y in batches) / max(1, sum(length[y].sum().item() for _, y in batches))
+    found = {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
+    if validation.tokens_per_byte:
+        found["bits_per_byte"] = found["ntp"] / math.log(2.0) * validation.tokens_per_byte
+    return found
 
 
 def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -> None:
@@ -255,8 +278,8 @@ def train(s: Settings) -> int:
     if s.superposition > 1:  # as many bags in a row as else tokens
         rows = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len * s.superposition)
         bags = TrainBatches(rows, s.batch_size, s.seed, machine.rank, machine.world)
-    val_batches = eval_batches(val_rows, s.eval_iters)
     texts = token_texts(load_tokenizer(folder, s.vocab_size)) if (folder / "tokenizer.bin").exists() else None
+    validation = load_validation(s, val_rows, texts)
 
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
@@ -305,16 +328,8 @@ def train(s: Settings) -> int:
     if first:
         announce(s, model, train_rows, machine, path)
 
-    per_byte = tokens_per_byte(val_batches, texts) if texts else 0.0
-
-    def validate() -> dict:
-        val = evaluate(raw, val_batches, losses_of(s), machine, path)
-        if per_byte:
-            val["bits_per_byte"] = val["ntp"] / math.log(2.0) * per_byte
-        return val
-
     if s.eval_only:
-        val = validate()
+        val = evaluate(raw, validation, losses_of(s), machine, path)
         if first:
             print("\n".join(f"val/{name} {value:.6f}" for name, value in val.items()))
         return 0
@@ -341,7 +356,7 @@ def train(s: Settings) -> int:
         line: dict = {"iter": it, "tokens": tokens, "seconds": seconds}
         evaluates = it % s.eval_interval == 0 or it == s.max_iters
         if evaluates:
-            val = validate()
+            val = evaluate(raw, validation, losses_of(s), machine, path)
             line |= {f"val/{name}": value for name, value in val.items()}
             if first:
                 print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)

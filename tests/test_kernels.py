@@ -239,7 +239,7 @@ def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
                             (Objective(fast, 1, kernels, **options), dtype)):
         objective.refresh_neighbours()
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-            losses = objective.evaluate(x, y, names, 2)
+            losses = objective.evaluate(x, y, names, 2)[0]
             weights = {name: 1.0 + k for k, name in enumerate(names)}
             total, _ = objective(x, y, scales(weights, objective.counts(y, names)))
         total.backward()
@@ -302,7 +302,7 @@ def test_features_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         total, _ = objective(x, y, scales({"ntp": 1.0}, objective.counts(y, ("ntp",))))
     total.backward()
-    assert total.item() == pytest.approx(Objective(plain).evaluate(x, y, ("ntp",))["ntp"].mean.item(), rel=0.01)
+    assert total.item() == pytest.approx(Objective(plain).evaluate(x, y, ("ntp",))[0]["ntp"].mean.item(), rel=0.01)
 
 
 def test_no_position_sees_what_comes_after_it():

@@ -106,7 +106,7 @@ def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, ob
     want = slow_losses(x, y, slow, n, masked)
     sum(weights[name] * mean for name, (mean, _) in want.items()).backward()
 
-    assert list(got) == list(all_losses(n)) == list(fast.evaluate(x, y, all_losses(n)))[: 2 * n + 1]
+    assert list(got) == list(all_losses(n)) == list(fast.evaluate(x, y, all_losses(n))[0])[: 2 * n + 1]
     for name, (mean, count) in want.items():
         assert got[name].count.item() == count, name
         assert got[name].mean.item() == pytest.approx(mean.item(), rel=1e-5), name  # float32 against float64
@@ -294,7 +294,7 @@ def test_a_guess_agrees_with_the_head_that_has_seen_more(objective_of):
     logits[1][:, :-1] = 5 * logits[0][:, 1:]
     logits[2][:, :-2] = -logits[0][:, 2:]
     objective = objective_of(logits, consistency=("reverse", 2.0))
-    got = objective.evaluate(x, y, ("ntp",), 2)
+    got = objective.evaluate(x, y, ("ntp",), 2)[0]
     assert got["agree_1"].mean.item() == 1 and got["agree_2"].mean.item() == 0 and got["acc_1"].mean.item() < 1
     log_p, log_q = logits[0][:, 1:].log_softmax(-1), logits[1][:, :-1].log_softmax(-1)
     want = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -326,7 +326,7 @@ def test_a_perfect_student_has_no_consistency_loss(objective_of):
     x, y, logits = random_case(2, False)
     for i in (1, 2):
         logits[i][:, :-i] = logits[0][:, i:]
-    got = objective_of(logits).evaluate(x, y, ("consistency_1", "consistency_2"))
+    got = objective_of(logits).evaluate(x, y, ("consistency_1", "consistency_2"))[0]
     assert got["consistency_1"].mean.item() == pytest.approx(0, abs=1e-6)
     assert got["consistency_2"].mean.item() == pytest.approx(0, abs=1e-6)
 
@@ -364,7 +364,7 @@ def test_a_head_that_no_loss_asks_for_is_not_run():
 def test_no_valid_target_gives_zero_not_nan(n, T, objective_of):
     x, y, logits = random_case(n, False, T=T)
     objective = objective_of(logits)
-    got = objective.evaluate(x, y, all_losses(n), n)
+    got = objective.evaluate(x, y, all_losses(n), n)[0]
     for kind in ("nitp", "consistency", "acc"):
         for i in range(1, n + 1):
             loss = got[f"{kind}_{i}"]
@@ -379,7 +379,7 @@ def test_a_row_that_is_all_document_starts_has_no_future_target(objective_of):
     assert valid_positions(y, 0, BOS).all()
     assert not valid_positions(y, 1, BOS).any()
     x, y, logits = y, y, [torch.randn(2, 6, 5) for _ in range(2)]
-    got = objective_of(logits, bos=BOS).evaluate(x, y, all_losses(1))
+    got = objective_of(logits, bos=BOS).evaluate(x, y, all_losses(1))[0]
     assert got["nitp_1"].mean.item() == 0 and got["consistency_1"].mean.item() == 0 and got["ntp"].count.item() == 12
 
 
@@ -388,7 +388,7 @@ def test_an_infinite_loss_at_a_masked_position_does_not_leak():
     y[0, 0] = BOS  # masks position 0 for head 1
     logits[1][0, 0] = float("-inf")
     logits[1][0, 0, 3] = 0.0
-    got = Objective(Table(logits), bos=BOS).evaluate(x, y, ("nitp_1",))
+    got = Objective(Table(logits), bos=BOS).evaluate(x, y, ("nitp_1",))[0]
     assert math.isfinite(got["nitp_1"].mean.item())
 
 
@@ -409,7 +409,7 @@ def test_accuracy_is_top_1_of_each_head_at_its_own_target(objective_of):
         logits[i].zero_()
         logits[i][:, :length].scatter_(2, y[:, i:, None], 1.0)
     logits[2][0] = -logits[2][0]  # a third of head 2's rows always wrong
-    got = objective_of(logits).evaluate(x, y, ("nitp_1", "nitp_2"), 2)
+    got = objective_of(logits).evaluate(x, y, ("nitp_1", "nitp_2"), 2)[0]
     assert got["acc_0"].mean.item() == 1 and got["acc_1"].mean.item() == 1
     assert got["acc_2"].mean.item() == pytest.approx(2 / 3)
 
@@ -443,7 +443,7 @@ def test_chunks_equal_the_whole_with_a_real_model(name, monkeypatch):
         monkeypatch.setattr(losses, "chunk_rows", lambda *_, rows=rows: rows)
         model.zero_grad()
         objective = Objective(model, BOS, with_kernels)
-        got = objective.evaluate(x, y, ("ntp", name), 2)
+        got = objective.evaluate(x, y, ("ntp", name), 2)[0]
         learn(objective, x, y, {"ntp": 1.0} | {name: 0.3})
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([*(loss.mean for loss in got.values()), *gradients])
@@ -475,7 +475,7 @@ def test_a_large_vocabulary_never_has_all_its_logits(with_kernels):
     objective = Objective(model, None, with_kernels)
     x, y = torch.randint(0, V, (2, B, T))
     with Largest() as seen:
-        objective.evaluate(x, y, all_losses(1), 1)
+        objective.evaluate(x, y, all_losses(1), 1)[0]
         learn(objective, x, y, dict.fromkeys(all_losses(1), 1.0))
     assert 0 < seen.numel == engine.FEWEST * V < B * T * V / 4
 

@@ -289,7 +289,7 @@ def test_initial_weights():
         else:
             residual = name.endswith(("wo.weight", "w2.weight"))
             assert p.std().item() == pytest.approx(0.02 / 4 if residual else 0.02, rel=0.05), name
-    loss = Objective(model).evaluate(tokens(4, 12), tokens(4, 12, seed=2), all_losses(1))
+    loss = Objective(model).evaluate(tokens(4, 12), tokens(4, 12, seed=2), all_losses(1))[0]
     assert loss["ntp"].mean.item() == pytest.approx(math.log(512), abs=0.1)
 
 

@@ -256,7 +256,7 @@ def test_a_vocabulary_without_names(data_dir):
 # ---------------------------------------------------------------------------------------------
 # answers
 
-def answers_of(folder, marks, groups='{"groups": {"1": "a", "2": "b", "255": "c"}}'):
+def answers_of(folder, marks, groups='{"groups": {"1": "a", "2": "b", "255": "c"}, "length": 5}'):
     np.zeros(len(marks), dtype=np.uint16).tofile(folder / "val.bin")
     (folder / "val.answers.bin").write_bytes(bytes(marks))
     (folder / "answers.json").write_text(groups)
@@ -323,7 +323,8 @@ def test_broken_answers_are_refused_by_name(tmp_path):
             ("val.answers.bin", b"\0\3\0", "val.answers.bin: holds group 3, which has no name in .*answers.json"),
             ("answers.json", b"{", "answers.json: expected .*groups"),
             ("answers.json", b"[]", "answers.json: expected"),
-            ("answers.json", b'{"groups": {"one": "a"}}', "answers.json: expected"),
+            ("answers.json", b'{"groups": {"one": "a"}, "length": 5}', "answers.json: expected"),
+            ("answers.json", b'{"groups": {"1": "a"}}', "answers.json: expected .*length"),
             ("answers.json", b"\xff", "answers.json: expected")):
         answers_of(tmp_path, [0, 1, 0])
         (tmp_path / file).write_bytes(content)

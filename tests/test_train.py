@@ -8,15 +8,17 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, start
 
 import export
+import synthetic
 import train
 from configurator import configure
 from losses import Objective, all_losses
-from model import FUTURE_HEADS
+from model import FUTURE_HEADS, ModelArgs, Transformer
 from model import HEADS as HEAD_NAMES
 from settings import Settings, check
 from tinystories import Windows
@@ -525,6 +527,27 @@ def test_an_rnn_learns_and_is_not_exported(words, tmp_path, capsys):
     assert not (tmp_path / "m.bin").exists()
     assert train.main(words(init_from=tmp_path / "out/last.pt", out_dir=tmp_path / "new")) == 1
     assert "its trunk is rnn" in capsys.readouterr().err
+
+
+def test_a_task_with_a_known_answer_is_scored(words, tmp_path, capsys):
+    """By the log's share of answers that are wholly right; of the checkpoint the same, counted by hand."""
+    synthetic.main(["arithmetic", f"--data_dir={tmp_path}", "--length=8", "--vocab_size=14", "--sequences=90"])
+    task = {"data_dir": tmp_path, "dataset": "arithmetic", "vocab_size": 14, "max_seq_len": 8, "batch_size": 16}
+    run(words(**task, max_iters=300, eval_interval=300, log_interval=100, dtype="float32", path="plain"))
+    line = log_lines(tmp_path / "out")[-1]
+    assert not any("bits_per_byte" in key for key in line)
+    model = Transformer(ModelArgs(**torch.load(tmp_path / "out/last.pt", weights_only=True)["model_args"]))
+    model.load_state_dict(weights(tmp_path / "out"))
+    rows = torch.from_numpy(np.fromfile(tmp_path / "arithmetic/tok14/val.bin", dtype=np.uint16)[:-1].astype(int))
+    rows = rows.view(-1, 8)
+    right = model(rows)[:, :-1].argmax(-1) == rows[:, 1:]  # [:, 2:] are numbers that start and step decide
+    assert line["val/exact_third"] == pytest.approx(right[:, 2].float().mean().item())
+    assert line["val/exact_rest"] == pytest.approx(right[:, 3:].all(1).float().mean().item())
+    assert 0 < line["val/exact_third"] < 1
+    assert train.main(words(**task | {"max_seq_len": 9, "out_dir": tmp_path / "other"})) == 1
+    assert "max_seq_len=9: expected 8" in capsys.readouterr().err
+    assert train.main(words(**task | {"vocab_size": 15, "out_dir": tmp_path / "other"})) == 1
+    assert "python synthetic.py arithmetic" in capsys.readouterr().err
 
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "config").rglob("*.py"))
