@@ -98,8 +98,11 @@ def run_all(runs: list[Settings]) -> None:
                 bar.update(max(now - shown, 0))
                 shown = max(now, shown)
         cores.put(core)
-        bar.update(s.max_iters - shown)
-        return "" if process.returncode == 0 else f"{s.out_dir}: {(error.strip().splitlines() or ['no message'])[-1]}"
+        if process.returncode == 0:
+            bar.update(s.max_iters - shown)
+            return ""
+        lines = error.strip().splitlines() or [f"exit code {process.returncode}"]
+        return f"{s.out_dir}: {next((line for line in lines if line.startswith('train.py: ')), lines[-1])}"
 
     pool = ThreadPoolExecutor(len(free))
     try:
@@ -219,15 +222,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "doc", help="for the table and the plot; default: doc")
     args = parser.parse_args(argv)
     names = [BASE, *(name for name in args.only if name != BASE)]
-    longer = [settings_of(BASE, seed, times, args.out) for times in LONGER for seed in args.seeds]
-    runs = [settings_of(name, seed, out=args.out) for seed in args.seeds for name in names] + longer
+    base_runs = [settings_of(BASE, seed, times, args.out) for times in (1.0, *LONGER) for seed in args.seeds]
+    runs = base_runs + [settings_of(name, seed, out=args.out) for seed in args.seeds for name in names[1:]]
     if not args.no_runs:
         run_all(runs)
-    if missing := [s.out_dir for s in runs if "base" in s.out_dir and not is_finished(s)]:
+    if missing := [s.out_dir for s in base_runs if not is_finished(s)]:
         raise ValueError(f"{', '.join(missing)}: not finished, and nothing can be compared without")
     rows = compare(names, args.seeds, step_seconds(names, args.rounds), args.out)
-    lengths = [f"{s.max_iters:,} steps, seed {s.seed}: {evaluations(s)[-1]['val/ntp']:.4f}"
-               for s in runs if Path(s.out_dir).name.startswith(BASE)]
+    lengths = [f"{s.max_iters:,} steps, seed {s.seed}: {evaluations(s)[-1]['val/ntp']:.4f}" for s in base_runs]
     write(table(rows, args.seeds, lengths), args.folder / "objectives.md")
     plot(rows, args.folder / "objectives.svg")
     with atomic_write(args.folder / "runs" / "objectives.jsonl", "w") as f:
