@@ -111,7 +111,7 @@ def features_of(part: Part, start: int, end: int) -> slice:
 
 def weighted(parts: list[Part], found: list[Found], scales: dict[str, Tensor], start: int, end: int) -> Tensor:
     """What the rows start..end add to the total loss."""
-    total = 0.0
+    total = torch.zeros((), device=parts[0].readout.weight.device)
     for part, (entropies, divergences, _) in zip(parts, found, strict=True):
         valid = {name: aim.valid for name, aim in part.aims.items()} | part.taught
         for name, per_row in (entropies | divergences).items():
@@ -133,22 +133,21 @@ class InChunks(torch.autograd.Function):
         total, N = torch.zeros((), device=tensors[0].device), len(tensors[0])
         for start in range(0, N, rows):
             end = min(start + rows, N)
-            places = [place for part, f in zip(parts, tensors[0::2], strict=True)
-                      for place in (features_of(part, start, end), slice(None))]
+            places = [place for part in parts for place in (features_of(part, start, end), slice(None))]
             with torch.set_grad_enabled(any(learns)):
                 pieces = [t.detach()[place].requires_grad_(wanted)
                           for t, place, wanted in zip(tensors, places, learns, strict=True)]
                 found = values(parts, pieces, start, end, kinds, wants_best)
-                part_of_total = weighted(parts, found, scales, start, end)
-            if isinstance(part_of_total, Tensor) and part_of_total.requires_grad:
+                of_chunk = weighted(parts, found, scales, start, end)
+            if of_chunk.requires_grad:
                 leaves = [k for k, wanted in enumerate(learns) if wanted]
-                got = torch.autograd.grad(part_of_total, [pieces[k] for k in leaves], allow_unused=True)
+                got = torch.autograd.grad(of_chunk, [pieces[k] for k in leaves], allow_unused=True)
                 for k, gradient in zip(leaves, got, strict=True):
                     if gradient is not None:
                         gradients[k][places[k]] += gradient
-            total += part_of_total.detach() if isinstance(part_of_total, Tensor) else part_of_total
-            chunks.append([Found(*({name: v.detach() for name, v in part.items()} for part in f[:2]), f.best)
-                           for f in found])
+            total += of_chunk.detach()
+            chunks.append([Found({name: v.detach() for name, v in f.entropies.items()},
+                                 {name: v.detach() for name, v in f.divergences.items()}, f.best) for f in found])
         ctx.save_for_backward(*gradients)
         return total
 
@@ -161,10 +160,13 @@ class InChunks(torch.autograd.Function):
 def in_chunks(parts, rows: int, kinds, scales, wants_best: bool, tensors: list[Tensor]) -> tuple[Tensor, list[Found]]:
     chunks: list[list[Found]] = []
     total = InChunks.apply(parts, rows, kinds, scales, wants_best, chunks, *tensors)
-    joined = [Found(*({name: torch.cat([found[k][field][name] for found in chunks]) for name in chunks[0][k][field]}
-                      for field in (0, 1)), torch.cat([found[k].best for found in chunks]) if wants_best else None)
-              for k in range(len(parts))]
-    return total, joined
+
+    def joined(of_chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([found[name] for found in of_chunks]) for name in of_chunks[0]}
+
+    return total, [Found(joined([f.entropies for f in found]), joined([f.divergences for f in found]),
+                         torch.cat([f.best for f in found]) if wants_best else None)
+                   for found in zip(*chunks, strict=True)]
 
 
 def plain_engine(parts: list[Part], rows: int | None, kinds: dict[str, tuple], scales: dict[str, Tensor],
