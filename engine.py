@@ -83,71 +83,81 @@ class Found(NamedTuple):
     best: Tensor | None  # (N,) the class with the largest logit, the first of equals
 
 
-def values(parts: list[Part], tensors: list[Tensor], start: int, end: int, kinds: dict[str, tuple],
-           wants_best: bool) -> list[Found]:
-    """What the rows start..end of all parts have to say; tensors: features (N or fewer, D), weight of each in turn.
+def rows_of(part: Part, start: int, end: int) -> tuple[slice, slice]:
+    """Where a part's rows start..end lie in its features (N, D), and which of the rows those are.
 
-    kinds: {loss: (direction, temperature)} of losses that compare with part 0.
+    No features lie `shift` before a batch's first rows; none of these is valid.
     """
-    found, log_p = [], None
-    for part, features, weight in zip(parts, tensors[0::2], tensors[1::2], strict=True):
-        none = end - start - len(features)  # no features lie `shift` before these rows; none of them is valid
-        # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
-        log_q = F.log_softmax(F.linear(features, weight).float(), dim=-1)
-        log_p = log_q.detach() if log_p is None else log_p
-        entropies, rows = {}, slice(start + none, end)
-        for name, (classes, _, shares) in part.aims.items():
-            score = log_q.gather(1, classes[rows])
-            entropies[name] = F.pad(-(score if shares is None else score * shares[rows]).sum(1), (none, 0))
-        divergences = {name: F.pad(divergence(log_p[none:], log_q, *kinds[name]), (none, 0)) for name in part.taught}
-        found.append(Found(entropies, divergences, F.pad(log_q.argmax(1), (none, 0)) if wants_best else None))
-    return found
+    first = min(max(start, part.shift), end)
+    return slice(first - min(part.shift, first), end - min(part.shift, end)), slice(first, end)
 
 
-def features_of(part: Part, start: int, end: int) -> slice:
-    """Where in its features (N, D) a part's rows start..end lie."""
-    return slice(min(max(start, part.shift), end) - part.shift, end - part.shift) if end > part.shift else slice(0, 0)
+def values(part: Part, features: Tensor, weight: Tensor, rows: slice, log_p: Tensor | None, kinds: dict[str, tuple],
+           wants_best: bool) -> tuple[Found, Tensor]:
+    """What `rows` of a part have to say, and the logs of its probabilities; features (rows, D) are only theirs.
+
+    log_p: those of part 0 on the same rows. kinds: {loss: (direction, temperature)} of part.taught.
+    """
+    # float32: softmax statistics in bfloat16 or float16 lose the digits that matter
+    log_q = F.log_softmax(F.linear(features, weight).float(), dim=-1)
+    entropies = {}
+    for name, (classes, _, shares) in part.aims.items():
+        score = log_q.gather(1, classes[rows])
+        entropies[name] = -(score if shares is None else score * shares[rows]).sum(1)
+    divergences = {name: divergence(log_p, log_q, *kinds[name]) for name in part.taught}
+    return Found(entropies, divergences, log_q.argmax(1) if wants_best else None), log_q
 
 
-def weighted(parts: list[Part], found: list[Found], scales: dict[str, Tensor], start: int, end: int) -> Tensor:
-    """What the rows start..end add to the total loss."""
-    total = torch.zeros((), device=parts[0].readout.weight.device)
-    for part, (entropies, divergences, _) in zip(parts, found, strict=True):
-        valid = {name: aim.valid for name, aim in part.aims.items()} | part.taught
-        for name, per_row in (entropies | divergences).items():
-            if name in scales:
-                total = total + scales[name] * torch.where(valid[name][start:end], per_row, 0.0).sum()
+def weighted(part: Part, found: Found, scales: dict[str, Tensor], rows: slice) -> Tensor:
+    """What `rows` of a part add to the total loss."""
+    total = torch.zeros((), device=part.readout.weight.device)
+    valid = {name: aim.valid for name, aim in part.aims.items()} | part.taught
+    for name, per_row in (found.entropies | found.divergences).items():
+        if name in scales:
+            total = total + scales[name] * torch.where(valid[name][rows], per_row, 0.0).sum()
     return total
 
 
-class InChunks(torch.autograd.Function):
-    """`values` and their total, some rows at a time, with the gradients ready after the forward pass.
+def joined(pieces: list[Found], missing: int) -> Found:
+    """Several chunks of a part as one, behind as many rows as it has no features for."""
+    def join(of_pieces: list[Tensor]) -> Tensor:
+        return F.pad(torch.cat(of_pieces), (missing, 0))
 
-    So no chunk's logits outlive it: half of what checkpoints hold (doc/notes.md). Only the total has gradients.
+    first = pieces[0]
+    return Found({name: join([f.entropies[name] for f in pieces]) for name in first.entropies},
+                 {name: join([f.divergences[name] for f in pieces]) for name in first.divergences},
+                 None if first.best is None else join([f.best for f in pieces]))
+
+
+class InChunks(torch.autograd.Function):
+    """`values` of all parts and their total, some rows at a time, with the gradients ready after the forward pass.
+
+    So the logits of no chunk and of no head outlive it (doc/notes.md has what checkpoints would hold). Only the
+    total has gradients. pieces: a list for each part, which gets what each chunk has to say.
     """
 
     @staticmethod
-    def forward(ctx, parts, rows: int, kinds, scales, wants_best: bool, chunks: list, *tensors):
+    def forward(ctx, parts, rows: int, kinds, scales, wants_best: bool, pieces: list[list[Found]], *tensors):
         learns = ctx.needs_input_grad[6:]
         gradients = [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, learns, strict=True)]
-        total, N = torch.zeros((), device=tensors[0].device), len(tensors[0])
+        total, N, log_p = torch.zeros((), device=tensors[0].device), len(tensors[0]), None
         for start in range(0, N, rows):
-            end = min(start + rows, N)
-            places = [place for part in parts for place in (features_of(part, start, end), slice(None))]
-            with torch.set_grad_enabled(any(learns)):
-                pieces = [t.detach()[place].requires_grad_(wanted)
-                          for t, place, wanted in zip(tensors, places, learns, strict=True)]
-                found = values(parts, pieces, start, end, kinds, wants_best)
-                of_chunk = weighted(parts, found, scales, start, end)
-            if of_chunk.requires_grad:
-                leaves = [k for k, wanted in enumerate(learns) if wanted]
-                got = torch.autograd.grad(of_chunk, [pieces[k] for k in leaves], allow_unused=True)
-                for k, gradient in zip(leaves, got, strict=True):
-                    if gradient is not None:
-                        gradients[k][places[k]] += gradient
-            total += of_chunk.detach()
-            chunks.append([Found({name: v.detach() for name, v in f.entropies.items()},
-                                 {name: v.detach() for name, v in f.divergences.items()}, f.best) for f in found])
+            for k, part in enumerate(parts):
+                inputs, chunk = rows_of(part, start, min(start + rows, N))
+                with torch.set_grad_enabled(any(learns[2 * k : 2 * k + 2])):
+                    features = tensors[2 * k].detach()[inputs].requires_grad_(learns[2 * k])
+                    weight = tensors[2 * k + 1].detach().requires_grad_(learns[2 * k + 1])
+                    teacher = log_p[chunk.start - start :] if part.taught else None
+                    found, log_q = values(part, features, weight, chunk, teacher, kinds, wants_best)
+                    of_part = weighted(part, found, scales, chunk)
+                log_p = log_q.detach() if k == 0 else log_p
+                if of_part.requires_grad:
+                    leaves = [t for t in (features, weight) if t.requires_grad]
+                    for t, gradient in zip(leaves, torch.autograd.grad(of_part, leaves), strict=True):
+                        gradients[2 * k + (t is weight)][inputs if t is features else slice(None)] += gradient
+                total += of_part.detach()
+                pieces[k].append(Found({name: v.detach() for name, v in found.entropies.items()},
+                                       {name: v.detach() for name, v in found.divergences.items()}, found.best))
         ctx.save_for_backward(*gradients)
         return total
 
@@ -158,15 +168,10 @@ class InChunks(torch.autograd.Function):
 
 @torch.compiler.disable  # a loop over chunks would be unrolled
 def in_chunks(parts, rows: int, kinds, scales, wants_best: bool, tensors: list[Tensor]) -> tuple[Tensor, list[Found]]:
-    chunks: list[list[Found]] = []
-    total = InChunks.apply(parts, rows, kinds, scales, wants_best, chunks, *tensors)
-
-    def joined(of_chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.cat([found[name] for found in of_chunks]) for name in of_chunks[0]}
-
-    return total, [Found(joined([f.entropies for f in found]), joined([f.divergences for f in found]),
-                         torch.cat([f.best for f in found]) if wants_best else None)
-                   for found in zip(*chunks, strict=True)]
+    pieces: list[list[Found]] = [[] for _ in parts]
+    total = InChunks.apply(parts, rows, kinds, scales, wants_best, pieces, *tensors)
+    N = len(tensors[0])
+    return total, [joined(found, min(part.shift, N)) for part, found in zip(parts, pieces, strict=True)]
 
 
 def plain_engine(parts: list[Part], rows: int | None, kinds: dict[str, tuple], scales: dict[str, Tensor],
@@ -179,6 +184,12 @@ def plain_engine(parts: list[Part], rows: int | None, kinds: dict[str, tuple], s
     N = len(tensors[0])
     if rows is not None:
         return in_chunks(parts, rows, kinds, scales, wants_best, tensors)
-    pieces = [t[features_of(parts[k // 2], 0, N)] if k % 2 == 0 else t for k, t in enumerate(tensors)]
-    found = values(parts, pieces, 0, N, kinds, wants_best)
-    return weighted(parts, found, scales, 0, N), found
+    found, total, log_p = [], torch.zeros((), device=tensors[0].device), None
+    for k, part in enumerate(parts):
+        inputs, all_rows = rows_of(part, 0, N)
+        teacher = log_p[all_rows] if part.taught else None
+        piece, log_q = values(part, tensors[2 * k][inputs], tensors[2 * k + 1], all_rows, teacher, kinds, wants_best)
+        total = total + weighted(part, piece, scales, all_rows)
+        log_p = log_q.detach() if k == 0 else log_p
+        found.append(joined([piece], all_rows.start))
+    return total, found
