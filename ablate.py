@@ -1,6 +1,6 @@
 """All objectives side by side: each trained with several seeds, at equal steps and at equal seconds.
 
-    python ablate.py                       # config/objectives/*.py, two seeds each: three hours on two cores
+    python ablate.py                       # config/objectives/*.py, two seeds each: two hours on two cores
     python ablate.py --only base linear    # some of them
     python ablate.py --no_runs             # the table, from the runs that are there
 
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from bench import machine, make_step, markdown
 from configurator import configure
+from export import read_checkpoint
 from files import atomic_write
 from letters import token_texts
 from settings import Settings, check
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "config" / "objectives"
 BASE = "base"
 LONGER = (1.25, 1.625)  # lengths of the base, beside its own
+MAY_DIFFER = {"out_dir", "init_from", "eval_interval", "log_interval"}  # without another result
 BEGIN, END = "<!-- made by python ablate.py -->", "<!-- end -->"
 
 
@@ -71,6 +73,17 @@ def is_finished(s: Settings) -> bool:
     return bool(found) and found[-1]["iter"] == s.max_iters
 
 
+def check_same(s: Settings) -> None:
+    """ValueError if what lies in a run's out_dir was trained with other settings than `s` has."""
+    path = Path(s.out_dir) / "last.pt"
+    config = read_checkpoint(path).get("config", {}) if path.exists() else {}
+    for field in fields(Settings):
+        then, now = config.get(field.name, field.default), getattr(s, field.name)
+        if config and field.name not in MAY_DIFFER and then != now:
+            raise ValueError(f"{path}: was trained with {field.name}={then}, its config has {now} by now; "
+                             f"delete {s.out_dir}, or choose another --out")
+
+
 def run_all(runs: list[Settings]) -> None:
     """Train what is not finished, a process for each core. Errors: ValueError naming the runs that failed."""
     cores: SimpleQueue = SimpleQueue()
@@ -84,7 +97,7 @@ def run_all(runs: list[Settings]) -> None:
         core, shown = cores.get(), 0
         start = "resume" if (Path(s.out_dir) / "last.pt").exists() else "scratch"
         words = [f"--{key}={value}" for key, value in asdict(s).items()]
-        process = subprocess.Popen([sys.executable, "train.py", *words, f"--init_from={start}"], cwd=ROOT, text=True,
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, f"--init_from={start}"], text=True,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.PIPE)
         if hasattr(os, "sched_setaffinity"):
@@ -137,7 +150,9 @@ def step_seconds(names: list[str], rounds: int) -> dict[str, list[float]]:
 # comparing
 
 def at_length(lengths: list[float], losses: list[float], length: float) -> float:
-    """What the base would end at after `length` steps: between runs of other lengths by the logarithm of the length."""
+    """What the base would end at after `length` steps: between runs of other lengths, or a little beyond them, in a
+    straight line over the logarithm of the length.
+    """
     x = np.log(lengths)
     k = int(np.clip(np.searchsorted(lengths, length) - 1, 0, len(x) - 2))
     share = (np.log(length) - x[k]) / (x[k + 1] - x[k])
@@ -184,8 +199,9 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 0.38 * len(rows) + 1.6), layout="constrained")
-    spread = [abs(a - b) for a, b in [next(row["ntp"] for row in rows if row["objective"] == BASE)[:2]]][0]
-    axis.axvspan(-spread, spread, color="#eeeeee", label="distance between two seeds of the base")
+    of_base = next(row["ntp"] for row in rows if row["objective"] == BASE)
+    spread = max(of_base) - min(of_base)
+    axis.axvspan(-spread, spread, color="#eeeeee", label="distance between seeds of the base")
     for kind, colour, offset in (("at steps", "#4477aa", 0.13), ("at seconds", "#ee6677", -0.13)):
         for k, row in enumerate(rows):
             y = len(rows) - k + offset
@@ -224,6 +240,8 @@ def main(argv: list[str]) -> None:
     names = [BASE, *(name for name in args.only if name != BASE)]
     base_runs = [settings_of(BASE, seed, times, args.out) for times in (1.0, *LONGER) for seed in args.seeds]
     runs = base_runs + [settings_of(name, seed, out=args.out) for seed in args.seeds for name in names[1:]]
+    for s in runs:
+        check_same(s)
     if not args.no_runs:
         run_all(runs)
     if missing := [s.out_dir for s in base_runs if not is_finished(s)]:

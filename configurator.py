@@ -55,6 +55,7 @@ NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 FractionAbove0 = Annotated[float, Range(0, 1, low_open=True)]
 FractionBelow1 = Annotated[float, Range(0, 1, high_open=True)]
+FractionBetween = Annotated[float, Range(0, 1, low_open=True, high_open=True)]
 
 
 def configure(settings_class: type, argv: list[str]) -> Any:

@@ -144,17 +144,19 @@ class InChunks(torch.autograd.Function):
         for start in range(0, N, rows):
             for k, part in enumerate(parts):
                 inputs, chunk = rows_of(part, start, min(start + rows, N))
-                with torch.set_grad_enabled(any(learns[2 * k : 2 * k + 2])):
-                    features = tensors[2 * k].detach()[inputs].requires_grad_(learns[2 * k])
-                    weight = tensors[2 * k + 1].detach().requires_grad_(learns[2 * k + 1])
+                # float32: a GradScaler's factor is not yet in these gradients, which float16 would lose
+                with (torch.autocast(tensors[0].device.type, enabled=False),
+                      torch.set_grad_enabled(any(learns[2 * k : 2 * k + 2]))):
+                    features = tensors[2 * k].detach()[inputs].float().requires_grad_(learns[2 * k])
+                    weight = tensors[2 * k + 1].detach().float().requires_grad_(learns[2 * k + 1])
                     teacher = log_p[chunk.start - start :] if part.taught else None
                     found, log_q = values(part, features, weight, chunk, teacher, kinds, wants_best)
                     of_part = weighted(part, found, scales, chunk)
-                log_p = log_q.detach() if k == 0 else log_p
-                if of_part.requires_grad:
                     leaves = [t for t in (features, weight) if t.requires_grad]
-                    for t, gradient in zip(leaves, torch.autograd.grad(of_part, leaves), strict=True):
-                        gradients[2 * k + (t is weight)][inputs if t is features else slice(None)] += gradient
+                    of_leaves = torch.autograd.grad(of_part, leaves) if of_part.requires_grad else ()
+                log_p = log_q.detach() if k == 0 else log_p
+                for t, gradient in zip(leaves, of_leaves, strict=False):  # none where nothing of the part weighs
+                    gradients[2 * k + (t is weight)][inputs if t is features else slice(None)] += gradient
                 total += of_part.detach()
                 pieces[k].append(Found({name: v.detach() for name, v in found.entropies.items()},
                                        {name: v.detach() for name, v in found.divergences.items()}, found.best))

@@ -65,8 +65,6 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
     for name, value in args.items():
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
-    if args.get("trunk", "transformer") != "transformer":
-        raise ValueError(f"{path}: its trunk is {args['trunk']}; only Transformers are read and exported here")
     args.setdefault("n_kv_heads", args.get("n_heads"))
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if type(args.get(name)) is not int or args[name] < 1:
@@ -74,11 +72,16 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
     state = checkpoint["model"]
     expected = {"tok_embeddings.weight": (args["vocab_size"], args["dim"]),
                 "layers.0.feed_forward.w1.weight": (args.get("hidden_dim") or None, args["dim"])}
+    if args.get("trunk") == "rnn":
+        expected = {"tok_embeddings.weight": expected["tok_embeddings.weight"],
+                    f"rnn.weight_hh_l{args['n_layers'] - 1}": (args["dim"], args["dim"])}
     for name, shape in expected.items():  # before anything is built of the sizes that model_args states
         found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else None
         if found is None or len(found) != 2 or any(s not in (f, None) for s, f in zip(shape, found, strict=True)):
             raise ValueError(f"{path}: {name}: expected shape {shape} by model_args, found {found}")
-    counts = {"n_layers": len({n.split(".")[1] for n in state if n.startswith("layers.")})}
+    counts = {}
+    if args.get("trunk") != "rnn":
+        counts["n_layers"] = len({n.split(".")[1] for n in state if n.startswith("layers.")})
     if args.get("head") != "shared":  # which has no tensors
         counts["n_future_heads"] = len({n.split(".")[1] for n in state if n.startswith("future_heads.")})
     for name, found in counts.items():
@@ -86,7 +89,8 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
             raise ValueError(f"{path}: model_args: {name}={args[name]!r}, but there are tensors for {found}")
     if args["max_seq_len"] > MAX_SEQ_LEN:
         raise ValueError(f"{path}: max_seq_len: expected at most {MAX_SEQ_LEN}, found {args['max_seq_len']}")
-    args["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
+    if args.get("trunk") != "rnn":
+        args["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
     if "tie_embeddings" not in args:
         output = state.get("output.weight")
         args["tie_embeddings"] = output is None or torch.equal(output, state["tok_embeddings.weight"])
@@ -158,6 +162,8 @@ def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
     Errors: ValueError if the format cannot say what the model is, or the file cannot be written.
     """
     args, layers = model.args, model.unrolled()  # layers that recur are written as often
+    if args.trunk != "transformer":
+        raise ValueError(f"{path}: this format is for Transformers, the model's trunk is {args.trunk}")
     if args.norm_eps != NORM_EPS:
         raise ValueError(f"{path}: this format's readers take norm_eps={NORM_EPS}, the model has {args.norm_eps}")
     embedding, norm = [model.tok_embeddings.weight], [model.norm.weight]

@@ -208,9 +208,17 @@ class Objective(nn.Module):
 
     def counts(self, y: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """How many positions each loss will be a mean over, known from the targets alone."""
-        aims = self.aims(y, names)
-        return {name: (aims[name].valid if name in aims else
-                       valid_positions(y, parse_name(name)[1], self.bos)).sum() for name in names}
+        spelling = self.aims(y, tuple(name for name in names if name.startswith("spelling")))
+        found = {}
+        for name in names:
+            kind, i = parse_name(name)
+            if kind == "superposition":
+                found[name] = torch.tensor(y.shape[0] * (y.shape[1] // self.bag - 1), device=y.device)
+            elif kind in ("order", "soft"):
+                found[name] = torch.tensor(y.numel(), device=y.device)
+            else:
+                found[name] = (spelling[name].valid if name in spelling else valid_positions(y, i, self.bos)).sum()
+        return found
 
     def _parts(self, x: Tensor, y: Tensor, names: tuple[str, ...], guessing: tuple[int, ...]) -> dict[tuple, Part]:
         """{(head, shift): what is asked of it}, (0, 0) first: of the NTP head, which teaches the others."""

@@ -14,6 +14,7 @@ from configurator import (
     Fraction,
     FractionAbove0,
     FractionBelow1,
+    FractionBetween,
     NonNegative,
     Positive,
     Range,
@@ -77,14 +78,14 @@ class Settings:
     spelling_letters: AtLeast0 = 0  # letters of the following text that small heads predict
     spelling_weight: NonNegative = 0.0  # of all letters together
     spelling_case: Literal["true", "lower", "upper"] = "true"  # letters as they are, or all lower or upper case
-    order_window: Annotated[int, Range(0, 64)] = 0  # tokens ahead that a head ranks by distance; 0: there is none
+    order_window: Annotated[int, Range(0, 32)] = 0  # tokens ahead that a head ranks by distance; 0: there is none
     order_weight: NonNegative = 0.0  # of that ranking
     soft_weight: NonNegative = 0.0  # of the cross-entropy against neighbours of the next token
     soft_neighbours: AtLeast1 = 8  # how many share it, the token itself among them
     soft_temperature: Positive = 0.1  # of the softmax of their cosines; high: even shares
     soft_refresh: AtLeast1 = 100  # iterations between two looks at who is near whom
-    superposition: AtLeast1 = 1  # tokens in a bag, in the first part of the run; 1: no bags
-    superposition_end: FractionAbove0 = 0.3  # fraction of the run at which that part ends
+    superposition: Annotated[int, Range(1, 64)] = 1  # tokens in a bag, in the first part of the run; 1: no bags
+    superposition_end: FractionBetween = 0.3  # fraction of the run at which that part ends
     mask_document_ends: bool = False  # no target further ahead than the next token lies behind the next BOS
     aux_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of all weights between aux_start and aux_end
     aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
@@ -140,7 +141,7 @@ def check(s: Settings) -> None:
 def check_heads(s: Settings) -> None:
     """Settings that some heads and trunks cannot have."""
     scaled = s.aux_grad_scale != 1.0 and "aux_grad_scale" or s.aux_grad_power and "aux_grad_power"
-    if s.head == "shared" and s.n_future_heads and scaled:
+    if s.head == "shared" and s.n_future_heads and (s.nitp_weight or s.consistency_weight) and scaled:
         raise ValueError(f"{scaled}={getattr(s, scaled)}: head=shared is the trunk's own; lower nitp_weight instead")
     if s.head == "sequential" and s.aux_grad_power:
         raise ValueError("aux_grad_power=True: not with head=sequential, whose heads read one another")
@@ -163,7 +164,7 @@ def check_frozen(s: Settings) -> None:
                          f"n_future_heads={s.n_future_heads}, head={s.head}, all weights 0 or without a head")
     if s.superposition > 1:
         raise ValueError(f"{wanted}: no head learns with superposition={s.superposition}")
-    if s.curriculum != "none":
+    if s.curriculum != "none" and not (s.spelling_weight or s.order_weight):
         raise ValueError(f"{wanted}: heads have no loss at times with curriculum={s.curriculum}")
     if s.aux_start > 0.0 or until > s.aux_end * s.max_iters:
         raise ValueError(f"{wanted}: nothing would learn outside of aux_start={s.aux_start} to aux_end={s.aux_end}")

@@ -72,8 +72,11 @@ class Answers:
             marks, tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8), val.stat().st_size // 2
             about = json.loads(names.read_bytes())
             groups, length = {int(g): str(name) for g, name in about["groups"].items()}, int(about["length"])
+            if not all(0 < g < 256 for g in groups):
+                raise ValueError("a group is a byte")
         except OSError as error:
-            raise ValueError(f"{error.filename}: cannot read: {error.strerror}") from error
+            raise ValueError(f"{error.filename}: cannot read: {error.strerror}; delete {val.parent} and make it again "
+                             "with synthetic.py") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{names}: expected {{"groups": {{"1": "name", ...}}, "length": ...}}; '
                              f"delete {val.parent} and make it again with synthetic.py") from None

@@ -41,14 +41,15 @@ from optimizer import make_optimizer
 from settings import Settings, check, shape_of
 from synthetic import Answers
 from tinystories import TrainBatches, Windows, eval_batches, eval_windows
-from tokenizer import BOS, load_tokenizer, vocab_folder
+from tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 
 
 def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None) -> Objective:
     """A new model with its losses, both of the kind that the path wants. texts: of the tokens, for spelling."""
     model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
     if s.spelling_letters and texts is None:
-        raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer, so no letters")
+        raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer.model, "
+                         "so no letters")
     return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None,
                      consistency=(s.consistency_direction, s.consistency_temperature),
                      letters=(Letters(texts, s.spelling_case), s.spelling_letters) if s.spelling_letters else None,
@@ -120,12 +121,22 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
                 note(f"resuming with {f.name}={now}, was {then}")
     else:
         theirs, ours = model_args_of(checkpoint, path), shape_of(s)
-        for name in sorted(SHAPE - OF_HEADS - {"max_seq_len", "multiple_of"}):
+        drop_other_heads(checkpoint, theirs.head, s)
+        kept = {"recurrence", "prelude_layers", "coda_layers"} if s.recurrence > 1 else set()
+        for name in sorted(SHAPE - OF_HEADS - kept - {"max_seq_len", "multiple_of"}):
             then, now = getattr(theirs, name), getattr(ours, name)
             setattr(s, name, then)
             if then != now:
                 note(f"{name}={then}, from {path}")
     return checkpoint, path
+
+
+def drop_other_heads(checkpoint: dict, head: str, s: Settings) -> None:
+    """Leave out of a checkpoint's model heads of another kind, though their tensors may have the same names."""
+    config = checkpoint["config"] if isinstance(checkpoint.get("config"), dict) else {}
+    spells = all(config.get(name) == getattr(s, name) for name in ("spelling_letters", "spelling_case"))
+    other = (*["future_heads."] * (head != s.head), *["spelling_heads."] * (not spells))
+    checkpoint["model"] = {name: t for name, t in checkpoint["model"].items() if not name.startswith(other)}
 
 
 def rng_states(machine: Machine) -> list[dict]:
@@ -269,6 +280,7 @@ def train(s: Settings) -> int:
     """Run from settings to the last checkpoint; returns the exit code: 0, or 128 + the signal that stopped it."""
     check(s)
     checkpoint, source = load_start(s)
+    check(s)  # once more, with what the checkpoint has decided
     machine = find_machine(s.device)
     first, accumulate = machine.rank == 0, s.gradient_accumulation_steps
     folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
@@ -276,9 +288,11 @@ def train(s: Settings) -> int:
     batches = TrainBatches(train_rows, s.batch_size, s.seed, machine.rank, machine.world)
     bags = batches
     if s.superposition > 1:  # as many bags in a row as else tokens
-        rows = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len * s.superposition)
-        bags = TrainBatches(rows, s.batch_size, s.seed, machine.rank, machine.world)
-    texts = token_texts(load_tokenizer(folder, s.vocab_size)) if (folder / "tokenizer.bin").exists() else None
+        longer = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len * s.superposition)
+        bags = TrainBatches(longer, s.batch_size, s.seed, machine.rank, machine.world)
+    has_text = (folder / "tokenizer.bin").exists() and ((folder / "tokenizer.model").exists() or
+                                                       s.vocab_size == BYTE_VOCAB_SIZE)
+    texts = token_texts(load_tokenizer(folder, s.vocab_size)) if has_text else None
     validation = load_validation(s, val_rows, texts)
 
     torch.manual_seed(s.seed)
@@ -316,10 +330,14 @@ def train(s: Settings) -> int:
             if checkpoint["scaler"]:  # empty unless the run was float16
                 scaler.load_state_dict(checkpoint["scaler"])
             restore_rng(checkpoint["rng"], machine)
-            for name, table in raw.named_buffers(recurse=False):  # soft targets, as of their last refresh
-                table.copy_(checkpoint["objective"][name])
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{source}: its optimizer or random state does not fit this run: {error!r}") from error
+        for name, table in raw.named_buffers(recurse=False):  # soft targets, as of their last refresh
+            last = checkpoint.get("objective", {}).get(name)
+            if isinstance(last, torch.Tensor) and last.shape == table.shape:
+                table.copy_(last)
+            else:
+                note(f"{source}: has no {name} for soft_neighbours={s.soft_neighbours}: made anew")
         for group, fresh_group in zip(optimizer.param_groups, fresh_groups, strict=True):
             group.update(fresh_group)  # weight_decay and betas are this run's, not the checkpoint's
         start, best, seconds, tokens = (checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens"))
@@ -361,7 +379,7 @@ def train(s: Settings) -> int:
             if first:
                 print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
             check_finite("validation loss", val["ntp"], it, s)
-            better, best = val["ntp"] < best, min(best, val["ntp"])
+            better, best = val["ntp"] <= best, min(best, val["ntp"])  # a frozen trunk's stays; its heads get better
             save(*(["ckpt.pt"] if better else []), "last.pt")
         if it == s.max_iters:
             if first:
@@ -378,11 +396,11 @@ def train(s: Settings) -> int:
             group["lr"] = learning_rate(s, it)
         if freeze(model, s, it):
             objective = wrapped()
-        if s.soft_weight and it % s.soft_refresh == 0:
-            raw.refresh_neighbours()
         weights = loss_weights(s, it / s.max_iters)
-        source = bags if "superposition" in weights else batches
-        micro = [machine.put(*source[it * accumulate + m]) for m in range(accumulate)]
+        if "soft" in weights and it % s.soft_refresh == 0:
+            raw.refresh_neighbours()
+        rows = bags if "superposition" in weights else batches
+        micro = [machine.put(*rows[it * accumulate + m]) for m in range(accumulate)]
         micro_counts = [raw.counts(y, tuple(weights)) for _, y in micro]
         counts = {name: machine.sum(sum(c[name] for c in micro_counts)) for name in weights}  # of the whole iteration
         means = dict.fromkeys(weights, 0.0)

@@ -67,6 +67,15 @@ def test_one_command_trains_compares_and_goes_on(lab, capsys):
     assert changed == {"spelling-2"}
 
 
+def test_a_run_of_an_older_config_is_not_taken_for_one_of_this(lab):
+    words = ["--seeds", "1", "--rounds", "1", "--out", str(lab / "out"), "--folder", str(lab / "doc")]
+    ablate.main([*words, "--only", "base"])  # one seed will do
+    config = lab / "configs" / "base.py"
+    config.write_text(config.read_text() + "dropout = 0.1\n")
+    with pytest.raises(ValueError, match="base-1/last.pt: was trained with dropout=0.0, its config has 0.1"):
+        ablate.main([*words, "--no_runs"])
+
+
 def test_what_cannot_be_compared_is_said(lab):
     words = ["--seeds", "1", "--rounds", "1", "--out", str(lab / "out"), "--folder", str(lab / "doc")]
     with pytest.raises(ValueError, match="base-1.*not finished"):

@@ -20,7 +20,8 @@ BOS = 1
 def objective_of(request, monkeypatch):
     """objective_of(logits, bos): with whole logits, with those of four positions at a time, and those in kernels.c."""
     if request.param != "whole":
-        monkeypatch.setattr(losses, "chunk_rows", lambda *_: 4)
+        for module in (losses, kernels):
+            monkeypatch.setattr(module, "chunk_rows", lambda *_: 4)
 
     def make(logits, bos=None, shared=False, others=None, **options):
         fast = request.param == "kernels"
@@ -400,6 +401,23 @@ def test_statistics_are_float32_under_half_precision():
     for name, loss in Objective(Table(logits))(x, y, dict.fromkeys(all_losses(1), torch.tensor(0.25)))[1].items():
         assert loss.mean.dtype == torch.float32
         assert loss.mean.item() == pytest.approx(0.0 if name == "consistency_1" else math.log(V), abs=1e-5)
+
+
+def test_chunks_keep_gradients_that_float16_would_lose(monkeypatch):
+    """A GradScaler's factor comes after the chunks have made theirs."""
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=2000, n_future_heads=1))
+    x, y = torch.randint(0, 2000, (2, 8, 256))
+    found = []
+    for rows, half in ((None, False), (256, True)):
+        monkeypatch.setattr(losses, "chunk_rows", lambda *_, rows=rows: rows)
+        model.zero_grad()
+        objective, weights = Objective(model), {"ntp": 1.0, "consistency_1": 1.0}
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            total, _ = objective(x, y, scales(weights, objective.counts(y, tuple(weights))))
+        (total * 65536).backward()
+        found.append(model.norm.weight.grad / 65536)
+    assert (found[1] - found[0]).norm() < 0.01 * found[0].norm()
 
 
 def test_accuracy_is_top_1_of_each_head_at_its_own_target(objective_of):

@@ -325,6 +325,7 @@ def test_broken_answers_are_refused_by_name(tmp_path):
             ("answers.json", b"[]", "answers.json: expected"),
             ("answers.json", b'{"groups": {"one": "a"}, "length": 5}', "answers.json: expected"),
             ("answers.json", b'{"groups": {"1": "a"}}', "answers.json: expected .*length"),
+            ("answers.json", b'{"groups": {"300": "a"}, "length": 5}', "answers.json: expected"),
             ("answers.json", b"\xff", "answers.json: expected")):
         answers_of(tmp_path, [0, 1, 0])
         (tmp_path / file).write_bytes(content)

@@ -478,6 +478,8 @@ def test_a_trunk_that_is_frozen_forever_stays_as_it_was(words, tmp_path):
               head_init="last_block", **HEADS))
     before, after = weights(tmp_path / "out"), weights(tmp_path / "new")
     assert all(torch.equal(w, after[name]) for name, w in before.items())
+    best = torch.load(tmp_path / "new" / "ckpt.pt", weights_only=True)  # of equal trunks the one with the newest heads
+    assert best["iter_num"] == 8 and same_weights(best["model"], after)
     lines = log_lines(tmp_path / "new")
     assert lines[-1]["val/nitp_1"] < lines[0]["val/nitp_1"] and lines[-1]["val/ntp"] == lines[0]["val/ntp"]
 
@@ -496,15 +498,19 @@ def test_a_checkpoint_with_heads_goes_on_without_and_with_others(words, tmp_path
     """And the trunk is the same at the start, whatever heads there were and are."""
     run(words(**HEADS, **OTHERS, head="block"))
     end = log_lines(tmp_path / "out")[-1]
+    nitp = {}
     for k, changes in enumerate(({}, HEADS | {"head": "block"}, HEADS | {"head": "residual"}, OTHERS,
-                                 HEADS | {"head": "shared", "n_future_heads": 1})):
+                                 OTHERS | {"spelling_letters": 2}, HEADS | {"head": "sequential"},
+                                 HEADS | {"head": "shared", "n_future_heads": 1}, {"recurrence": 2, "coda_layers": 0})):
         run(words(init_from=tmp_path / "out/last.pt", out_dir=tmp_path / f"new{k}", max_iters=2, **changes))
         first = log_lines(tmp_path / f"new{k}")[0]
-        assert first["val/ntp"] == end["val/ntp"], changes
-        if changes.get("head") == "block":  # kept
-            assert first["val/nitp_2"] == end["val/nitp_2"]
-        elif changes.get("head") == "residual":  # begins as the next-token head
-            assert first["val/agree_1"] < 1 and first["val/nitp_1"] != end["val/nitp_1"]
+        assert (first["val/ntp"] == end["val/ntp"]) == ("recurrence" not in changes), changes
+        nitp[changes.get("head")] = first.get("val/nitp_1")
+        if changes.get("spelling_letters"):
+            assert (first["val/spelling_1"] == end["val/spelling_1"]) == (changes == OTHERS)
+    assert nitp["block"] == end["val/nitp_1"]  # kept
+    assert nitp["residual"] == pytest.approx(nitp["shared"], rel=1e-3)  # begins as the next-token head, as that is
+    assert nitp["sequential"] != end["val/nitp_1"]  # though some of its parameters have the names of a block's
 
 
 def test_superposition_reads_more_text_and_then_plain_tokens(words, tmp_path):
@@ -518,15 +524,31 @@ def test_superposition_reads_more_text_and_then_plain_tokens(words, tmp_path):
     assert lines[-1]["val/ntp"] < lines[0]["val/ntp"] - 0.1
 
 
+def test_soft_targets_may_be_others_in_a_resumed_run(words, tmp_path, capsys):
+    for k in (0, 4, 5):  # none, newly on, with another table
+        soft = {"soft_weight": 0.1, "soft_neighbours": k} if k else {}
+        run(words(max_iters=2 + k, init_from="resume" if k else "scratch", **soft))
+        assert ("soft_neighbours" in capsys.readouterr().err) == (k > 0)
+    assert "val/soft" in log_lines(tmp_path / "out")[-1]
+
+
+def test_what_a_checkpoint_decides_is_checked_too(words, tmp_path, capsys):
+    run(words(vocab_size=259))
+    assert train.main(words(init_from=tmp_path / "out/last.pt", out_dir=tmp_path / "new", soft_weight=0.1,
+                            soft_neighbours=400)) == 1
+    assert "soft_neighbours=400: expected at most vocab_size=259" in capsys.readouterr().err
+
+
 def test_an_rnn_learns_and_is_not_exported(words, tmp_path, capsys):
     run(words(trunk="rnn", **HEADS))
     lines = log_lines(tmp_path / "out")
     assert lines[-1]["val/ntp"] < lines[0]["val/ntp"] - 0.1
-    with pytest.raises(ValueError, match="last.pt: its trunk is rnn"):
+    with pytest.raises(ValueError, match="m.bin: this format is for Transformers, the model's trunk is rnn"):
         export.main([str(tmp_path / "out/last.pt"), str(tmp_path / "m.bin")])
     assert not (tmp_path / "m.bin").exists()
-    assert train.main(words(init_from=tmp_path / "out/last.pt", out_dir=tmp_path / "new")) == 1
-    assert "its trunk is rnn" in capsys.readouterr().err
+    run(words(init_from=tmp_path / "out/last.pt", out_dir=tmp_path / "new", max_iters=2))
+    assert "trunk=rnn, from" in capsys.readouterr().err
+    assert log_lines(tmp_path / "new")[0]["val/ntp"] == lines[-1]["val/ntp"]
 
 
 def test_a_task_with_a_known_answer_is_scored(words, tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""260K parameters on TinyStories. The same, a copy of the trunk's last block; a tenth of its gradient passes."""
-out_dir = "out/objectives/block_copy"
+"""260K parameters on TinyStories. A block head, a copy of the trunk's last block; a tenth of its gradient passes."""
+out_dir = "out/block_copy"
 # data
 dataset = "tinystories"
 vocab_size = 512
