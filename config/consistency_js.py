@@ -1,5 +1,5 @@
 """260K parameters on TinyStories. The same by the Jensen-Shannon divergence, both sides softened."""
-out_dir = "out/objectives/consistency_js"
+out_dir = "out/consistency_js"
 # data
 dataset = "tinystories"
 vocab_size = 512
