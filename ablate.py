@@ -215,7 +215,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axis.set_yticks([len(rows) - k for k in range(len(rows))], [row["objective"] for row in rows])
     axis.set_xlabel("val NTP less that of the base (nats a token); left is better")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1 - 0.8 / len(rows)), ncols=3, fontsize=8)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     with atomic_write(path, "w") as f:
         figure.savefig(f, format="svg", metadata={"Date": None})
 
