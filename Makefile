@@ -4,7 +4,7 @@ CC ?= cc
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
-.PHONY: help demo test lint fuzz bench bench-c run runfast runomp rundebug clean
+.PHONY: help demo test lint fuzz bench bench-c ablation run runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*##/  make \1 |/' | column -t -s '|'
@@ -51,6 +51,9 @@ bench: .venv/test-ready ## speed and memory of training steps by path, heads, vo
 
 bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md (20 minutes, 1 GB in out/bench)
 	$(PY) bench_c.py decode
+
+ablation: .venv/test-ready ## all objectives side by side on real stories, into doc/objectives.md (two hours; goes on where it stopped)
+	$(PY) ablate.py
 
 clean: ## remove what was built; data, runs and .venv stay
 	rm -rf run build __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache
