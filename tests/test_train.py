@@ -494,6 +494,25 @@ def test_blocks_of_new_heads_copy_the_last_block_of_the_checkpoint(words, tmp_pa
             torch.testing.assert_close(new[name.replace("layers.1.", "future_heads.1.block.")], w)
 
 
+def test_the_recipe_of_frozen_heads_takes_a_checkpoint_in_llama2cs_layout(words, tmp_path, monkeypatch):
+    """As llama2.c saves it: under torch.compile's prefix, with its rotary tables, without our fields."""
+    run(words())
+    ours = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps", "max_seq_len",
+             "dropout")
+    state = {f"_orig_mod.{name}": w for name, w in ours["model"].items()} | {"_orig_mod.freqs_cos": torch.zeros(32, 2)}
+    torch.save({"model": state, "model_args": {k: ours["model_args"][k] for k in names}, "config": {}, "optimizer": {}},
+               tmp_path / "theirs.pt")
+    monkeypatch.chdir(ROOT)
+    argv = words(init_from=tmp_path / "theirs.pt", out_dir=tmp_path / "new", freeze_trunk_iters=4, log_interval=1)
+    run(["config/frozen_heads.py", *argv])
+    lines, after = log_lines(tmp_path / "new"), weights(tmp_path / "new")
+    pretrained = log_lines(tmp_path / "out")[-1]["val/ntp"]
+    assert lines[0]["val/ntp"] == lines[4]["val/ntp"] == pretrained != lines[8]["val/ntp"]
+    assert {"train/nitp_4", "weight/nitp_4"} <= lines[0].keys() and lines[8]["val/nitp_4"] < lines[0]["val/nitp_4"]
+    assert "future_heads.3.block.attention.wq.weight" in after
+
+
 def test_a_checkpoint_with_heads_goes_on_without_and_with_others(words, tmp_path):
     """And the trunk is the same at the start, whatever heads there were and are."""
     run(words(**HEADS, **OTHERS, head="block"))
