@@ -333,7 +333,8 @@ def train(s: Settings) -> int:
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{source}: its optimizer or random state does not fit this run: {error!r}") from error
         for name, table in raw.named_buffers(recurse=False):  # soft targets, as of their last refresh
-            last = checkpoint.get("objective", {}).get(name)
+            tables = checkpoint.get("objective")
+            last = tables.get(name) if isinstance(tables, dict) else None
             if isinstance(last, torch.Tensor) and last.shape == table.shape:
                 table.copy_(last)
             else:
