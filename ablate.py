@@ -251,11 +251,12 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{', '.join(missing)}: not finished, and nothing can be compared without")
     rows = compare(names, args.seeds, step_seconds(names, args.rounds), args.out)
     lengths = [f"{s.max_iters:,} steps, seed {s.seed}: {evaluations(s)[-1]['val/ntp']:.4f}" for s in base_runs]
-    write(table(rows, args.seeds, lengths), args.folder / "objectives.md")
+    text = table(rows, args.seeds, lengths)
+    write(text, args.folder / "objectives.md")
     plot(rows, args.folder / "objectives.svg")
     with atomic_write(args.folder / "runs" / "objectives.jsonl", "w") as f:
         f.writelines(json.dumps({"run": Path(s.out_dir).name} | line) + "\n" for s in runs for line in evaluations(s))
-    print(table(rows, args.seeds, lengths))
+    print(text)
 
 
 if __name__ == "__main__":

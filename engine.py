@@ -83,13 +83,13 @@ class Found(NamedTuple):
     best: Tensor | None  # (N,) the class with the largest logit, the first of equals
 
 
-def rows_of(part: Part, start: int, end: int) -> tuple[slice, slice]:
-    """Where a part's rows start..end lie in its features (N, D), and which of the rows those are.
+def rows_of(shift: int, start: int, end: int) -> tuple[slice, slice]:
+    """Where rows start..end of a part with this shift lie in its features (N, D), and which of the rows those are.
 
     No features lie `shift` before a batch's first rows; none of these is valid.
     """
-    first = min(max(start, part.shift), end)
-    return slice(first - min(part.shift, first), end - min(part.shift, end)), slice(first, end)
+    first = min(max(start, shift), end)
+    return slice(first - min(shift, first), end - min(shift, end)), slice(first, end)
 
 
 def values(part: Part, features: Tensor, weight: Tensor, rows: slice, log_p: Tensor | None, kinds: dict[str, tuple],
@@ -143,7 +143,7 @@ class InChunks(torch.autograd.Function):
         total, N, log_p = torch.zeros((), device=tensors[0].device), len(tensors[0]), None
         for start in range(0, N, rows):
             for k, part in enumerate(parts):
-                inputs, chunk = rows_of(part, start, min(start + rows, N))
+                inputs, chunk = rows_of(part.shift, start, min(start + rows, N))
                 # float32: a GradScaler's factor is not yet in these gradients, which float16 would lose
                 with (torch.autocast(tensors[0].device.type, enabled=False),
                       torch.set_grad_enabled(any(learns[2 * k : 2 * k + 2]))):
@@ -188,7 +188,7 @@ def plain_engine(parts: list[Part], rows: int | None, kinds: dict[str, tuple], s
         return in_chunks(parts, rows, kinds, scales, wants_best, tensors)
     found, total, log_p = [], torch.zeros((), device=tensors[0].device), None
     for k, part in enumerate(parts):
-        inputs, all_rows = rows_of(part, 0, N)
+        inputs, all_rows = rows_of(part.shift, 0, N)
         teacher = log_p[all_rows] if part.taught else None
         piece, log_q = values(part, tensors[2 * k][inputs], tensors[2 * k + 1], all_rows, teacher, kinds, wants_best)
         total = total + weighted(part, piece, scales, all_rows)

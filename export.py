@@ -70,17 +70,17 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
         if type(args.get(name)) is not int or args[name] < 1:
             raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)!r}")
     state = checkpoint["model"]
-    expected = {"tok_embeddings.weight": (args["vocab_size"], args["dim"]),
-                "layers.0.feed_forward.w1.weight": (args.get("hidden_dim") or None, args["dim"])}
-    if args.get("trunk") == "rnn":
-        expected = {"tok_embeddings.weight": expected["tok_embeddings.weight"],
-                    f"rnn.weight_hh_l{args['n_layers'] - 1}": (args["dim"], args["dim"])}
+    expected, is_rnn = {"tok_embeddings.weight": (args["vocab_size"], args["dim"])}, args.get("trunk") == "rnn"
+    if is_rnn:
+        expected[f"rnn.weight_hh_l{args['n_layers'] - 1}"] = (args["dim"], args["dim"])
+    else:
+        expected["layers.0.feed_forward.w1.weight"] = (args.get("hidden_dim") or None, args["dim"])
     for name, shape in expected.items():  # before anything is built of the sizes that model_args states
         found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else None
         if found is None or len(found) != 2 or any(s not in (f, None) for s, f in zip(shape, found, strict=True)):
             raise ValueError(f"{path}: {name}: expected shape {shape} by model_args, found {found}")
     counts = {}
-    if args.get("trunk") != "rnn":
+    if not is_rnn:
         counts["n_layers"] = len({n.split(".")[1] for n in state if n.startswith("layers.")})
     if args.get("head") != "shared":  # which has no tensors
         counts["n_future_heads"] = len({n.split(".")[1] for n in state if n.startswith("future_heads.")})
@@ -89,7 +89,7 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
             raise ValueError(f"{path}: model_args: {name}={args[name]!r}, but there are tensors for {found}")
     if args["max_seq_len"] > MAX_SEQ_LEN:
         raise ValueError(f"{path}: max_seq_len: expected at most {MAX_SEQ_LEN}, found {args['max_seq_len']}")
-    if args.get("trunk") != "rnn":
+    if not is_rnn:
         args["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
     if "tie_embeddings" not in args:
         output = state.get("output.weight")

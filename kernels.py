@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from engine import Found, Part, chunk_rows, plain_engine
+from engine import Found, Part, chunk_rows, plain_engine, rows_of
 from model import RMSNorm, Transformer, TransformerBlock
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -290,14 +290,13 @@ class HeadLosses(Function):
         for start in range(0, N, rows):
             end, z = min(start + rows, N), None
             for k, ask in enumerate(asks):
-                first = max(start, ask.shift)  # no features lie `shift` before these targets; none of them is valid
-                if first >= end:
+                inputs, part = rows_of(ask.shift, start, end)
+                if part.start == end:
                     continue
-                inputs, part = slice(first - ask.shift, end - ask.shift), slice(first, end)
                 logits = F.linear(features[k][inputs], rounded[k])
                 teacher, taught = None, None
                 if ask.taught is not None:
-                    teacher, taught = (z[first - start :], log_sums[0, part]), ask.taught[part]
+                    teacher, taught = (z[part.start - start :], log_sums[0, part]), ask.taught[part]
                 gradient = None if not learns[k] else torch.empty_like(logits) if k == 0 and teaches else logits
                 head_losses(logits, ask.classes[part], ask.scales[part], gradient, teacher, taught, ask.teacher_scale,
                             (entropies[k][part], divergences[k, part], log_sums[k, part],
