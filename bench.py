@@ -14,7 +14,6 @@ import argparse
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import engine
 from files import atomic_write
 from losses import loss_weights, scales
-from machine import choose_path
+from machine import choose_path, memory, processor
 from model import Transformer
 from optimizer import make_optimizer
 from settings import Settings, shape_of
@@ -95,13 +94,6 @@ def make_step(s: Settings, texts: list[bytes] | None = None) -> Callable[[float]
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def memory(what: str) -> float:
-    """This process's memory in MiB: VmRSS now, VmHWM at most up to now; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    found = re.search(what + r":\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found.group(1)) / 1024 if found else 0.0
 
 
 def work(pipe, case: Case) -> None:
@@ -340,11 +332,7 @@ def positive(text: str) -> int:
 
 
 def machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def markdown(head: tuple, rows: list[tuple]) -> str:

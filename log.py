@@ -1,5 +1,7 @@
 """The log of a run: out_dir/log.jsonl, one object a line (doc/formats.md), and the same keys at wandb.
 
+Its first line, and one wherever the run was resumed, has the settings and what was found: data, machine, path.
+
 The file is always written. Failures of wandb - no network, no login, a full disk - are told and
 the run goes on without it. Only the first of several processes has a log.
 """
@@ -14,14 +16,15 @@ from files import atomic_write
 class Log:
     """Appends to out_dir/log.jsonl, cut back to the lines before iteration `start`, and to wandb where asked.
 
+    header: how the run goes on from `start`.
     wandb_settings: keyword arguments of wandb.init, `id` among them; None leaves wandb out.
     """
 
-    def __init__(self, out_dir: Path, start: int, wandb_settings: dict | None):
+    def __init__(self, out_dir: Path, start: int, header: dict, wandb_settings: dict | None):
         self.path = out_dir / "log.jsonl"
         kept = self._lines_before(start) if start and self.path.exists() else []
         with atomic_write(self.path, "w") as f:
-            f.writelines(kept)
+            f.writelines([*kept, json.dumps({"iter": start} | header) + "\n"])
         self.wandb, self.wandb_id = None, None
         if wandb_settings:
             self._start_wandb(wandb_settings)

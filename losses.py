@@ -136,6 +136,7 @@ class Objective(nn.Module):
     bos: the token that starts a document, if future targets are to stay inside theirs (valid_positions); or None.
     kernels: the module of that name, if it is to take the logits; or None.
     consistency: direction and temperature of the consistency losses (`divergence`).
+    teacher: "later", z[t+i]; or "same", z[t], which predicts another token than head i (a negative control).
     letters: letters.Letters, and how many of them ahead the model's spelling heads are asked for; or None.
     order_window: tokens ahead that the order head ranks. bag: tokens in a bag of superposition.
     neighbours: how many tokens share a soft target, and the temperature between them, once
@@ -143,10 +144,11 @@ class Objective(nn.Module):
     """
 
     def __init__(self, model: nn.Module, bos: int | None = None, kernels=None, *,
-                 consistency: tuple[str, float] = ("forward", 1.0), letters: tuple[nn.Module, int] | None = None,
-                 order_window: int = 0, bag: int = 1, neighbours: tuple[int, float] | None = None):
+                 consistency: tuple[str, float] = ("forward", 1.0), teacher: str = "later",
+                 letters: tuple[nn.Module, int] | None = None, order_window: int = 0, bag: int = 1,
+                 neighbours: tuple[int, float] | None = None):
         super().__init__()
-        self.model, self.bos, self.kernels = model, bos, kernels
+        self.model, self.bos, self.kernels, self.teacher = model, bos, kernels, teacher
         self.consistency, self.order_window, self.bag, self.neighbours = consistency, order_window, bag, neighbours
         self.letters, self.n_letters = letters or (None, 0)
         if neighbours:
@@ -249,7 +251,10 @@ class Objective(nn.Module):
             part(head, shift, readout).aims[name] = Aim(*(t if t is None else framed(t, T) for t in aim))
         for name, (kind, i) in kinds.items():
             if kind in ("consistency", "kl"):
-                part(i, i, readouts[i]).taught[name] = framed(valid_positions(y, i, self.bos), T)
+                valid, shift = valid_positions(y, i, self.bos), i
+                if kind == "consistency" and self.teacher == "same":
+                    valid, shift = F.pad(valid, (0, T - valid.shape[1])), 0
+                part(i, shift, readouts[i]).taught[name] = framed(valid, T)
         for i in guessing:
             part(i, i, readouts[i])
         return parts

@@ -8,9 +8,12 @@ What this leaves out on purpose: settings of what is learned; none here changes 
 """
 
 import os
+import platform
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,11 +47,39 @@ class Machine:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
+    def peak_mib(self) -> float:
+        """The most memory that this process has held so far, in MiB, on its device; 0 where that is not told."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return memory("VmHWM") if self.device.type == "cpu" else 0.0
+
+    def facts(self, path: "StepPath") -> dict:
+        """What the log is to say of where and how a run was computed."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        return {"device": self.device.type, "device_name": name, "processes": self.world,
+                "threads": torch.get_num_threads(), "cores": cores, "path": path.kind,
+                "dtype": str(path.dtype).removeprefix("torch."), "torch": torch.__version__}
+
     def put(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Copies on the device; from pinned memory and without waiting where that helps."""
         if self.device.type == "cuda":
             return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [t.to(self.device) for t in tensors]
+
+
+def memory(what: str) -> float:
+    """This process's memory in MiB: VmRSS now, VmHWM at most up to now; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    found = re.search(what + r":\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found.group(1)) / 1024 if found else 0.0
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def find_machine(wanted: str) -> Machine:

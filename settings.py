@@ -44,6 +44,7 @@ class Settings:
     data_dir: str = "data"  # folder of all data sets
     dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
     vocab_size: Annotated[int, Range(4, MAX_VOCAB_SIZE)] = 512  # tokens; 259 is the byte tokenizer
+    train_fraction: FractionAbove0 = 1.0  # of train.bin, from its beginning, that is trained on, again and again
     max_seq_len: AtLeast1 = 512  # tokens in a row, and the longest context of the model
     batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
     gradient_accumulation_steps: AtLeast1 = 1  # micro-batches an iteration
@@ -67,6 +68,7 @@ class Settings:
     nitp_weight: NonNegative = 0.0  # of the first head's cross-entropy loss
     consistency_weight: NonNegative = 0.0  # of the first head's divergence from the NTP head that has seen more
     consistency_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(NTP || head), KL(head || NTP), or js
+    consistency_teacher: Literal["later", "same"] = "later"  # the NTP head where it has seen more; same: a control
     consistency_temperature: Positive = 1.0  # softens both sides
     head_decay: FractionAbove0 = 1.0  # head i weighs head_decay^(i-1) of the above
     head_init: Literal["random", "last_block"] = "random"  # last_block: blocks of heads copy the trunk's last

@@ -378,11 +378,12 @@ def how_to_make(tokens: Path, vocab_size: int) -> str:
 class Windows:
     """The rows of a token file: window j holds tokens j*T .. j*T + T, inputs and next tokens of one row.
 
+    fraction: of the file, from its beginning, that there is taken to be.
     Errors: ValueError naming the file, and the command that makes it, if it is missing, has no
     whole window, or holds ids that the vocabulary has not.
     """
 
-    def __init__(self, path: Path, vocab_size: int, T: int):
+    def __init__(self, path: Path, vocab_size: int, T: int, fraction: float = 1.0):
         if not path.exists():
             raise ValueError(f"{path}: no such data set; {how_to_make(path, vocab_size)}")
         self.path, self.T = path, T
@@ -398,6 +399,9 @@ class Windows:
             raise ValueError(f"{path}: cannot read: {error.strerror}") from error
         if (largest := int(self.tokens.max())) >= vocab_size:
             raise ValueError(f"{path}: expected token ids below {vocab_size}, found {largest}")
+        if (kept := int(len(self.tokens) * fraction)) <= T:
+            raise ValueError(f"{path}: {fraction:g} of it has {kept} tokens, expected more than {T}")
+        self.tokens = self.tokens[:kept]
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.T

@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -51,7 +52,7 @@ def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None
         raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer.model, "
                          "so no letters")
     return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None,
-                     consistency=(s.consistency_direction, s.consistency_temperature),
+                     consistency=(s.consistency_direction, s.consistency_temperature), teacher=s.consistency_teacher,
                      letters=(Letters(texts, s.spelling_case), s.spelling_letters) if s.spelling_letters else None,
                      order_window=s.order_window, bag=s.superposition,
                      neighbours=(s.soft_neighbours, s.soft_temperature) if s.soft_weight else None)
@@ -227,6 +228,18 @@ def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...
     return found
 
 
+def facts(s: Settings, model: Transformer, train: Windows, validation: Validation, machine: Machine,
+          path: StepPath) -> dict:
+    """What the log says of a run beside its settings; runs are comparable where these are the same (compare.py)."""
+    vocabulary = train.path.parent / "tokenizer.bin"
+    targets = b"".join(y.numpy().tobytes() for _, y in validation.batches)
+    return machine.facts(path) | {
+        "parameters": model.parameter_counts()["trunk"], "train_tokens": len(train.tokens),
+        "val_tokens": sum(y.numel() for _, y in validation.batches),
+        "val_crc32": f"{zlib.crc32(targets):08x}",
+        "vocabulary_crc32": f"{zlib.crc32(vocabulary.read_bytes()):08x}" if vocabulary.exists() else None}
+
+
 def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -> None:
     """Stop a run that diverged, before its weights replace better ones."""
     if not math.isfinite(value):
@@ -265,12 +278,12 @@ def show(line: dict, s: Settings, step_seconds: float) -> str:
             f"{line['tok_per_s']:,.0f} tok/s | {minutes}:{seconds:02d} left")
 
 
-def wandb_settings(s: Settings, run_id: str | None) -> dict | None:
+def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None:
     """What wandb.init is told; None where the run is not for wandb."""
     if not s.wandb_log:
         return None
     return {"project": s.wandb_project, "name": s.wandb_run_name or Path(s.out_dir).name, "mode": s.wandb_mode,
-            "config": asdict(s), "id": run_id, "resume": "allow"}
+            "config": header["config"] | {"facts": header["facts"]}, "id": run_id, "resume": "allow"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -284,11 +297,12 @@ def train(s: Settings) -> int:
     machine = find_machine(s.device)
     first, accumulate = machine.rank == 0, s.gradient_accumulation_steps
     folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
-    train_rows, val_rows = (Windows(folder / f"{split}.bin", s.vocab_size, s.max_seq_len) for split in ("train", "val"))
+    train_rows = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len, s.train_fraction)
+    val_rows = Windows(folder / "val.bin", s.vocab_size, s.max_seq_len)
     batches = TrainBatches(train_rows, s.batch_size, s.seed, machine.rank, machine.world)
     bags = batches
     if s.superposition > 1:  # as many bags in a row as else tokens
-        longer = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len * s.superposition)
+        longer = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len * s.superposition, s.train_fraction)
         bags = TrainBatches(longer, s.batch_size, s.seed, machine.rank, machine.world)
     has_text = (folder / "tokenizer.bin").exists() and ((folder / "tokenizer.model").exists() or
                                                        s.vocab_size == BYTE_VOCAB_SIZE)
@@ -352,7 +366,8 @@ def train(s: Settings) -> int:
         if first:
             print("\n".join(f"val/{name} {value:.6f}" for name, value in val.items()))
         return 0
-    log = Log(Path(s.out_dir), start, wandb_settings(s, wandb_id)) if first else None
+    header = {"config": asdict(s), "facts": facts(s, model, train_rows, validation, machine, path)}
+    log = Log(Path(s.out_dir), start, header, wandb_settings(s, header, wandb_id)) if first else None
 
     def save(*names: str) -> None:
         rng = rng_states(machine)
@@ -376,7 +391,7 @@ def train(s: Settings) -> int:
         evaluates = it % s.eval_interval == 0 or it == s.max_iters
         if evaluates:
             val = evaluate(raw, validation, losses_of(s), machine, path)
-            line |= {f"val/{name}": value for name, value in val.items()}
+            line |= {f"val/{name}": value for name, value in val.items()} | {"peak_mib": machine.peak_mib()}
             if first:
                 print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
             check_finite("validation loss", val["ntp"], it, s)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bench
+import machine
 from train import Settings
 
 
@@ -30,7 +31,7 @@ def test_a_table_and_a_plot(tiny, tmp_path, capsys):
     assert [row[:3] for row in rows] == [["260K, T 256", "plain", "1"], ["260K, T 256", "fast", "1"]]
     assert rows[0][4] == "1.00" and all(float(row[3].replace(",", "")) > 0 for row in rows)
     assert [row[0] for row in cells(table, "n = ")] == ["n = 0", "n = 2", "n = 2, both losses"]
-    known = bench.memory("VmRSS") > 0  # not on every system
+    known = machine.memory("VmRSS") > 0  # not on every system
     assert all((float(row[2]) > 0 or not known) and row[3] == "n = 0" for row in cells(table, "n = "))
     assert [row[0] for row in cells(table, "V = ")] == ["V = 512, plain", "V = 512", "V = 512, n = 4, both losses"]
     assert [row[0] for row in cells(table, "T = ")] == ["T = 16, plain", "T = 16"]

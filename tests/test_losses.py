@@ -163,6 +163,28 @@ def test_consistency_in_each_direction(direction, temperature, objective_of):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+def test_the_control_has_the_teacher_that_has_not_seen_more(masked, objective_of):
+    x, y, logits = random_case(2, True, seed=3)
+    slow = copies(*logits)
+    want = {"ntp": [-slow[0][b, t].log_softmax(0)[y[b, t]] for b in range(3) for t in range(9)],
+            "nitp_2": [], "consistency_1": [], "consistency_2": []}
+    for b in range(3):
+        for t in range(9):
+            for i in (1, 2):
+                if t + i < 9 and not (masked and BOS in y[b, t : t + i].tolist()):
+                    log_p, log_q = slow[0][b, t].detach().log_softmax(0), slow[i][b, t].log_softmax(0)
+                    want[f"consistency_{i}"].append((log_p.exp() * (log_p - log_q)).sum())
+                    if i == 2:
+                        want["nitp_2"].append(-log_q[y[b, t + 2]])
+    objective = objective_of(logits, BOS if masked else None, teacher="same")
+    agrees(objective, x, y, {"ntp": 1.0, "nitp_2": 0.3, "consistency_1": 0.7, "consistency_2": 0.4}, slow, want)
+    usual = objective_of(logits, BOS if masked else None)
+    for i in (1, 2):  # what evaluations report of agreement is of the later teacher in either case
+        kl = [o.evaluate(x, y, (), 2)[0][f"kl_{i}"].mean.item() for o in (objective, usual)]
+        assert kl[0] == kl[1]
+
+
+@pytest.mark.parametrize("masked", [False, True])
 def test_a_shared_head_is_the_next_token_head_asked_for_later_tokens(masked, objective_of):
     x, y, logits = random_case(0, True, seed=4)
     slow = copies(*logits)

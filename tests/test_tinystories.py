@@ -207,6 +207,13 @@ def test_windows_are_contiguous_and_shifted_by_one(counting):
     assert y.tolist() == [list(range(1, 11)), list(range(91, 101))]
 
 
+def test_a_fraction_is_the_beginning_of_the_file(counting):
+    part = Windows(counting.path, 512, 10, fraction=0.5)  # 51 tokens
+    assert len(part) == 5 and part.tokens.tolist() == list(range(51))
+    with pytest.raises(ValueError, match="t.bin: 0.1 of it has 10 tokens, expected more than 10"):
+        Windows(counting.path, 512, 10, fraction=0.1)
+
+
 def rows_of(batches, k):
     return [int(row[0]) // 10 for row in batches[k][0]]
 

@@ -7,6 +7,8 @@ import random
 import signal
 import subprocess
 import time
+import zlib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from train import learning_rate
 
 HEADS = {"n_future_heads": 2, "nitp_weight": 0.3, "consistency_weight": 0.1}
 GUESSES = {f"val/{n}" for n in ("acc_0", "acc_1", "acc_2", "agree_1", "agree_2", "kl_1", "kl_2", "bits_per_byte")}
+AT_EVALUATIONS = GUESSES | {"peak_mib"}
 
 
 def run(argv: list[str]) -> None:
@@ -41,12 +44,15 @@ def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def log_lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def log_lines(folder, headers: bool = False) -> list[dict]:
+    """The lines of a log that have figures, or those that have settings."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if ("config" in line) == headers]
 
 
 def without_times(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tok_per_s")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tok_per_s", "peak_mib")}
+            for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,7 +67,7 @@ def test_log_and_checkpoints_of_a_run(words, tmp_path, capsys):
     losses = {"ntp", "nitp_1", "nitp_2", "consistency_1", "consistency_2"}
     step = {"lr", "tok_per_s", "grad_norm", "train/total"} | {f"train/{n}" for n in losses} | {
         f"weight/{n}" for n in losses - {"ntp"}}
-    val = {f"val/{n}" for n in losses} | GUESSES
+    val = {f"val/{n}" for n in losses} | AT_EVALUATIONS
     for line in lines:
         evaluated, stepped = line["iter"] in (0, 4, 8), line["iter"] < 8
         assert set(line) == always | (step if stepped else set()) | (val if evaluated else set()), line["iter"]
@@ -81,6 +87,32 @@ def test_log_and_checkpoints_of_a_run(words, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"last.pt", "ckpt.pt", "log.jsonl"}
     printed = capsys.readouterr().out
     assert "14,032 in trunk" in printed and "16,384 in 2 future heads" in printed and "128 a step" in printed
+
+
+def test_the_log_says_how_a_run_was_made_and_how_it_went_on(words, tmp_path, data_dir):
+    run(words(max_iters=8))
+    (header,) = log_lines(tmp_path / "out", headers=True)
+    assert header["iter"] == 0 and header["config"] == asdict(configure(Settings, words(max_iters=8)))
+    facts, folder = header["facts"], data_dir / "toy" / "tok512"
+    assert facts["path"] == "fast" and facts["threads"] == 1 and facts["cores"] == sorted(os.sched_getaffinity(0))
+    assert facts["train_tokens"] == (folder / "train.bin").stat().st_size // 2 and facts["val_tokens"] == 32 * 32
+    assert facts["vocabulary_crc32"] == f"{zlib.crc32((folder / 'tokenizer.bin').read_bytes()):08x}"
+    assert all(line["peak_mib"] > 50 for line in log_lines(tmp_path / "out") if "val/ntp" in line)
+    run([*words(max_iters=8, path="plain", eval_iters=2), "--init_from=resume"])
+    first, second = log_lines(tmp_path / "out", headers=True)
+    assert first == header and second["iter"] == 8 and second["facts"]["path"] == "plain"
+    assert second["facts"]["val_crc32"] != facts["val_crc32"] and second["facts"]["torch"] == torch.__version__
+
+
+def test_a_part_of_the_training_tokens_is_gone_over_again_and_again(words, tmp_path, capsys):
+    run(words(train_fraction=0.1))
+    (header,) = log_lines(tmp_path / "out", headers=True)
+    whole = Windows(header["config"]["data_dir"] / train.Path("toy/tok512/train.bin"), 512, 32)
+    assert header["facts"]["train_tokens"] == int(len(whole.tokens) * 0.1)
+    epochs = 8 * 4 / ((header["facts"]["train_tokens"] - 1) // 32)
+    assert f"{epochs:.2f} epochs" in capsys.readouterr().out
+    assert train.main(words(out_dir=tmp_path / "none", train_fraction=0.0001)) == 1
+    assert "train.bin: 0.0001 of it has" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_is_chosen_by_validation_ntp(words, tmp_path, monkeypatch):
@@ -705,6 +737,10 @@ def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, monkeypatch):
                for r in records if r.WhichOneof("record_type") == "history"]
     own = [{k: v for k, v in line.items() if not k.startswith("_")} for line in history]
     assert own == log_lines(tmp_path / "out")
+    config = {item.key: json.loads(item.value_json) for r in records if r.WhichOneof("record_type") == "run"
+              for item in r.run.config.update}
+    (header,) = log_lines(tmp_path / "out", headers=True)
+    assert config.items() >= (header["config"] | {"facts": header["facts"]}).items()
     assert {r.metric.name or r.metric.glob_name for r in records if r.WhichOneof("record_type") == "metric"} >= {
         "iter", "tokens", "seconds", "val/ntp"}
     assert [r.run.display_name for r in records if r.WhichOneof("record_type") == "run"][0] == "a=b"
@@ -733,8 +769,3 @@ def test_a_run_outlives_wandb(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb, "init", lambda **_: Broken())
     run([*words(out_dir=tmp_path / "out2"), "--wandb_log"])
     assert "the run goes on without it" in capsys.readouterr().err and len(log_lines(tmp_path / "out2")) == 9
-
-
-def test_the_settings_of_every_config_are_valid():
-    for path in sorted((train.Path(train.__file__).parent / "config").glob("*.py")):
-        train.check(configure(Settings, [str(path)]))

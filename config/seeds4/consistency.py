@@ -1,0 +1,23 @@
+"""260K parameters on TinyStories. One head follows the next-token head, which has seen one token more."""
+out_dir = "out/seeds4/consistency"
+# data
+dataset = "tinystories"
+vocab_size = 512
+max_seq_len = 256
+batch_size = 32  # 8,192 tokens a step
+# model
+dim = 64
+n_layers = 5
+n_heads = 8
+n_kv_heads = 4
+# objective
+n_future_heads = 1
+consistency_weight = 0.01
+# optimisation
+learning_rate = 2e-3
+max_iters = 1500
+warmup_iters = 100
+beta2 = 0.99
+weight_decay = 0.01
+eval_interval = 100
+log_interval = 10
