@@ -4,6 +4,7 @@ CC ?= cc
 PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
+SET = seeds4
 .PHONY: help demo test lint fuzz bench bench-c ablation run runfast runomp rundebug clean
 
 help: ## this list
@@ -52,8 +53,8 @@ bench: .venv/test-ready ## speed and memory of training steps by path, heads, vo
 bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md (20 minutes, 1 GB in out/bench)
 	$(PY) bench_c.py decode
 
-ablation: .venv/test-ready ## all objectives side by side on real stories, into doc/objectives.md (two hours; goes on where it stopped)
-	$(PY) ablate.py
+ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds and compare: hours; goes on where it stopped
+	$(PY) ablate.py $(SET)
 
 clean: ## remove what was built; data, runs and .venv stay
 	rm -rf run build __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache
@@ -66,7 +67,7 @@ clean: ## remove what was built; data, runs and .venv stay
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/test-ready: .venv/ready requirements-dev.txt
+.venv/test-ready: .venv/ready requirements-dev.txt requirements-compare.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -1,19 +1,21 @@
-"""The comparison of objectives: what it runs, what it leaves alone, and its arithmetic."""
+"""Whole comparisons: what is run, what is left alone, what is refused."""
 
 import json
-import math
+import os
+from dataclasses import asdict
 
 import pytest
 
 import ablate
-from ablate import at_length, compare, evaluations, is_finished, settings_of
-
-PAGE = f"before\n{ablate.BEGIN}\nold\n{ablate.END}\nafter\n"
+from ablate import find_configs, settings_of
+from configurator import configure
+from groups import OBJECTIVE
+from settings import Settings
 
 
 @pytest.fixture
 def lab(data_dir, tmp_path, monkeypatch):
-    """Two tiny configs in place of the project's, and a page for the table."""
+    """A set of two tiny configs in place of the project's."""
     common = f"""
 data_dir = {str(data_dir)!r}
 dataset = "toy"
@@ -30,81 +32,99 @@ eval_interval = 4
 eval_iters = 1
 device = "cpu"
 """
-    configs = tmp_path / "configs"
-    configs.mkdir()
+    configs = tmp_path / "configs" / "tiny"
+    configs.mkdir(parents=True)
     (configs / "base.py").write_text(common)
     (configs / "spelling.py").write_text(common + "spelling_letters = 2\nspelling_weight = 0.1\n")
-    (tmp_path / "doc" / "runs").mkdir(parents=True)
-    (tmp_path / "doc" / "objectives.md").write_text(PAGE)
-    monkeypatch.setattr(ablate, "CONFIGS", configs)
+    monkeypatch.setattr(ablate, "CONFIGS", tmp_path / "configs")
     return tmp_path
 
 
+def words(lab, *more: str) -> list[str]:
+    return ["tiny", "--seeds", "1", "2", "--rounds", "1", "--out", str(lab / "out"), "--jobs", "1", *more]
+
+
+def figures(lab, run: str) -> list[dict]:
+    """The lines of a run's log but for what the clock and the memory say."""
+    lines = map(json.loads, (lab / "out" / run / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tok_per_s", "peak_mib")}
+            for line in lines if "config" not in line]
+
+
 def test_one_command_trains_compares_and_goes_on(lab, capsys):
-    words = ["--seeds", "1", "2", "--rounds", "1", "--out", str(lab / "out"), "--folder", str(lab / "doc")]
-    ablate.main(words)
-    names = {"base-1", "base-2", "base10-1", "base10-2", "base13-1", "base13-2", "spelling-1", "spelling-2"}
-    assert {path.name for path in (lab / "out").iterdir()} == names
-    page = (lab / "doc" / "objectives.md").read_text()
-    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    ends = [evaluations(settings_of("spelling", seed, out=lab / "out"))[-1]["val/ntp"] for seed in (1, 2)]
-    assert f"| {sum(ends) / 2:.4f} |" in page and "| **+0.0000** (+0.0000, +0.0000) | 1.00 |" in page
-    assert "<svg" in (lab / "doc" / "objectives.svg").read_text()
-    lines = [json.loads(line) for line in (lab / "doc" / "runs" / "objectives.jsonl").read_text().splitlines()]
-    assert {line["run"] for line in lines} == names and all("val/ntp" in line for line in lines)
+    ablate.main(words(lab, "--longer", "1.25"))
+    names = {"base-1", "base-2", "base10-1", "base10-2", "spelling-1", "spelling-2"}
+    assert {path.name for path in (lab / "out").iterdir() if path.is_dir()} == names
+    told = capsys.readouterr()
+    ends = [figures(lab, f"spelling-{seed}")[-1]["val/ntp"] for seed in (1, 2)]
+    assert f"{sum(ends) / 2:.4f}" in told.out and "base10: ends at step 10, base at 8" in told.err
+    assert "<svg" in (lab / "out" / "report.html").read_text()
+    measured = json.loads((lab / "out" / "step_seconds.json").read_text())["seconds"]
+    assert measured.keys() == {"base", "spelling"} and all(len(v) == 1 and v[0] > 0 for v in measured.values())
+    header = json.loads((lab / "out" / "base-1" / "log.jsonl").read_text().splitlines()[0])
+    assert len(header["facts"]["cores"]) == 1 and header["facts"]["threads"] == 1  # pinned
 
     stamps = {path: path.stat().st_mtime_ns for path in (lab / "out").rglob("last.pt")}
-    log = lab / "out" / "spelling-2" / "log.jsonl"
-    whole = [{k: v for k, v in line.items() if k not in ("seconds", "tok_per_s")}
-             for line in map(json.loads, log.read_text().splitlines())]
+    log, whole = lab / "out" / "spelling-2" / "log.jsonl", figures(lab, "spelling-2")
     log.write_text("\n".join(log.read_text().splitlines()[:-1]) + '\n{"iter": 8, "val/')  # as if it had been killed
-    assert not is_finished(settings_of("spelling", 2, out=lab / "out"))
-    ablate.main(words)
-    again = [{k: v for k, v in line.items() if k not in ("seconds", "tok_per_s")}
-             for line in map(json.loads, log.read_text().splitlines())]
-    assert again == whole
+    ablate.main(words(lab, "--longer", "1.25"))
+    assert figures(lab, "spelling-2") == whole
     changed = {path.parent.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
     assert changed == {"spelling-2"}
 
 
+def test_settings_for_all_runs_and_some_of_the_configs(lab, capsys):
+    ablate.main(words(lab, "--only", "spelling", "--max_iters=4", "--rounds", "0"))
+    assert {line["iter"] for line in figures(lab, "spelling-2")} == set(range(5))
+    assert not (lab / "out" / "step_seconds.json").exists()
+    capsys.readouterr()
+    ablate.main(words(lab, "--only", "base", "--max_iters=4", "--rounds", "0", "--no_runs"))
+    assert "spelling" not in capsys.readouterr().out
+
+
 def test_a_run_of_an_older_config_is_not_taken_for_one_of_this(lab):
-    words = ["--seeds", "1", "--rounds", "1", "--out", str(lab / "out"), "--folder", str(lab / "doc")]
-    ablate.main([*words, "--only", "base"])  # one seed will do
-    config = lab / "configs" / "base.py"
-    config.write_text(config.read_text() + "dropout = 0.1\n")
+    ablate.main(words(lab, "--only", "base", "--rounds", "0"))
     with pytest.raises(ValueError, match="base-1/last.pt: was trained with dropout=0.0, its config has 0.1"):
-        ablate.main([*words, "--no_runs"])
+        ablate.main(words(lab, "--no_runs", "--dropout=0.1"))
 
 
 def test_what_cannot_be_compared_is_said(lab):
-    words = ["--seeds", "1", "--rounds", "1", "--out", str(lab / "out"), "--folder", str(lab / "doc")]
-    with pytest.raises(ValueError, match="base-1.*not finished"):
-        ablate.main([*words, "--no_runs"])
-    (lab / "configs" / "base.py").write_text('dataset = "nowhere"\n')
+    with pytest.raises(ValueError, match="out: no run there yet"):
+        ablate.main(words(lab, "--no_runs", "--rounds", "0"))
     with pytest.raises(ValueError, match="some runs failed(.|\n)*base-1: train.py: .*nowhere"):
-        ablate.main([*words, "--only", "base"])
-    with pytest.raises(ValueError, match="objectives.md: expected the lines"):
-        (lab / "doc" / "objectives.md").write_text("no marks")
-        ablate.write("table", lab / "doc" / "objectives.md")
+        ablate.main(words(lab, "--only", "base", "--dataset=nowhere"))
+    with pytest.raises(ValueError, match="--only nitp: expected some of base, spelling"):
+        ablate.main(words(lab, "--only", "nitp"))
+    with pytest.raises(ValueError, match="--max_iter: no such setting; did you mean max_iters"):
+        ablate.main(words(lab, "--max_iter=3"))
 
 
-def test_the_base_of_another_length_lies_between_its_runs():
-    lengths, losses = [800, 1000, 1300], [2.0, 1.9, 1.8]
-    for n, loss in zip(lengths, losses, strict=True):
-        assert at_length(lengths, losses, n) == pytest.approx(loss)
-    assert at_length(lengths, losses, math.sqrt(800 * 1000)) == pytest.approx(1.95)
-    assert at_length(lengths, losses, math.sqrt(1000 * 1300)) == pytest.approx(1.85)
-    assert at_length(lengths, losses, 790) > 2.0 and at_length(lengths, losses, 1400) < 1.8  # a little beyond
+def test_sets_and_single_configs_stand_together(lab):
+    single = lab / "mine.py"
+    single.write_text("dim = 32\n")
+    assert list(find_configs([str(single), "tiny"])) == ["base", "mine", "spelling"]  # the baseline comes first
+    assert list(find_configs([str(single)])) == ["mine"]
+    with pytest.raises(ValueError, match="nowhere: neither a config file nor a set; sets are tiny"):
+        find_configs(["nowhere"])
+    with pytest.raises(ValueError, match="base.py: a second config called base"):
+        find_configs(["tiny", str(lab / "configs" / "tiny" / "base.py")])
 
 
-def test_differences_are_paired_by_seed_and_cost_is_paid_for(lab, monkeypatch):
-    """An objective 25% dearer is held against the base that trained 25% longer."""
-    ends = {"base-1": 2.0, "base-2": 2.2, "base10-1": 1.9, "base10-2": 2.0, "base13-1": 1.8, "base13-2": 1.9,
-            "spelling-1": 1.95, "spelling-2": 2.1}
-    monkeypatch.setattr(ablate, "evaluations", lambda s: [{"iter": s.max_iters, "val/ntp": ends[s.out_dir[4:]]}])
-    monkeypatch.chdir(lab)
-    seconds = {"base": [1.0, 2.0, 1.0], "spelling": [1.25, 2.5, 4.0]}  # round by round; the third was disturbed
-    rows = {row["objective"]: row for row in compare(["base", "spelling"], [1, 2], seconds, ablate.Path("out"))}
-    assert rows["spelling"]["cost"] == 1.25 and rows["base"]["at seconds"] == pytest.approx([0, 0])
-    assert rows["spelling"]["at steps"] == pytest.approx([-0.05, -0.1])
-    assert rows["spelling"]["at seconds"] == pytest.approx([0.05, 0.1])
+def test_a_run_goes_by_its_config_its_length_and_its_seed(lab):
+    s = settings_of("base", lab / "configs" / "tiny" / "base.py", 5, ["--dim=32"], lab / "out", 1.25)
+    assert (s.seed, s.dim, s.max_iters, s.out_dir) == (5, 32, 10, str(lab / "out" / "base10-5"))
+
+
+def test_more_runs_than_cores_are_not_pinned_and_that_is_said(lab, capsys):
+    jobs = len(os.sched_getaffinity(0)) + 1
+    ablate.main(words(lab, "--only", "base", "--rounds", "0", "--jobs", str(jobs), "--max_iters=4"))
+    assert "not pinned to cores of their own" in capsys.readouterr().err
+
+
+def test_every_set_of_the_project_differs_from_its_baseline_in_the_objective_alone():
+    for folder in (path for path in (ablate.ROOT / "config").iterdir() if (path / "base.py").exists()):
+        base = asdict(configure(Settings, [str(folder / "base.py")]))
+        for path in folder.glob("*.py"):
+            other = asdict(configure(Settings, [str(path)]))
+            differ = {key for key in base if base[key] != other[key]} - {"out_dir"}
+            assert differ <= OBJECTIVE | {"recurrence"}, path

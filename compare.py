@@ -1,0 +1,255 @@
+"""Compare runs by validation NTP: tables, plots, one page.
+
+    python compare.py out/seeds4                          # all runs in a folder; or any folders and files (runs.py)
+    python compare.py out/base-* out/mtp-* --baseline base --steps 500 1000
+    python compare.py doc/runs/seeds4.jsonl --html out/report.html --plots out/plots
+    python compare.py wandb wandb:me/lookahead            # wandb's offline runs, and those of a project
+
+The first group of runs, or --baseline, is what the others are compared with, paired by seed. Intervals are
+Student's t at 95% over the seeds; a difference inside its interval is a tie. "At equal seconds" wants runs of the
+baseline of at least two lengths (--max_iters): a set-up is compared with the baseline of the length that takes as
+long as it does. What runs differ in beside the objective is told, and what is broken in a log.
+
+What this leaves out on purpose: training (ablate.py), searching (sweep.py), and any score but those of the logs.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from files import atomic_write
+from groups import MANY, Figures, choose_baseline, figures, group_runs, seeds_needed, warnings
+from runs import Reader, Run
+
+EFFECTS = (0.005, 0.01, 0.02)  # nats, for which the number of seeds is told
+KEPT_DIGITS = 7  # significant ones, of figures in logs that are kept
+
+
+class Table(NamedTuple):
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def number(value: float | None, digits: int = 4, missing: str = "–") -> str:
+    return missing if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def tables(found: list[Figures], last: int) -> list[Table]:
+    """All that is told, of the baseline (the first) and the others."""
+    base, others = found[0], found[1:]
+    steps = [f"step {step:,}" for step in base.at]
+    ntp = Table("Validation NTP, nats a token", ["set-up", "seeds", *steps, "at the end", "between seeds"], [
+        [f.group.label, str(len(f.group.runs)), *(number(v) for v in f.at.values()), number(f.end), number(f.spread)]
+        for f in found], "Means over seeds; the last column is their standard deviation at the end." + (
+            f" The end is the mean of the last {last} evaluations." if last > 1 else ""))
+    shown = [ntp]
+    if others:
+        shown.append(Table(
+            f"Difference to {base.group.label}, paired by seed", ["set-up", "pairs", *steps, "at the end", "verdict"],
+            [[f.group.label, str(max(d.n for d in (*f.differences.values(), f.difference))),
+              *map(str, f.differences.values()), str(f.difference), f.difference.verdict] for f in others],
+            "Mean and 95% interval (Student's t); negative is better. A difference inside its interval is a tie."))
+    shown.append(Table(
+        f"Speed, and the way to {number(base.end)}, where {base.group.label} ends",
+        ["set-up", "steps", "seconds", "seeds that got there", "step time x", "at equal seconds", "verdict", "tokens/s",
+         "peak MiB"],
+        [[f.group.label, number(f.steps_to_reach, 0, "not reached"),
+          number(f.seconds_to_reach, 0, "–" if f.steps_to_reach else "not reached"),
+          f"{f.reached} of {len(f.group.runs)}", number(f.cost, 3), str(f.equal_seconds), f.equal_seconds.verdict,
+          number(f.tokens_per_second, 0), number(f.peak_mib, 0)] for f in found],
+        "Steps and seconds of the mean over seeds, interpolated; seconds of training alone, without evaluations."))
+    keys = sorted({key for f in found for key in f.accuracy})
+    if keys:
+        shown.append(Table("Guesses at the end", ["set-up", *keys],
+                           [[f.group.label, *(number(f.accuracy.get(key)) for key in keys)] for f in found],
+                           "acc_i: share of head i's guesses that are the token i further on than the next; agree_i: "
+                           "that are what the next-token head guesses i tokens later."))
+    noisy = [f for f in others if len(f.each) > 2]
+    if noisy:
+        shown.append(Table("Noise, and what it takes to see through it", [
+            "set-up", "between seeds", "of paired differences", *(f"seeds for {effect:g}" for effect in EFFECTS),
+            "for its own"], [noise(f) for f in noisy],
+            f"Standard deviations of the end; {base.group.label} alone: {number(base.spread)} over "
+            f"{len(base.group.runs)} seeds. How many pairs let a true difference of so many nats be told from 0 "
+            "in four of five comparisons."))
+    return shown
+
+
+def noise(f: Figures) -> list[str]:
+    deviation = statistics.stdev(f.each)
+    needed = [seeds_needed(deviation, effect) for effect in (*EFFECTS, abs(f.difference.mean) or math.inf)]
+    return [f.group.label, number(f.spread), number(deviation), *(f"{n:,}" if n < MANY else f">{n:,}" for n in needed)]
+
+
+# ---------------------------------------------------------------------------------------------
+# how it is shown
+
+def as_text(table: Table) -> str:
+    """For a terminal: columns padded, numbers to the right."""
+    rows = [table.head, *table.rows]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(table.head))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([table.title, "", lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def as_markdown(table: Table) -> str:
+    rows = [table.head, ["---"] + ["---:"] * (len(table.head) - 1), *table.rows]
+    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows), "", table.note])
+
+
+def as_csv(found: list[Figures]) -> str:
+    """One row a set-up, every figure in full; empty where there is none."""
+    accuracies = sorted({key for f in found for key in f.accuracy})
+    rows = [{"set_up": f.group.label, "seeds": " ".join(map(str, f.group.runs)),
+             **{f"ntp_at_{step}": v for step, v in f.at.items()}, "ntp_end": f.end, "ntp_end_deviation": f.spread,
+             **{f"difference_at_{step}{suffix}": value for step, d in f.differences.items()
+                for suffix, value in (("", d.mean), ("_half_interval", d.half))},
+             "difference_end": f.difference.mean, "difference_end_half_interval": f.difference.half,
+             "pairs": f.difference.n, "steps_to_reach": f.steps_to_reach, "seconds_to_reach": f.seconds_to_reach,
+             "seeds_that_reach": f.reached, "step_time_ratio": f.cost, "equal_seconds": f.equal_seconds.mean,
+             "equal_seconds_half_interval": f.equal_seconds.half, "tokens_per_second": f.tokens_per_second,
+             "peak_mib": f.peak_mib, **{key: f.accuracy.get(key) for key in accuracies}} for f in found]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def deliver(text: str, where: str) -> None:
+    """Print it (-), write it to a file, or with PAGE#NAME into that page, between <!-- NAME --> and <!-- /NAME -->."""
+    path, hash, name = where.partition("#")
+    if where == "-":
+        print(text)
+        return
+    if hash:
+        try:
+            page = Path(path).read_text()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+        before, begin, rest = page.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not end:
+            raise ValueError(f"{path}: expected the lines <!-- {name} --> and <!-- /{name} -->, between which it goes")
+        text = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    with atomic_write(path, "w") as f:
+        f.write(text if text.endswith("\n") else text + "\n")
+
+
+def keep(runs: list[Run], path: Path) -> None:
+    """Headers and evaluations of all runs in one small file, from which everything here can be made again."""
+    def short(value: float) -> float:
+        return float(f"{value:.{KEPT_DIGITS}g}") if isinstance(value, float) else value
+
+    with atomic_write(path, "w") as f:
+        for run in runs:
+            f.write(json.dumps({"run": run.name, "iter": 0, "config": run.config, "facts": run.facts}) + "\n")
+            for line in run.lines:
+                if "val/ntp" in line:
+                    f.write(json.dumps({"run": run.name} | {k: short(v) for k, v in line.items()}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# command line
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders, .jsonl files, wandb:entity/project[/run]")
+    parser.add_argument("--baseline", metavar="LABEL", help="what the others are compared with; default: the first")
+    parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="where val NTP is told; default: quarters")
+    parser.add_argument("--last", type=int, default=1, metavar="K", help="the end is the mean of so many evaluations")
+    parser.add_argument("--step_seconds", type=Path, metavar="FILE", help="step times measured apart (ablate.py); "
+                        "default: those of the logs")
+    parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE", help="tables in Markdown; PAGE#NAME puts "
+                        "them between <!-- NAME --> and <!-- /NAME -->; no FILE: on the terminal")
+    parser.add_argument("--csv", nargs="?", const="-", metavar="FILE", help="one row a set-up, every figure in full")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="each plot as .svg and .png")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one page with all tables and plots")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="settings and evaluations of all, as one small file")
+    parser.add_argument("--title", default="Comparison of runs", help="of the page")
+    args = parser.parse_args(argv)
+    if args.last < 1 or any(step < 1 for step in args.steps or ()):
+        parser.error("--last and --steps: expected numbers from 1 up")
+    return args
+
+
+def read_step_seconds(path: Path | None) -> dict[str, list[float]]:
+    """{label: seconds of a step in each round}. Errors: ValueError."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text())["seconds"]
+        if not all(len(v) and all(x > 0.0 for x in v) for v in found.values()):
+            raise ValueError("expected lists of positive numbers")
+        if len({len(v) for v in found.values()}) > 1:
+            raise ValueError("expected as many rounds of each")
+        return found
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: no step times as ablate.py writes them: {error!r}") from error
+
+
+def quarters(run: Run) -> list[int]:
+    """The evaluations nearest to a quarter, a half and three quarters of the way."""
+    steps = run.points("val/ntp")[0]
+    nearest = (int(steps[abs(steps - run.length * k / 4).argmin()]) for k in (1, 2, 3))
+    return [step for step in dict.fromkeys(nearest) if 0 < step < run.length]
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    reader = Reader()
+    for word in args.runs:
+        reader.read(word)
+    groups = group_runs(reader.runs, reader.problems)
+    for problem in reader.problems:
+        print(f"compare.py: {problem}", file=sys.stderr)
+    if not groups:
+        raise ValueError("nothing to compare: no run with an evaluation was found")
+    groups = choose_baseline(groups, args.baseline)
+    steps = args.steps or quarters(next(iter(groups[0].runs.values())))
+    found = figures(groups, steps, args.last, read_step_seconds(args.step_seconds))
+    told = warnings(groups)
+    for warning in told:
+        print(f"compare.py: {warning}", file=sys.stderr)
+    shown = tables(found, args.last)
+    if args.markdown != "-" and args.csv != "-":
+        print("\n\n".join(map(as_text, shown)))
+    if args.markdown:
+        deliver("\n\n".join([*map(as_markdown, shown)]), args.markdown)
+    if args.csv:
+        deliver(as_csv(found).rstrip("\n"), args.csv)
+    if args.keep:
+        keep([run for group in groups for run in group.runs.values()], args.keep)
+    if args.plots or args.html:
+        import report  # late: matplotlib
+
+        panels = report.panels(found)
+        if args.plots:
+            report.write_plots(panels, args.plots)
+        if args.html:
+            report.write_page(args.title, shown, panels, reader.problems + told,
+                              shlex.join(["python", "compare.py", *argv]), args.html)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"compare.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"compare.py: needs {error.name}: pip install -r requirements-compare.txt")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,242 @@
+"""Runs of train.py to be compared, from wherever their logs are.
+
+    out/seeds4/base-1337          a run's folder; out/seeds4: all those in it
+    doc/runs/seeds4.jsonl         a log; or many in one file, whose lines say "run" (compare.py --keep)
+    wandb/offline-run-...         what wandb kept with --wandb_mode=offline; wandb: all of them
+    wandb:entity/project[/run]    at wandb, through its public API
+
+What is broken in a log is told by run and line, and left out; the rest is read.
+
+What this leaves out on purpose: everything that one run does not know of the others (compare.py).
+"""
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+SHOWN = 3  # complaints about the lines of one run
+
+
+@dataclass
+class Run:
+    """One log: the settings and facts of its header (empty in logs without one) and its figures."""
+
+    name: str
+    where: str  # for messages
+    config: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    lines: list[dict] = field(default_factory=list)  # iter rising; every value a finite number
+
+    def points(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Iterations at which there is a `key`, and its values."""
+        found = [(line["iter"], line[key]) for line in self.lines if key in line]
+        x, y = np.array(found, dtype=float).reshape(-1, 2).T
+        return x, y
+
+    def at(self, key: str, iteration: float) -> float:
+        """`key` at an iteration, in a straight line between those that have it; NaN outside of them."""
+        x, y = self.points(key)
+        return float(np.interp(iteration, x, y, left=math.nan, right=math.nan)) if len(x) else math.nan
+
+    def end(self, key: str, last: int = 1) -> float:
+        """The mean of the last values of `key`; NaN if there is none."""
+        values = self.points(key)[1][-last:]
+        return float(values.mean()) if len(values) else math.nan
+
+    @property
+    def length(self) -> int:
+        """Iterations up to the last evaluation."""
+        return int(self.points("val/ntp")[0][-1])
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed")
+
+
+class Reader:
+    """Collects runs, and in `problems` what was wrong with them."""
+
+    def __init__(self):
+        self.runs: list[Run] = []
+        self.problems: list[str] = []
+
+    def read(self, word: str) -> None:
+        """Add the runs that `word` stands for (see above). Errors: ValueError if there is nothing of the kind."""
+        if word.startswith("wandb:"):
+            return self._read_online(word)
+        path = Path(word)
+        if path.is_dir():
+            logs = [path / "log.jsonl"] if (path / "log.jsonl").exists() else sorted(path.glob("*/log.jsonl"))
+            offline = sorted([*path.glob("run-*.wandb"), *path.glob("offline-run-*/run-*.wandb")])
+            if not logs and not offline:
+                raise ValueError(f"{path}: no run there; expected log.jsonl or a wandb offline run, in it or one below")
+        elif path.is_file():
+            logs, offline = ([], [path]) if path.suffix == ".wandb" else ([path], [])
+        else:
+            raise ValueError(f"{path}: no such file or folder; a run is a folder with log.jsonl, a .jsonl file, "
+                             "a wandb offline folder, or wandb:entity/project[/run]")
+        for log in logs:
+            self._read_log(log)
+        for file in offline:
+            self._read_offline(file)
+
+    # -------------------------------------------------------------------------------------------
+    # where lines come from
+
+    def _read_log(self, path: Path) -> None:
+        try:
+            text = path.read_bytes().decode("utf-8", errors="replace")
+        except OSError as error:
+            self.problems.append(f"{path}: cannot read: {error.strerror}")
+            return
+        runs: dict[str, list] = {}  # by name
+        name = path.parent.name if path.name == "log.jsonl" else path.stem
+        for number, row in enumerate(text.splitlines(), 1):
+            try:
+                line = json.loads(row)
+            except ValueError:
+                line = "half-written" if number == text.count("\n") + 1 else "not JSON"
+            own = line.pop("run", name) if isinstance(line, dict) else name
+            runs.setdefault(str(own), []).append((f"line {number}", line))
+        if not runs:
+            self.problems.append(f"{path}: empty")
+        for own, rows in runs.items():
+            self._add(Run(own, str(path) if own == name else f"{path}, {own}"), rows)
+
+    def _read_offline(self, path: Path) -> None:
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        config, rows, run, name = {}, [], Run(path.stem, str(path)), path.stem
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            self.problems.append(f"{path}: cannot read: {error.strerror}")
+            return
+        if not data.startswith(b":W&B"):
+            self.problems.append(f"{path}: not a file of wandb's: it begins with {data[:4]!r}")
+            return
+        for number, content in enumerate(leveldb_records(data), 1):
+            if content is None:
+                self.problems.append(f"{path}, record {number}: half-written or broken; the rest is left out")
+                break
+            try:
+                record = Record.FromString(content)
+                kind = record.WhichOneof("record_type")
+                if kind in ("run", "config"):
+                    name = record.run.display_name or name
+                    for item in (record.run.config if kind == "run" else record.config).update:
+                        config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+                elif kind == "history":
+                    rows.append((f"record {number}", {item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                                                     for item in record.history.item}))
+            except Exception as error:  # protobuf's DecodeError, json's: whatever a broken file brings
+                self.problems.append(f"{path}, record {number}: {error!r}")
+        run.name = name
+        self._add(run, [("its config", split_config(config)), *rows])
+
+    def _read_online(self, word: str) -> None:
+        """Errors: ValueError if wandb cannot be asked, or knows no such run."""
+        parts = word.removeprefix("wandb:").strip("/").split("/")
+        if len(parts) not in (2, 3) or not all(parts):
+            raise ValueError(f"{word}: expected wandb:entity/project or wandb:entity/project/run")
+        import wandb
+
+        try:
+            api = wandb.Api()
+            runs = [api.run("/".join(parts))] if len(parts) == 3 else list(api.runs("/".join(parts)))
+        except Exception as error:  # no login, no network, no such project: wandb has many kinds of them
+            raise ValueError(f"{word}: wandb says: {' '.join(str(error).split())[:300]}") from error
+        if not runs:
+            raise ValueError(f"{word}: this project has no runs")
+        for run in runs:
+            where = f"wandb:{'/'.join(run.path)}"
+            try:
+                rows = [(f"step {row.get('_step')}", row) for row in run.scan_history()]
+                self._add(Run(run.name, where), [("its config", split_config(dict(run.config))), *rows])
+            except Exception as error:
+                self.problems.append(f"{where}: wandb says: {' '.join(str(error).split())[:300]}")
+
+    # -------------------------------------------------------------------------------------------
+    # what lines say
+
+    def _add(self, run: Run, rows: Iterable[tuple[str, object]]) -> None:
+        """Take into `run` what is sound of `rows`, (where, a line); and the run, if anything can be compared."""
+        complaints: list[str] = []
+        by_iter: dict[int, dict] = {}
+        untimed: list[str] = []
+        for where, line in rows:
+            if not isinstance(line, dict):
+                complaints.append(f"{where}: {line if isinstance(line, str) else 'expected an object'}; left out")
+            elif "config" in line:
+                complaints += self._take_header(run, where, line)
+            elif type(line.get("iter")) is not int or line["iter"] < 0:
+                complaints.append(f"{where}: expected a whole number as iter, found {line.get('iter')!r}; left out")
+            else:
+                if by_iter and line["iter"] <= max(by_iter):
+                    complaints.append(f"{where}: iter {line['iter']} comes after {max(by_iter)}")
+                numbers = {}
+                for key, value in line.items():
+                    value = float(value) if value in ("NaN", "Infinity", "-Infinity") else value  # wandb's spelling
+                    if type(value) in (int, float) and math.isfinite(value):
+                        numbers[key] = value
+                    elif value is not None and not key.startswith("_"):
+                        complaints.append(f"{where}: {key} is {value!r}; left out")
+                if "val/ntp" in numbers and not {"tokens", "seconds"} <= numbers.keys():
+                    untimed.append(where)
+                by_iter[line["iter"]] = by_iter.get(line["iter"], {}) | numbers
+        if untimed:
+            complaints.append(f"{untimed[0]}: an evaluation without tokens or seconds, the first of {len(untimed)}")
+        run.lines = [by_iter[k] for k in sorted(by_iter)]
+        if not any("val/ntp" in line for line in run.lines):
+            complaints.append("no val/ntp in it, so nothing to compare; left out")
+        else:
+            self.runs.append(run)
+            if run.length < (planned := run.config.get("max_iters", 0)):
+                complaints.append(f"ends at iter {run.length} of {planned}")
+        more = [f"and {len(complaints) - SHOWN} more like these"] if len(complaints) > SHOWN + 1 else []
+        shown = complaints[:SHOWN] + complaints[-1:] if more else complaints
+        self.problems += [f"{run.where}: {text}" for text in shown + more]
+
+    def _take_header(self, run: Run, where: str, line: dict) -> list[str]:
+        config, facts = line["config"], line.get("facts", {})
+        if not isinstance(config, dict) or not isinstance(facts, dict):
+            return [f"{where}: expected config and facts to be objects; left out"]
+        changed = {k: v for k, v in facts.items() if run.facts and run.facts.get(k) != v}
+        started = {"init_from": run.config["init_from"]} if "init_from" in run.config else {}
+        run.config, run.facts = config | started, run.facts | facts
+        return [f"{where}: goes on with another {', '.join(changed)}"] if changed else []
+
+
+def split_config(config: dict) -> dict:
+    """wandb's config as a header of log.jsonl: settings, and facts apart."""
+    config = {key: value for key, value in config.items() if key != "_wandb"}
+    return {"config": config, "facts": config.pop("facts", {})}
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes | None]:
+    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, the first behind 7 bytes of wandb's own.
+
+    A record that is cut short or whose checksum is wrong comes as None, and is the last. wandb has no
+    public reader of these files.
+    """
+    at, record = 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # no room for a header: zeros
+            at += left
+            continue
+        checksum, length, kind = struct.unpack("<IHB", data[at : at + 7].ljust(7, b"\0"))
+        piece = data[at + 7 : at + 7 + length]
+        if len(piece) < length or zlib.crc32(data[at + 6 : at + 7] + piece) != checksum:
+            yield None
+            return
+        at += 7 + length
+        record = piece if kind in (1, 2) else record + piece  # whole, first, middle, last: 1, 2, 3, 4
+        if kind in (1, 4):
+            yield record

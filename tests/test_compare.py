@@ -1,0 +1,434 @@
+"""Comparing runs: reading logs however broken, groups, the arithmetic against SciPy's, tables, plots and the page."""
+
+import csv
+import io
+import json
+import math
+import sys
+import time
+import xml.etree.ElementTree as xml
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import compare
+import groups
+import settings
+import train
+from groups import at_length, crossing, group_runs, interval, seeds_needed
+from runs import Reader, leveldb_records
+
+CONFIG = {"max_iters": 400, "batch_size": 32, "nitp_weight": 0.0, "n_future_heads": 0, "learning_rate": 0.002}
+FACTS = {"device": "cpu", "threads": 1, "cores": [0], "path": "fast", "val_crc32": "aa", "vocabulary_crc32": "bb"}
+
+
+def write_log(folder: Path, values: list[float], seed: int = 1, config: dict | None = None, facts: dict | None = None,
+              step_seconds: float = 0.5, **more: list[float]) -> Path:
+    """A log with an evaluation every 100 steps. more: {key with __ for /: values at the evaluations}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    length = 100 * (len(values) - 1)
+    own = {"seed": seed, "max_iters": length, "out_dir": str(folder)}
+    lines = [{"iter": 0, "config": CONFIG | own | (config or {}), "facts": FACTS | (facts or {})}]
+    for k, value in enumerate(values):
+        it = 100 * k
+        lines.append({"iter": it, "tokens": it * 8192, "seconds": it * step_seconds, "val/ntp": value,
+                      "peak_mib": 300 + k, **{key.replace("__", "/"): column[k] for key, column in more.items()}})
+        lines += [{"iter": it + 50, "tokens": (it + 50) * 8192, "seconds": (it + 50) * step_seconds,
+                   "train/ntp": value}] if k < len(values) - 1 else []
+    path = folder / "log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def variant(weight: float = 0.1) -> dict:
+    return {"n_future_heads": 1, "nitp_weight": weight}
+
+
+BASE = {1: [6.0, 3.0, 2.5, 2.2, 2.0], 2: [6.0, 3.1, 2.6, 2.3, 2.1], 3: [6.0, 3.0, 2.4, 2.1, 1.9]}
+NITP = {1: [6.0, 2.8, 2.3, 2.0, 1.9], 2: [6.0, 2.9, 2.4, 2.0, 1.96], 3: [6.0, 2.9, 2.3, 2.0, 1.84]}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """out/base-1..3 and out/nitp-1..3, the latter 20% slower a step."""
+    for seed in BASE:
+        write_log(tmp_path / "out" / f"base-{seed}", BASE[seed], seed)
+        write_log(tmp_path / "out" / f"nitp-{seed}", NITP[seed], seed, variant(), step_seconds=0.6,
+                  val__acc_0=[0.0, 0.1, 0.2, 0.3, 0.4], val__acc_1=[0.0, 0.05, 0.1, 0.15, 0.2],
+                  val__nitp_1=[6.0, 5.0, 4.5, 4.0, 3.9], weight__nitp_1=[0.1, 0.1, 0.05, 0.0, 0.0])
+    return tmp_path / "out"
+
+
+def rows(capsys, *words) -> dict[str, dict[str, str]]:
+    """{set-up: its row} of compare.py --csv."""
+    assert compare.main([*map(str, words), "--csv"]) == 0
+    return {row["set_up"]: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+
+
+# ---------------------------------------------------------------------------------------------
+# arithmetic
+
+def test_intervals_are_scipys():
+    a, b = np.random.default_rng(0).normal(size=(2, 7))
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    found = interval(list(a - b))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high)) and found.n == 7
+    assert interval([0.1, math.nan]).n == 1 and interval([0.1]).verdict == "one seed" and interval([]).verdict == "–"
+    assert [interval(v).verdict for v in ([-1.0, -1.1], [1.0, 1.1], [1.0, -1.0])] == ["better", "worse", "tie"]
+
+
+@pytest.mark.parametrize("effect", [0.3, 0.5, 1.0, 2.0])
+def test_so_many_seeds_find_the_effect_in_four_of_five_comparisons(effect):
+    """By the noncentral t distribution, whose power is that of the paired t test."""
+    def power(n: int) -> float:
+        return 1.0 - stats.nct.cdf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n))
+
+    n = seeds_needed(0.01, 0.01 * effect)
+    assert power(n + 1) > 0.8 and power(n - 1) < 0.82
+    assert seeds_needed(1.0, 1e-9) == groups.MANY
+
+
+def test_the_baseline_of_another_length_lies_between_its_runs():
+    lengths, losses = (800, 1000, 1300), (2.0, 1.9, 1.8)
+    for n, loss in zip(lengths, losses, strict=True):
+        assert at_length(lengths, losses, n) == pytest.approx(loss)
+    assert at_length(lengths, losses, math.sqrt(800 * 1000)) == pytest.approx(1.95)
+    assert at_length(lengths, losses, math.sqrt(1000 * 1300)) == pytest.approx(1.85)
+    assert at_length(lengths, losses, 790) > 2.0 and at_length(lengths, losses, 1400) < 1.8  # a little beyond
+
+
+def test_where_a_curve_first_is_as_low_as_a_target():
+    x, y = np.array([0.0, 10.0, 20.0, 30.0]), np.array([4.0, 2.0, 3.0, 1.0])
+    assert crossing(x, y, 3.0) == 5.0 and crossing(x, y, 2.0) == 10.0 and crossing(x, y, 1.5) == 27.5
+    assert crossing(x, y, 0.9) is None and crossing(x, y, 5.0) == 0.0 and crossing(x[:0], y[:0], 1.0) is None
+
+
+# ---------------------------------------------------------------------------------------------
+# what is told
+
+def test_figures_of_two_set_ups(runs, capsys):
+    found = rows(capsys, runs, "--steps", 200, 250)
+    base, nitp = found["base"], found["nitp"]
+    assert base["seeds"] == "1 2 3" and float(base["ntp_end"]) == pytest.approx(2.0)
+    assert float(base["ntp_end_deviation"]) == pytest.approx(0.1)
+    assert float(nitp["ntp_at_200"]) == pytest.approx((2.3 + 2.4 + 2.3) / 3)
+    assert float(nitp["ntp_at_250"]) == pytest.approx((2.15 + 2.2 + 2.15) / 3)  # between two evaluations
+    low, high = stats.ttest_rel([1.9, 1.96, 1.84], [2.0, 2.1, 1.9]).confidence_interval(0.95)
+    assert float(nitp["difference_end"]) == pytest.approx(-0.1) and nitp["pairs"] == "3"
+    assert float(nitp["difference_end_half_interval"]) == pytest.approx((high - low) / 2)
+    assert float(nitp["difference_at_200"]) == pytest.approx((-0.2 - 0.2 - 0.1) / 3)
+    assert float(nitp["steps_to_reach"]) == pytest.approx(300.0) and base["steps_to_reach"] == "400.0"
+    assert float(nitp["seconds_to_reach"]) == pytest.approx(180.0) and nitp["seeds_that_reach"] == "3"
+    assert float(nitp["step_time_ratio"]) == pytest.approx(1.2) and nitp["equal_seconds"] == ""
+    assert float(nitp["tokens_per_second"]) == pytest.approx(8192 / 0.6) and nitp["peak_mib"] == "304.0"
+    assert float(nitp["acc_0"]) == pytest.approx(0.4) and float(nitp["acc_1"]) == pytest.approx(0.2)
+    assert base["acc_0"] == "" and base["equal_seconds"] == ""
+
+
+def test_the_end_may_be_the_mean_of_the_last_evaluations(runs, capsys):
+    found = rows(capsys, runs, "--last", 2)
+    assert float(found["base"]["ntp_end"]) == pytest.approx((2.1 + 2.2 + 2.0) / 3)
+    assert float(found["nitp"]["difference_end"]) == pytest.approx((1.95 + 1.98 + 1.92 - 2.1 - 2.2 - 2.0) / 3)
+
+
+def test_at_equal_seconds_the_baseline_may_train_longer(runs, capsys):
+    for seed in (1, 2):
+        write_log(runs / f"base600-{seed}", [*BASE[seed], 1.9, BASE[seed][4] - 0.2], seed)
+    found = rows(capsys, runs, "--baseline", "base")
+    at_cost = 0.2 * math.log(1.2) / math.log(1.5)  # what 20% more steps bring, over the logarithm
+    assert float(found["nitp"]["equal_seconds"]) == pytest.approx((1.9 - (2.0 - at_cost) + 1.96 - (2.1 - at_cost)) / 2)
+    assert found["base600"]["equal_seconds"] == "" and found["base600"]["difference_end"] == ""
+    measured = runs / "steps.json"
+    measured.write_text(json.dumps({"seconds": {"base": [1.0, 2.0, 1.0], "nitp": [1.5, 3.0, 4.0]}}))  # one disturbed
+    found = rows(capsys, runs, "--baseline", "base", "--step_seconds", measured)
+    assert float(found["nitp"]["step_time_ratio"]) == 1.5
+    assert float(found["nitp"]["equal_seconds"]) == pytest.approx((1.9 - 1.8 + 1.96 - 1.9) / 2)
+    assert float(found["nitp"]["seconds_to_reach"]) == pytest.approx(180.0 / 0.6 * 3.0)
+
+
+def test_another_baseline_can_be_named(runs, capsys):
+    found = rows(capsys, runs, "--baseline", "nitp")
+    assert list(found) == ["nitp", "base"] and float(found["base"]["difference_end"]) == pytest.approx(0.1)
+    assert found["base"]["steps_to_reach"] == ""  # never
+    with pytest.raises(ValueError, match="--baseline=mtp: expected one of base, nitp"):
+        compare.main([str(runs), "--baseline", "mtp"])
+
+
+def test_tables_on_the_terminal_in_markdown_and_on_a_page(runs, tmp_path, capsys):
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- four -->\nold\n<!-- /four -->\nafter\n")
+    assert compare.main([str(runs), "--markdown", f"{page}#four", "--baseline", "nitp"]) == 0
+    printed = capsys.readouterr().out
+    assert "Difference to nitp, paired by seed" in printed and "+0.1000 ± 0.0994" in printed and "worse" in printed
+    assert "not reached" in printed and "1 of 3" in printed
+    text = page.read_text()
+    assert text.startswith("before\n<!-- four -->\n") and text.endswith("<!-- /four -->\nafter\n") and "\nold\n" not in text
+    assert "| base | 3 |" in text
+    compare.main([str(runs), "--markdown", f"{page}#four", "--baseline", "nitp"])
+    assert page.read_text() == text
+    with pytest.raises(ValueError, match="results.md: expected the lines <!-- five -->"):
+        compare.main([str(runs), "--markdown", f"{page}#five"])
+    compare.main([str(runs), "--markdown", str(tmp_path / "whole.md"), "--csv", str(tmp_path / "whole.csv")])
+    assert "**Validation NTP" in (tmp_path / "whole.md").read_text()
+    assert (tmp_path / "whole.csv").read_text().startswith("set_up,seeds,")
+
+
+def test_kept_logs_tell_the_same(runs, tmp_path, capsys):
+    kept = tmp_path / "runs" / "kept.jsonl"
+    compare.main([str(runs), "--keep", str(kept)])
+    capsys.readouterr()
+    whole, again = rows(capsys, runs), rows(capsys, kept)
+    assert whole == again and "train/" not in kept.read_text()
+    assert kept.stat().st_size < sum(path.stat().st_size for path in runs.glob("*/log.jsonl"))
+
+
+# ---------------------------------------------------------------------------------------------
+# groups and warnings
+
+def test_runs_that_differ_in_the_seed_alone_are_a_group(tmp_path):
+    write_log(tmp_path / "a-1", BASE[1], 1)
+    write_log(tmp_path / "other_name", BASE[2], 2, {"wandb_log": True, "init_from": "resume", "eval_interval": 7})
+    write_log(tmp_path / "a-3", BASE[3], 3, {"nitp_weight": 0.2})
+    write_log(tmp_path / "z-1", BASE[1], 1)  # the same once more
+    reader = Reader()
+    for name in ("a-1", "other_name", "a-3", "z-1"):
+        reader.read(str(tmp_path / name))
+    found = group_runs(reader.runs, reader.problems)
+    assert [(g.label, list(g.runs)) for g in found] == [("a", [1, 2]), ("a (nitp_weight=0.2)", [3])]
+    assert len(reader.problems) == 1 and "z-1" in reader.problems[0] and "same settings and seed" in reader.problems[0]
+
+
+def test_what_else_differs_is_told(tmp_path, capsys):
+    write_log(tmp_path / "base-1", BASE[1], 1)
+    write_log(tmp_path / "base-2", BASE[2], 2, facts={"torch": "2", "path": "plain"})
+    write_log(tmp_path / "big-1", BASE[1], 1, {"batch_size": 64} | variant(), {"val_crc32": "cc", "cores": [0, 1]})
+    write_log(tmp_path / "big-9", BASE[1], 9, {"batch_size": 64} | variant())
+    write_log(tmp_path / "long-1", [*BASE[1], 1.9], 1, variant(0.5))
+    compare.main([str(tmp_path)])
+    told = capsys.readouterr().err
+    assert 'base: its seeds differ in path: "fast", "plain"' in told
+    assert "big: batch_size=64, base has 32" in told
+    assert "big: val_crc32 is cc, base has aa; val NTP is of other tokens" in told
+    assert "big: not pinned" in told and "base: not pinned" not in told
+    assert "seeds 2, 9 have no partner" in told
+    assert "long: ends at step 500, base at 400; no difference at the end" in told
+    assert "nitp_weight" not in told and "cores" not in told.replace("to cores of", "")
+
+
+def test_settings_of_the_objective_are_those_of_settings_py():
+    source = Path(settings.__file__).read_text()
+    section = source.split("# looking ahead\n")[1].split("# optimisation\n")[0]
+    names = {line.split(":")[0].strip() for line in section.splitlines() if ":" in line}
+    assert names == groups.OBJECTIVE
+    assert groups.HARMLESS <= set(settings.Settings.__dataclass_fields__)
+
+
+# ---------------------------------------------------------------------------------------------
+# what is broken
+
+def test_a_broken_log_is_told_by_run_and_line_and_the_rest_is_compared(runs, tmp_path, capsys):
+    (runs / "empty").mkdir()
+    (runs / "empty" / "log.jsonl").write_text("")
+    (runs / "blind").mkdir()
+    (runs / "blind" / "log.jsonl").write_text('{"iter": 0, "train/ntp": 3.0}\n')
+    (runs / "odd").mkdir()
+    (runs / "odd" / "log.jsonl").write_bytes(b'\xff\xfe\n[1, 2]\n{"iter": 1.5, "val/ntp": 2}\n{"val/ntp": 2}\n'
+                                             b'{"iter": 3, "val/ntp": "low"}\n{"iter": -1}\nnull\n')
+    nan = runs / "nitp-2" / "log.jsonl"
+    lines = nan.read_text().splitlines()
+    lines[5] = lines[5].replace('"val/ntp": 2.4', '"val/ntp": NaN')
+    nan.write_text("\n".join(lines) + "\n")
+    half = runs / "nitp-3" / "log.jsonl"
+    half.write_text(half.read_text() + '{"iter": 410, "val/nt')
+    short = runs / "base-3" / "log.jsonl"
+    short.write_text("\n".join(short.read_text().splitlines()[:6]) + "\n")
+    untimed = runs / "nitp-1" / "log.jsonl"
+    untimed.write_text(untimed.read_text().replace('"seconds"', '"secs"'))
+    found = rows(capsys, runs, "--baseline", "base")
+    assert compare.main([str(runs), "--baseline", "base"]) == 0
+    told = capsys.readouterr().err
+    assert "empty/log.jsonl: empty" in told and "blind/log.jsonl: no val/ntp in it" in told
+    assert "odd/log.jsonl: line 1: not JSON; left out" in told and "odd/log.jsonl: no val/ntp" in told
+    assert "nitp-2/log.jsonl: line 6: val/ntp is nan; left out" in told
+    assert "nitp-3/log.jsonl: line 11: half-written; left out" in told
+    assert "base-3/log.jsonl: ends at iter 200 of 400" in told and "its group at 400; left out" in told
+    assert "nitp-1/log.jsonl: line 2: an evaluation without tokens or seconds, the first of 5" in told
+    assert found["base"]["seeds"] == "1 2" and found["nitp"]["seeds"] == "1 2 3" and found["nitp"]["pairs"] == "2"
+    assert float(found["nitp"]["difference_end"]) == pytest.approx(-0.12)
+
+
+def test_a_resumed_run_on_another_path_is_told(runs, capsys):
+    log = runs / "base-1" / "log.jsonl"
+    header, *rest = log.read_text().splitlines()
+    other = json.loads(header)
+    other["facts"]["path"], other["config"]["init_from"], other["iter"] = "plain", "resume", 200
+    log.write_text("\n".join([header, *rest[:4], json.dumps(other), *rest[4:]]) + "\n")
+    assert rows(capsys, runs)["base"]["seeds"] == "1 2 3"
+    compare.main([str(runs)])
+    assert "base-1/log.jsonl: line 6: goes on with another path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word,says", [
+    ("nowhere", "nowhere: no such file or folder"), ("", "no run there"),
+    ("wandb:me", "expected wandb:entity/project")])
+def test_words_that_name_no_run_are_refused(tmp_path, word, says):
+    with pytest.raises(ValueError, match=says):
+        compare.main([word if word.startswith("wandb:") else str(tmp_path / word)])
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"seconds": {"base": []}}', '{"seconds": {"base": ["1"]}}',
+                                     '{"seconds": {"base": [1, 2], "nitp": [1]}}'])
+def test_step_times_that_are_none_are_refused(runs, tmp_path, content):
+    (tmp_path / "steps.json").write_text(content)
+    with pytest.raises(ValueError, match="steps.json: no step times"):
+        compare.main([str(runs), "--step_seconds", str(tmp_path / "steps.json")])
+
+
+# ---------------------------------------------------------------------------------------------
+# wandb
+
+def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert train.main([*words(n_future_heads=1, nitp_weight=0.1), "--wandb_log", "--wandb_mode=offline",
+                       "--wandb_run_name=mine"]) == 0
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    deadline = time.monotonic() + 60  # wandb's own process may still be writing, on a busy machine
+    while True:
+        local, offline = Reader(), Reader()
+        local.read(str(tmp_path / "out"))
+        offline.read(str(folder))
+        if offline.runs and offline.runs[0].length == 8 or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert not local.problems and not offline.problems
+    (a,), (b,) = local.runs, offline.runs
+    assert b.name == "mine" and a.config == b.config and a.facts == b.facts
+    assert [{k: v for k, v in line.items() if not k.startswith("_")} for line in b.lines] == a.lines
+
+    (file,) = folder.glob("*.wandb")
+    data = file.read_bytes()
+    for cut in (len(data) - 1, len(data) // 2):
+        file.write_bytes(data[:cut])
+        reader = Reader()
+        reader.read(str(file))
+        assert any("half-written or broken" in problem for problem in reader.problems)
+    file.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
+    assert list(leveldb_records(file.read_bytes()))[-1] is None  # the checksum tells
+    file.write_bytes(b"something else")
+    reader = Reader()
+    reader.read(str(tmp_path / "wandb"))
+    assert not reader.runs and "not a file of wandb's" in reader.problems[0]
+
+
+class Answers:
+    """wandb.Api with recorded answers."""
+
+    class Run:
+        def __init__(self, name: str, seed: int, values: list[float]):
+            self.name, self.path, self.values = name, ["me", "lab", name], values
+            self.config = CONFIG | {"seed": seed, "facts": FACTS, "_wandb": {}}
+
+        def scan_history(self):
+            for k, value in enumerate(self.values):
+                yield {"_step": k, "_runtime": k, "iter": 100 * k, "tokens": 100 * k, "seconds": 50.0 * k,
+                       "val/ntp": value, "grad_norm": None}
+
+    def runs(self, path: str):
+        assert path == "me/lab"
+        return iter([self.Run("base-1", 1, BASE[1]), self.Run("base-2", 2, ["NaN", *BASE[2][1:]])])
+
+    def run(self, path: str):
+        if path != "me/lab/abc":
+            raise ValueError(f"Could not find run <Run {path} (not found)>")
+        return self.Run("base-3", 3, BASE[3])
+
+
+def test_runs_at_wandb(monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.setattr(wandb, "Api", Answers)
+    found = rows(capsys, "wandb:me/lab", "wandb:me/lab/abc")
+    assert found["base"]["seeds"] == "1 2 3" and float(found["base"]["ntp_end"]) == pytest.approx(2.0)
+    compare.main(["wandb:me/lab"])
+    assert "wandb:me/lab/base-2: step 0: val/ntp is nan; left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="wandb:me/lab/xyz: wandb says: Could not find run"):
+        compare.main(["wandb:me/lab/xyz"])
+
+
+# ---------------------------------------------------------------------------------------------
+# plots and page
+
+class Page(HTMLParser):
+    """Collects tags, and what would have to be fetched."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.fetched, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and not value.startswith("#"):
+                self.fetched.append(value)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_plots_and_a_page_that_needs_nothing_else(runs, tmp_path, capsys):
+    for seed in BASE:
+        write_log(runs / f"base600-{seed}", [*BASE[seed], 1.9, BASE[seed][4] - 0.2], seed)
+    assert compare.main([str(runs), "--baseline", "base", "--plots", str(tmp_path / "plots"), "--title", "A <b> & c",
+                         "--html", str(tmp_path / "report.html")]) == 0
+    names = {"ntp_step", "ntp_tokens", "ntp_seconds", "difference", "ends", "val_acc_0", "val_acc_1", "val_nitp_1",
+             "weights"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"{n}.{kind}" for n in names
+                                                                      for kind in ("svg", "png")}
+    for path in (tmp_path / "plots").glob("*.svg"):
+        text = " ".join(xml.parse(path).getroot().itertext())
+        assert "nitp" in text, path.name
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").glob("*.png"))
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == len(names) and page.tags.count("table") == 5 and not page.fetched
+    assert "@import" not in text and "url(http" not in text and "#010203" not in text and "currentColor" in text
+    assert "A <b> & c" in "".join(page.words) and "<b>" not in text  # escaped
+    assert "no difference at the end" in text and "compare.py" in text
+    ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
+    assert not any(name.startswith(("figure_", "axes_")) for name in ids)
+
+
+def test_the_band_holds_all_seeds_and_the_line_is_their_mean(runs):
+    import report
+
+    reader = Reader()
+    reader.read(str(runs))
+    found = group_runs(reader.runs, reader.problems)
+    made = report.figure("title", report.curves(found, "val/ntp", "tokens"))
+    (axes,) = made.axes
+    line = axes.get_lines()[0]
+    assert line.get_label() == "base (3)" and line.get_xdata().tolist() == [k * 100 * 8192 for k in range(5)]
+    assert line.get_ydata() == pytest.approx(np.mean(list(BASE.values()), axis=0))
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == 6.0 and band[:, 1].min() == pytest.approx(1.9)
+
+
+def test_as_a_program(runs, tmp_path):
+    import subprocess
+
+    def call(*words):
+        return subprocess.run([sys.executable, "compare.py", *map(str, words)], cwd=Path(compare.__file__).parent,
+                              capture_output=True, text=True)
+
+    done = call(runs, "--plots", tmp_path / "plots")
+    assert done.returncode == 0 and "Validation NTP" in done.stdout and (tmp_path / "plots" / "ends.svg").exists()
+    done = call(tmp_path / "nowhere")
+    assert done.returncode == 1 and done.stderr.startswith("compare.py: ") and "Traceback" not in done.stderr
+    (tmp_path / "file").write_text("")
+    done = call(tmp_path / "file")
+    assert done.returncode == 1 and "nothing to compare" in done.stderr
+    assert call(runs, "--last", 0).returncode == 2
