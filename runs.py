@@ -182,7 +182,6 @@ class Reader:
                     complaints.append(f"{where}: iter {line['iter']} comes after {max(by_iter)}")
                 numbers = {}
                 for key, value in line.items():
-                    value = float(value) if value in ("NaN", "Infinity", "-Infinity") else value  # wandb's spelling
                     if type(value) in (int, float) and math.isfinite(value):
                         numbers[key] = value
                     elif value is not None and not key.startswith("_"):

@@ -4,10 +4,14 @@ import csv
 import io
 import json
 import math
+import os
+import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as xml
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +70,12 @@ def rows(capsys, *words) -> dict[str, dict[str, str]]:
     """{set-up: its row} of compare.py --csv."""
     assert compare.main([*map(str, words), "--csv"]) == 0
     return {row["set_up"]: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+
+
+def call(*words, env: dict | None = None) -> subprocess.CompletedProcess:
+    """compare.py as a program."""
+    return subprocess.run([sys.executable, "compare.py", *map(str, words)], cwd=Path(compare.__file__).parent, env=env,
+                          capture_output=True, text=True, timeout=120)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,7 +175,8 @@ def test_tables_on_the_terminal_in_markdown_and_on_a_page(runs, tmp_path, capsys
     assert "Difference to nitp, paired by seed" in printed and "+0.1000 ± 0.0994" in printed and "worse" in printed
     assert "not reached" in printed and "1 of 3" in printed
     text = page.read_text()
-    assert text.startswith("before\n<!-- four -->\n") and text.endswith("<!-- /four -->\nafter\n") and "\nold\n" not in text
+    assert text.startswith("before\n<!-- four -->\n") and text.endswith("<!-- /four -->\nafter\n")
+    assert "\nold\n" not in text
     assert "| base | 3 |" in text
     compare.main([str(runs), "--markdown", f"{page}#four", "--baseline", "nitp"])
     assert page.read_text() == text
@@ -323,39 +334,78 @@ def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, monkeypatch, c
     assert not reader.runs and "not a file of wandb's" in reader.problems[0]
 
 
-class Answers:
-    """wandb.Api with recorded answers."""
+@pytest.fixture
+def wandb_server(tmp_path):
+    """The environment of a program whose wandb is a server here, which gives recorded answers about two runs.
 
-    class Run:
-        def __init__(self, name: str, seed: int, values: list[float]):
-            self.name, self.path, self.values = name, ["me", "lab", name], values
-            self.config = CONFIG | {"seed": seed, "facts": FACTS, "_wandb": {}}
+    As wandb's own client asks (0.31.0): GraphQL for who we are, projects, runs, and pages of their histories.
+    """
+    user = {"viewer": {"id": "u", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}}
+    histories = {"a1": BASE[1], "b2": ["NaN", *BASE[2][1:]]}
 
-        def scan_history(self):
-            for k, value in enumerate(self.values):
-                yield {"_step": k, "_runtime": k, "iter": 100 * k, "tokens": 100 * k, "seconds": 50.0 * k,
-                       "val/ntp": value, "grad_norm": None}
+    def run(name: str) -> dict:
+        config = CONFIG | {"seed": int(name[1]), "facts": FACTS, "_wandb": {}}
+        text = dict.fromkeys(("description", "notes", "group", "jobType", "commit", "sweepName"))
+        return text | {
+            "projectId": "7", "id": name, "tags": [], "name": name, "displayName": f"base-{name[1]}",
+            "state": "finished", "config": json.dumps({key: {"value": value} for key, value in config.items()}),
+            "readOnly": False, "createdAt": "2026-01-01T00:00:00", "heartbeatAt": "2026-01-01T00:00:00",
+            "systemMetrics": "{}", "summaryMetrics": "{}", "historyLineCount": 5,
+            "user": {"name": "me", "username": "me"}, "historyKeys": {"lastStep": 4, "sets": [], "keys": {}}}
 
-    def runs(self, path: str):
-        assert path == "me/lab"
-        return iter([self.Run("base-1", 1, BASE[1]), self.Run("base-2", 2, ["NaN", *BASE[2][1:]])])
+    def answer(query: str, asked: dict) -> dict:
+        name = asked.get("runName") or asked.get("run") or asked.get("name")
+        if "viewer {" in query:
+            return user
+        if asked.get("project") != "lab":
+            return {"project": None}
+        if "query Runs(" in query:
+            edges = [{"node": run(each), "cursor": each} for each in histories]
+            return {"project": {"internalId": "7", "runCount": 2, "readOnly": False, "runs": {
+                "edges": edges, "pageInfo": {"endCursor": "b2", "hasNextPage": False}}}}
+        if name not in histories:
+            return {"project": {"run": None}}
+        rows = [{"_step": k, "_runtime": k, "iter": 100 * k, "tokens": 100 * k, "seconds": 50.0 * k, "val/ntp": value}
+                for k, value in enumerate(histories[name])]
+        if "parquetHistory" in query:
+            return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": rows}}}}
+        if "query HistoryPage" in query:
+            return {"project": {"run": {"history": [json.dumps(row) for row in rows]}}}
+        return {"project": {"run": run(name), "internalId": "7"}}
 
-    def run(self, path: str):
-        if path != "me/lab/abc":
-            raise ValueError(f"Could not find run <Run {path} (not found)>")
-        return self.Run("base-3", 3, BASE[3])
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            asked = json.loads(body) if "graphql" in self.path else {}  # else wandb's own telemetry
+            told = answer(asked["query"], asked.get("variables") or {}) if asked else {}
+            content = json.dumps({"data": told}).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield os.environ | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "a" * 40,
+                        **{f"WANDB_{kind}_DIR": str(tmp_path) for kind in ("CACHE", "CONFIG", "DATA")}}
+    server.shutdown()
+    server.server_close()
 
 
-def test_runs_at_wandb(monkeypatch, capsys):
-    import wandb
-
-    monkeypatch.setattr(wandb, "Api", Answers)
-    found = rows(capsys, "wandb:me/lab", "wandb:me/lab/abc")
-    assert found["base"]["seeds"] == "1 2 3" and float(found["base"]["ntp_end"]) == pytest.approx(2.0)
-    compare.main(["wandb:me/lab"])
-    assert "wandb:me/lab/base-2: step 0: val/ntp is nan; left out" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="wandb:me/lab/xyz: wandb says: Could not find run"):
-        compare.main(["wandb:me/lab/xyz"])
+def test_runs_at_wandb(wandb_server):
+    done = call("wandb:me/lab/a1", "wandb:me/lab", "--csv", env=wandb_server)
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader(io.StringIO(done.stdout))
+    assert row["set_up"] == "base" and row["seeds"] == "1 2" and float(row["ntp_end"]) == pytest.approx(2.05)
+    assert "wandb:me/lab/b2: step 0: val/ntp is 'NaN'; left out" in done.stderr
+    assert "wandb:me/lab/a1: the same settings and seed as wandb:me/lab/a1; left out" in done.stderr  # asked for twice
+    for word, says in (("wandb:me/lab/xyz", "Could not find run"), ("wandb:me/other", "Could not find project")):
+        done = call(word, env=wandb_server)
+        assert done.returncode == 1 and done.stderr.startswith(f"compare.py: {word}: wandb says: {says}"), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -418,12 +468,6 @@ def test_the_band_holds_all_seeds_and_the_line_is_their_mean(runs):
 
 
 def test_as_a_program(runs, tmp_path):
-    import subprocess
-
-    def call(*words):
-        return subprocess.run([sys.executable, "compare.py", *map(str, words)], cwd=Path(compare.__file__).parent,
-                              capture_output=True, text=True)
-
     done = call(runs, "--plots", tmp_path / "plots")
     assert done.returncode == 0 and "Validation NTP" in done.stdout and (tmp_path / "plots" / "ends.svg").exists()
     done = call(tmp_path / "nowhere")
