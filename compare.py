@@ -153,7 +153,8 @@ def keep(runs: list[Run], path: Path) -> None:
 
     with atomic_write(path, "w") as f:
         for run in runs:
-            f.write(json.dumps({"run": run.name, "iter": 0, "config": run.config, "facts": run.facts}) + "\n")
+            config = {key: value for key, value in run.config.items() if key not in ("out_dir", "data_dir")}
+            f.write(json.dumps({"run": run.name, "iter": 0, "config": config, "facts": run.facts}) + "\n")
             for line in run.lines:
                 if "val/ntp" in line:
                     f.write(json.dumps({"run": run.name} | {k: short(v) for k, v in line.items()}) + "\n")

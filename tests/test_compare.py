@@ -193,6 +193,7 @@ def test_kept_logs_tell_the_same(runs, tmp_path, capsys):
     capsys.readouterr()
     whole, again = rows(capsys, runs), rows(capsys, kept)
     assert whole == again and "train/" not in kept.read_text()
+    assert str(tmp_path) not in kept.read_text()  # where they lay is nobody's business
     assert kept.stat().st_size < sum(path.stat().st_size for path in runs.glob("*/log.jsonl"))
 
 
