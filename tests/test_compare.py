@@ -5,11 +5,13 @@ import io
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import threading
 import time
 import xml.etree.ElementTree as xml
+import zlib
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -157,6 +159,12 @@ def test_at_equal_seconds_the_baseline_may_train_longer(runs, capsys):
     assert float(found["nitp"]["step_time_ratio"]) == 1.5
     assert float(found["nitp"]["equal_seconds"]) == pytest.approx((1.9 - 1.8 + 1.96 - 1.9) / 2)
     assert float(found["nitp"]["seconds_to_reach"]) == pytest.approx(180.0 / 0.6 * 3.0)
+
+
+def test_nothing_is_said_of_steps_that_a_run_has_not_come_to(runs, capsys):
+    found = rows(capsys, runs, "--steps", 300, 500)
+    assert found["base"]["ntp_at_500"] == "" and found["nitp"]["difference_at_500"] == ""
+    assert found["nitp"]["difference_at_300"] != ""
 
 
 def test_another_baseline_can_be_named(runs, capsys):
@@ -333,6 +341,25 @@ def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, monkeypatch, c
     reader = Reader()
     reader.read(str(tmp_path / "wandb"))
     assert not reader.runs and "not a file of wandb's" in reader.problems[0]
+
+
+def test_records_of_wandbs_files_may_span_blocks():
+    """Written here as LevelDB describes it, in blocks of 32 KiB whose last 6 bytes may be too few for a header."""
+    records = [b"a" * 100, b"b" * (32768 - 7 - 107 - 7 - 5), b"c" * 70_000, b"d"]  # the second leaves 5 bytes
+    data = b":W&B123"
+    for record in records:
+        first = True
+        while first or record:
+            room = 32768 - len(data) % 32768
+            if room < 7:
+                data += b"\0" * room
+                continue
+            piece, record = record[: room - 7], record[room - 7 :]
+            kind = bytes([{(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}[first, not record]])
+            data += struct.pack("<IH", zlib.crc32(kind + piece), len(piece)) + kind + piece
+            first = False
+    assert list(leveldb_records(data)) == records
+    assert list(leveldb_records(data[:-1])) == [*records[:-1], None]
 
 
 @pytest.fixture
