@@ -103,14 +103,13 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     keys_of(content, {"program", "command", "method", "metric", "run_cap", "parameters"},
             {"early_terminate", "name", "description", "project", "entity"}, str(path))
-    metric = keys_of(content["metric"], {"name", "goal"}, set(), f"{path}: metric")
     stops = keys_of(content.get("early_terminate", {"type": "hyperband"}), {"type"},
                     {"min_iter", "max_iter", "s", "eta", "strict"}, f"{path}: early_terminate")
-    for where, found, expected in (("method", content["method"], "bayes"), ("metric: name", metric["name"], METRIC),
-                                   ("metric: goal", metric["goal"], "minimize"),
-                                   ("early_terminate: type", stops["type"], "hyperband")):
+    for key, found, expected in (("method", content["method"], "bayes"),
+                                 ("early_terminate: type", stops["type"], "hyperband"),
+                                 ("metric", content["metric"], {"name": METRIC, "goal": "minimize"})):
         if found != expected:
-            raise ValueError(f"{path}: {where}: expected {expected}, found {found!r}")
+            raise ValueError(f"{path}: {key}: expected {expected}, found {found!r}")
     if type(content["run_cap"]) is not int or content["run_cap"] < 1:
         raise ValueError(f"{path}: run_cap: expected int >= 1, found {content['run_cap']!r}")
     program = ROOT / str(content["program"])
@@ -293,14 +292,14 @@ def finish(study: "optuna.Study", run: Run, last: int) -> tuple[str, bool]:
     return f"failed: {said[-1]}", True
 
 
-def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, out: Path, total: int, jobs: int | None,
-           last: int, seed: int) -> None:
-    """Go on with trials that were at work, then to `total` in all. Errors: ValueError if several in a row fail."""
+def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, out: Path,
+           args: argparse.Namespace) -> None:
+    """Go on with trials that were at work, then to as many as asked for. ValueError if several in a row fail."""
     from optuna.samplers import TPESampler
 
-    waiting, asked = list(at_work), len(study.trials)
+    waiting, asked, total = list(at_work), len(study.trials), args.trials or sweep.trials
     free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = [free[k % len(free)] for k in range(jobs or len(free))]
+    cores = [free[k % len(free)] for k in range(args.jobs or len(free))]
     failures, running = 0, []
     bar = tqdm(total=max(total, asked), initial=asked - len(waiting), desc="trials", file=sys.stderr)
     try:
@@ -309,7 +308,7 @@ def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, o
                 if waiting:
                     trial = waiting.pop(0)
                 else:  # a sampler for each, so that a search that was interrupted draws what it would have drawn
-                    draws = np.random.SeedSequence([seed, asked]).generate_state(1)
+                    draws = np.random.SeedSequence([args.seed, asked]).generate_state(1)
                     study.sampler = TPESampler(seed=int(draws[0]))
                     trial, asked = study.ask(), asked + 1
                 running.append(begin(study, trial, sweep, out, cores.pop(0)))
@@ -322,7 +321,7 @@ def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, o
                 if ended:
                     running.remove(run)
                     cores.append(run.core)
-                    words, failed = finish(study, run, last)
+                    words, failed = finish(study, run, args.last)
                     tqdm.write(f"trial {run.trial.number}: {words}", file=sys.stderr)
                     bar.update()
                     failures = failures + 1 if failed else 0
@@ -341,22 +340,15 @@ def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, o
 def open_study(out: Path, sweep: Sweep) -> "tuple[optuna.Study, list[optuna.Trial]]":
     """The study in out/study.db, made if there is none, and its trials that were at work when its search ended."""
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruner = (optuna.pruners.MedianPruner(STARTUP_TRIALS, n_warmup_steps=math.ceil(sweep.settings.max_iters / 3))
               if sweep.stops_early else optuna.pruners.NopPruner())
-    path = out / "study.db"
-    try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-        study = optuna.create_study(storage=storage, study_name="sweep", pruner=pruner, load_if_exists=True)
-        of_study = storage.get_study_id_from_name("sweep")
-        at_work = [optuna.Trial(study, storage.get_trial_id_from_study_id_trial_number(of_study, trial.number))
+    storage = optuna.storages.RDBStorage(f"sqlite:///{out / 'study.db'}")
+    study = optuna.create_study(storage=storage, study_name="sweep", pruner=pruner, load_if_exists=True)
+    of_study = storage.get_study_id_from_name("sweep")
+    return study, [optuna.Trial(study, storage.get_trial_id_from_study_id_trial_number(of_study, trial.number))
                    for trial in study.trials if trial.state.name == "RUNNING"]
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{path}: expected a study of this Optuna's, found: {reason}") from error
-    return study, at_work
 
 
 def check_same(study: "optuna.Study", sweep: Sweep, last: int, out: Path) -> None:
@@ -406,20 +398,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="folder of study and trials; default: out/sweep/<name of the file>")
     parser.add_argument("--markdown", type=Path, help="file for the table")
     args = parser.parse_args(argv)
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
     sweep = read_sweep(args.file)
     out = args.out or Path("out/sweep") / args.file.stem
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "a") as f:
         if not lock(f):
             raise ValueError(f"{out}: another sweep.py is at work here; wait for it, or choose another --out")
-        study, at_work = open_study(out, sweep)
-        check_same(study, sweep, args.last, out)
-        search(study, at_work, sweep, out, args.trials or sweep.trials, args.jobs, args.last, args.seed)
-        text = report(study, sweep, out)
+        try:
+            study, at_work = open_study(out, sweep)
+            check_same(study, sweep, args.last, out)
+            search(study, at_work, sweep, out, args)
+            text = report(study, sweep, out)
+        except (SQLAlchemyError, OptunaError, RuntimeError) as error:  # not SQLite, of another version, a full disk
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"{out / 'study.db'}: Optuna cannot work with it: {reason}") from error
+    print(text)
     if args.markdown:
         with atomic_write(args.markdown, "w") as f:
             f.write(text + "\n")
-    print(text)
 
 
 if __name__ == "__main__":
