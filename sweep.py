@@ -376,8 +376,7 @@ def ranked(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":
 def report(study: "optuna.Study", sweep: Sweep, out: Path) -> str:
     """The best trials, how many ended how, and the command that trains the best one again."""
     states, best = [trial.state.name for trial in study.trials], ranked(study)
-    said = (f"{len(states)} trials: {len(best)} complete, {states.count('PRUNED')} stopped early, "
-            f"{states.count('FAIL')} failed.")
+    said = f"Trials: {len(best)} complete, {states.count('PRUNED')} stopped early, {states.count('FAIL')} failed."
     if not best:
         return said
     rows = [(trial.number, f"{trial.value:.4f}",
