@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
 SET = seeds4
-.PHONY: help demo test lint fuzz bench bench-c ablation run runfast runomp rundebug clean
+.PHONY: help demo test lint fuzz bench bench-c ablation results run runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*##/  make \1 |/' | column -t -s '|'
@@ -55,6 +55,10 @@ bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, i
 
 ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds and compare: hours; goes on where it stopped
 	$(PY) ablate.py $(SET)
+
+results: .venv/test-ready ## draw the tables and plots of doc/results.md and doc/objectives.md again, from the kept logs (a minute)
+	$(PY) compare.py doc/runs/seeds4.jsonl --step_seconds doc/runs/seeds4_seconds.json --markdown "doc/results.md#seeds4" --plots doc/seeds4 > /dev/null
+	$(PY) compare.py doc/runs/objectives.jsonl --step_seconds doc/runs/objectives_seconds.json --markdown "doc/objectives.md#map" --plots doc/objectives > /dev/null
 
 clean: ## remove what was built; data, runs and .venv stay
 	rm -rf run build __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache

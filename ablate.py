@@ -21,10 +21,8 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from tqdm import tqdm
@@ -36,6 +34,7 @@ from export import read_checkpoint
 from files import atomic_write
 from letters import token_texts
 from machine import find_machine
+from processes import POLL, complaint, evaluations, free_cores, how_to_begin, start, stop
 from settings import Settings, check
 from tokenizer import load_tokenizer, vocab_folder
 
@@ -75,13 +74,6 @@ def settings_of(name: str, config: Path, seed: int, words: list[str], out: Path,
 # ---------------------------------------------------------------------------------------------
 # runs
 
-def progress(s: Settings) -> int:
-    """The last iteration that a run's log tells an evaluation of; -1: none."""
-    path = Path(s.out_dir) / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["iter"] for line in lines if '"val/ntp"' in line and line.endswith("}")), default=-1)
-
-
 def check_same(s: Settings) -> None:
     """ValueError if what lies in a run's out_dir was trained with other settings than `s` has."""
     path = Path(s.out_dir) / "last.pt"
@@ -93,48 +85,42 @@ def check_same(s: Settings) -> None:
                              f"delete {s.out_dir}, or choose another --out")
 
 
+def progress(s: Settings) -> int:
+    """The iteration of a run's last evaluation; -1: none yet."""
+    return max(evaluations(Path(s.out_dir)), default=-1)
+
+
 def run_all(runs: list[Settings], jobs: int) -> None:
     """Train what is not finished, `jobs` at a time. Errors: ValueError naming the runs that failed."""
-    places: SimpleQueue = SimpleQueue()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if jobs > len(cores):
+    cores = free_cores()
+    if jobs > len(cores) or not hasattr(os, "sched_setaffinity"):
         print(f"ablate.py: {jobs} at a time, not pinned to cores of their own: seconds of these runs are those "
               "of a shared machine", file=sys.stderr)
-    for place in cores[:jobs] if jobs <= len(cores) else [None] * jobs:
-        places.put(place)
-    left = [s for s in runs if progress(s) < s.max_iters]
-    bar = tqdm(total=sum(s.max_iters - max(progress(s), 0) for s in left), desc=f"{len(left)} of {len(runs)} runs",
-               unit=" steps", file=sys.stderr)
-
-    def run(s: Settings) -> str:
-        core, shown = places.get(), max(progress(s), 0)
-        start = "resume" if (Path(s.out_dir) / "last.pt").exists() else s.init_from
-        words = [f"--{key}={value}" for key, value in asdict(s).items()]
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, f"--init_from={start}"], text=True,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE)
-        if core is not None:
-            os.sched_setaffinity(process.pid, {core})
-        while True:
-            try:
-                error = process.communicate(timeout=2)[1]
-                break
-            except subprocess.TimeoutExpired:
-                now = max(progress(s), shown)
-                bar.update(now - shown)
-                shown = now
-        places.put(core)
-        if process.returncode == 0:
-            bar.update(s.max_iters - shown)
-            return ""
-        lines = error.strip().splitlines() or [f"exit code {process.returncode}"]
-        return f"{s.out_dir}: {next((line for line in lines if line.startswith('train.py: ')), lines[-1])}"
-
-    pool = ThreadPoolExecutor(jobs)
+    places: list[int | None] = [*cores[:jobs]] if jobs <= len(cores) else [None] * jobs
+    waiting = [s for s in runs if progress(s) < s.max_iters]
+    running: list[tuple[Settings, int | None, subprocess.Popen]] = []
+    failures, done = [], {s.out_dir: max(progress(s), 0) for s in waiting}
+    bar = tqdm(total=sum(s.max_iters for s in waiting), initial=sum(done.values()), unit=" steps", file=sys.stderr,
+               desc=f"{len(waiting)} of {len(runs)} runs")
     try:
-        failures = [failure for failure in pool.map(run, left) if failure]
-    finally:  # of Ctrl-C the runs hear as well; they save and end
-        pool.shutdown(cancel_futures=True)
+        while waiting or running:
+            while waiting and places:
+                s, core = waiting.pop(0), places.pop(0)
+                words = [f"--{key}={value}" for key, value in asdict(s).items()]
+                folder = Path(s.out_dir)
+                running.append((s, core, start(ROOT / "train.py", [*words, *how_to_begin(folder)], folder, core)))
+            time.sleep(POLL)
+            for run in list(running):
+                s, core, process = run
+                done[s.out_dir] = max(progress(s), 0)
+                if process.poll() is not None:
+                    running.remove(run)
+                    places.append(core)
+                    if process.returncode:
+                        failures.append(f"{s.out_dir}: {complaint(Path(s.out_dir), process.returncode)}")
+            bar.update(sum(done.values()) - bar.n)
+    finally:
+        stop([process for _, _, process in running])
         bar.close()
     if failures:
         raise ValueError("some runs failed; the same command goes on with them:\n" + "\n".join(failures))
@@ -186,8 +172,7 @@ def main(argv: list[str]) -> None:
         check_same(s)
     on_cpu = find_machine(runs[0].device).device.type == "cpu"
     if not args.no_runs:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        run_all(runs, args.jobs or (cores if on_cpu else 1))
+        run_all(runs, args.jobs or (len(free_cores()) if on_cpu else 1))
     measured = out / "step_seconds.json"
     if args.rounds and on_cpu:
         found = step_seconds({name: settings_of(name, configs[name], args.seeds[0], words, out) for name in names},

@@ -19,19 +19,16 @@ search, and trials that log to wandb; the last two are what `wandb sweep` is for
 """
 
 import argparse
-import json
 import math
-import os
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -39,19 +36,13 @@ from tqdm import tqdm
 from bench import markdown, positive
 from configurator import checked, configure, kind_of
 from files import atomic_write
+from processes import METRIC, POLL, complaint, evaluations, free_cores, how_to_begin, lock, start, stop
 from settings import Settings
 
 if TYPE_CHECKING:
     import optuna
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing keeps a second sweep.py out
-    fcntl = None
-
 ROOT = Path(__file__).resolve().parent
-METRIC = "val/ntp"  # the only number by which runs are compared
-POLL = 0.5  # seconds between two looks at the logs
 MOST_FAILURES = 3  # trials in a row; then something is wrong with the search
 STARTUP_TRIALS = 5  # that have to be complete before one is stopped early
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
@@ -136,9 +127,9 @@ def read_sweep(path: Path) -> Sweep:
 def command_words(command: Any, where: str) -> list[str]:
     """What the program is told in every trial: the words between ${program} and ${args}."""
     words = [str(word) for word in command] if isinstance(command, list) else []
-    for start in ([*PLAIN, "${program}"], [*OWN_FOLDER, "${program}"]):
-        fixed = words[len(start):-1]
-        if words[:len(start)] == start and words[-1] == "${args}" and not any("${" in word for word in fixed):
+    for first in ([*PLAIN, "${program}"], [*OWN_FOLDER, "${program}"]):
+        fixed = words[len(first):-1]
+        if words[:len(first)] == first and words[-1] == "${args}" and not any("${" in word for word in fixed):
             return fixed
     raise ValueError(f"{where}: expected a list of {' '.join(PLAIN)} (or {shlex.join(OWN_FOLDER)}), ${{program}}, "
                      f"words for it, ${{args}}; found {command!r}")
@@ -174,54 +165,6 @@ def read_parameter(name: Any, found: Any, where: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# processes
-
-def lock(f: IO) -> bool:
-    """Take an open file for this process and those that inherit it, until the last has ended; False if it is taken."""
-    try:
-        if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def start(program: Path, words: list[str], folder: Path, core: int) -> subprocess.Popen:
-    """A process with one thread, on one core. It holds `folder`/pid locked; folder/stderr.txt has what it complains of.
-
-    One that is still at work there, because it outlived a search that was killed, is asked to save and stop before.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "pid", "a+") as pid, open(folder / "stderr.txt", "w") as errors:
-        if not lock(pid):
-            print(f"{folder}: stopping its process from before", file=sys.stderr)
-            pid.seek(0)
-            if number := pid.read():
-                with suppress(ProcessLookupError):  # ended by now
-                    os.kill(int(number), signal.SIGTERM)
-            while not lock(pid):
-                time.sleep(POLL)
-        pid.truncate(0)
-        # a session of its own: Ctrl-C reaches the search alone, which asks runs to stop; asked twice they do not save
-        process = subprocess.Popen([sys.executable, str(program), *words], stdout=subprocess.DEVNULL, stderr=errors,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-                                   pass_fds=[pid.fileno()] if fcntl else [])
-        pid.write(str(process.pid))
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(process.pid, {core})
-    return process
-
-
-def evaluations(folder: Path) -> dict[int, float]:
-    """{iteration: val/ntp} of a log so far; a line that is half written does not count yet."""
-    path, found = folder / "log.jsonl", {}
-    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
-        if METRIC in (values := json.loads(line)):
-            found[values["iter"]] = values[METRIC]
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
 # the search
 
 @dataclass
@@ -254,8 +197,7 @@ def suggest(trial: "optuna.Trial", parameters: dict[str, dict]) -> list[str]:
 def begin(study: "optuna.Study", trial: "optuna.Trial", sweep: Sweep, out: Path, core: int) -> Run:
     words = [*sweep.words, *suggest(trial, sweep.parameters)]
     folder = out / str(trial.number)
-    resume = ["--init_from=resume"] if (folder / "last.pt").exists() else []
-    process = start(sweep.program, [*words, f"--out_dir={folder}", *resume], folder, core)
+    process = start(sweep.program, [*words, f"--out_dir={folder}", *how_to_begin(folder)], folder, core)
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
     return Run(trial, folder, configure(Settings, words).max_iters, core, process, reported)
 
@@ -287,9 +229,7 @@ def finish(study: "optuna.Study", run: Run, last: int) -> tuple[str, bool]:
     if code in STOPPED:
         raise ValueError(f"trial {run.trial.number} was stopped by somebody else; the same command goes on with it")
     study.tell(run.trial, state=TrialState.FAIL)
-    lines = (run.folder / "stderr.txt").read_text(errors="replace").strip().splitlines()
-    said = [line for line in lines if line.startswith("train.py: ")] or lines or [f"exit code {code}, without a word"]
-    return f"failed: {said[-1]}", True
+    return f"failed: {complaint(run.folder, code)}", True
 
 
 def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, out: Path,
@@ -298,7 +238,7 @@ def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, o
     from optuna.samplers import TPESampler
 
     waiting, asked, total = list(at_work), len(study.trials), args.trials or sweep.trials
-    free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    free = free_cores()
     cores = [free[k % len(free)] for k in range(args.jobs or len(free))]
     failures, running = 0, []
     bar = tqdm(total=max(total, asked), initial=asked - len(waiting), desc="trials", file=sys.stderr)
@@ -330,10 +270,7 @@ def search(study: "optuna.Study", at_work: "list[optuna.Trial]", sweep: Sweep, o
             if complete := ranked(study):
                 bar.set_postfix(best=f"{complete[0].value:.4f}")
     finally:
-        for run in running:
-            run.process.terminate()  # train.py saves
-        for run in running:
-            run.process.wait()
+        stop([run.process for run in running])
         bar.close()
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, start
 
+import processes
 import sweep
 import train
 from configurator import configure
@@ -64,6 +65,7 @@ for it in range(first, 13):
 def lab(tmp_path, monkeypatch):
     """A fake train.py, and lab(plan, **changes) -> the path of a search over its learning rate."""
     monkeypatch.setattr(sweep, "POLL", 0.02)
+    monkeypatch.setattr(processes, "POLL", 0.02)
     (tmp_path / "train.py").write_text(FAKE)
 
     def make(plan: dict | None = None, **changes) -> Path:
@@ -271,7 +273,7 @@ def test_a_whole_search_with_real_runs(lab, words, tmp_path, capsys):
     assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("log.jsonl")} and len(stamps) == 3
     python, program, *command = text.strip().splitlines()[-1].split()
     assert (python, program) == ("python", "train.py") and train.main(command) == 0
-    again = sweep.evaluations(tmp_path / "out" / "best")
+    again = processes.evaluations(tmp_path / "out" / "best")
     assert again == best.intermediate_values
 
 
@@ -404,7 +406,7 @@ def test_one_search_at_a_time(lab):
     path = lab()
     run(path)
     with open(path.parent / "out" / "lock", "a") as f:
-        assert sweep.lock(f)
+        assert processes.lock(f)
         with pytest.raises(ValueError, match="out: another sweep.py is at work here"):
             run(path)
     run(path)
