@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files import atomic_write
-from groups import MANY, Figures, choose_baseline, figures, group_runs, seeds_needed, warnings
+from groups import (
+    MANY,
+    Figures,
+    choose_baseline,
+    figures,
+    group_runs,
+    seeds_needed,
+    set_step_seconds,
+    warnings,
+)
 from runs import Reader, Run
 
 EFFECTS = (0.005, 0.01, 0.02)  # nats, for which the number of seeds is told
@@ -220,7 +229,10 @@ def main(argv: list[str]) -> int:
         raise ValueError("nothing to compare: no run with an evaluation was found")
     groups = choose_baseline(groups, args.baseline)
     steps = args.steps or quarters(next(iter(groups[0].runs.values())))
-    found = figures(groups, steps, args.last, read_step_seconds(args.step_seconds))
+    if args.keep:
+        keep([run for group in groups for run in group.runs.values()], args.keep)
+    set_step_seconds(groups, read_step_seconds(args.step_seconds))
+    found = figures(groups, steps, args.last)
     told = warnings(groups)
     for warning in told:
         print(f"compare.py: {warning}", file=sys.stderr)
@@ -231,8 +243,6 @@ def main(argv: list[str]) -> int:
         deliver("\n\n".join([*map(as_markdown, shown)]), args.markdown)
     if args.csv:
         deliver(as_csv(found).rstrip("\n"), args.csv)
-    if args.keep:
-        keep([run for group in groups for run in group.runs.values()], args.keep)
     if args.plots or args.html:
         import report  # late: matplotlib
 

@@ -103,12 +103,40 @@ class Group:
         x = x[(x >= max(e[0] for e in each)) & (x <= min(e[-1] for e in each))]
         return x, np.array([[run.at(key, at) for at in x] for run in self.runs.values()]).reshape(len(each), len(x))
 
-    def step_seconds(self) -> float:
-        return self.mean(seconds_per_step)
-
 
 def seconds_per_step(run: Run) -> float:
     return run.end("seconds") / run.length if run.length else math.nan
+
+
+def step_cost(run: Run, base: Run) -> float:
+    """A step's time over the baseline's."""
+    return seconds_per_step(run) / (seconds_per_step(base) or math.nan)
+
+
+def set_step_seconds(groups: list[Group], measured: dict[str, list[float]]) -> None:
+    """Stretch each run's seconds to the step times measured, {label: seconds of a step in each round}.
+
+    The first group's are medians over rounds; others' those times the median of ratios within rounds, since machines
+    drift between them. The baseline's at other lengths are the baseline's.
+    """
+    base = groups[0]
+    if base.label not in measured:
+        return
+    for group in groups:
+        of = base.label if group in of_other_length(groups) else group.label
+        if of in measured:
+            ratio = statistics.median(a / b for a, b in zip(measured[of], measured[base.label], strict=True))
+            for run in group.runs.values():
+                stretch = statistics.median(measured[base.label]) * ratio / seconds_per_step(run)
+                for line in run.lines:
+                    if "seconds" in line:
+                        line["seconds"] *= stretch
+
+
+def of_other_length(groups: list[Group]) -> list[Group]:
+    """The first group, and those that differ from it in nothing but how long they train."""
+    first = next(iter(groups[0].runs.values()))
+    return [g for g in groups if settings_alike(next(iter(g.runs.values())), first, {"max_iters", "warmup_iters"})]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,6 +232,11 @@ def warnings(groups: list[Group]) -> list[str]:
     unknown = [g.label for g in groups if any(not run.config for run in g.runs.values())]
     if unknown:
         found.append(f"{', '.join(unknown)}: logs without settings; grouped by name, and not checked for differences")
+    for group in groups:
+        each = [seconds for run in group.runs.values() if (seconds := seconds_per_step(run)) > 0.0]
+        if len(each) > 1 and max(each) > 1.1 * min(each):
+            found.append(f"{group.label}: its seeds' step times are up to {max(each) / min(each) - 1.0:.0%} apart, "
+                         "though they do the same: seconds of a shared machine (ablate.py measures them in turns)")
     loose = [g.label for g in groups for f in [next(iter(g.runs.values())).facts]
              if f.get("device") == "cpu" and f.get("cores") and len(f["cores"]) > f.get("threads", 1)]
     if loose:
@@ -235,24 +268,21 @@ class Figures:
     accuracy: dict[str, float]  # acc_0, acc_1, ..., agree_1, ... at the end
 
 
-def figures(groups: list[Group], steps: list[int], last: int, measured: dict[str, list[float]]) -> list[Figures]:
-    """Of each group; the first is the baseline. measured: {label: seconds of a step in each round}, or empty."""
+def figures(groups: list[Group], steps: list[int], last: int) -> list[Figures]:
+    """Of each group; the first is the baseline. The end is the mean of the `last` evaluations."""
     base = groups[0]
     target = base.mean(lambda run: run.end("val/ntp", last))
-    lengths = [g for g in groups if settings_alike(next(iter(g.runs.values())), next(iter(base.runs.values())),
-                                                   {"max_iters", "warmup_iters"})]
+    lengths = of_other_length(groups)
     found = []
     for group in groups:
         pairs = [(run, base.runs[seed]) for seed, run in group.runs.items() if seed in base.runs]
         same_length = group.length == base.length
         each = [run.end("val/ntp", last) - other.end("val/ntp", last) for run, other in pairs] if same_length else []
         ends = [run.end("val/ntp", last) for run in group.runs.values()]
-        cost = step_cost(group, base, pairs, measured)
+        costs = [cost for a, b in pairs if not math.isnan(cost := step_cost(a, b))]
         x, values = group.curve("val/ntp")
         reach = crossing(x, values.mean(0), target) if group is not base else float(base.length)
         seconds = group.mean(lambda run, at=reach: run.at("seconds", at)) if reach is not None else None
-        if seconds is not None and measured.get(group.label):
-            seconds *= statistics.median(measured[group.label]) / group.step_seconds()
         keys = sorted({key for run in group.runs.values() for line in run.lines for key in line
                        if re.fullmatch(r"val/(acc|agree)_\d+", key)})
         found.append(Figures(
@@ -260,21 +290,12 @@ def figures(groups: list[Group], steps: list[int], last: int, measured: dict[str
             statistics.fmean(ends), statistics.stdev(ends) if len(ends) > 1 else math.nan,
             {step: interval([a.at("val/ntp", step) - b.at("val/ntp", step) for a, b in pairs]) for step in steps},
             interval(each), each, reach, seconds,
-            sum(bool(run.points("val/ntp")[1].min() <= target) for run in group.runs.values()), cost,
-            at_equal_seconds(group, base, lengths, cost, last),
+            sum(bool(run.points("val/ntp")[1].min() <= target) for run in group.runs.values()),
+            statistics.median(costs) if costs else math.nan, at_equal_seconds(group, base, lengths, last),
             group.mean(lambda run: run.end("tokens") / run.end("seconds") if run.end("seconds") else math.nan),
             group.mean(lambda run: max(run.points("peak_mib")[1], default=math.nan)),
             {key.removeprefix("val/"): group.mean(lambda run, key=key: run.end(key)) for key in keys}))
     return found
-
-
-def step_cost(group: Group, base: Group, pairs: list[tuple[Run, Run]], measured: dict[str, list[float]]) -> float:
-    """A step's time over the baseline's: the median over rounds measured in turns, or over pairs of runs."""
-    if measured.get(group.label) and measured.get(base.label):
-        ratios = [a / b for a, b in zip(measured[group.label], measured[base.label], strict=True)]
-    else:
-        ratios = [seconds_per_step(a) / seconds_per_step(b) for a, b in pairs if seconds_per_step(b)]
-    return statistics.median(ratios) if ratios else math.nan
 
 
 def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
@@ -286,19 +307,19 @@ def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
     return float(x[0] if k == 0 else np.interp(target, [y[k], y[k - 1]], [x[k], x[k - 1]]))
 
 
-def at_equal_seconds(group: Group, base: Group, lengths: list[Group], cost: float, last: int) -> Interval:
+def at_equal_seconds(group: Group, base: Group, lengths: list[Group], last: int) -> Interval:
     """The difference to the baseline of the length that takes as long, for each seed that has two such lengths.
 
     Between whole runs, since a run that is cut off has not let its learning rate fall; and up to 5% beyond the longest.
+    Each pair by its own seconds, so that the interval is wide where clocks were unsteady.
     """
-    if group in lengths:
-        return interval([])
     differences = []
-    for seed, run in group.runs.items():
+    for seed, run in group.runs.items() if group not in lengths else ():
         known = sorted((g.runs[seed].length, g.runs[seed].end("val/ntp", last)) for g in lengths if seed in g.runs)
-        wanted = run.length * cost
-        if len(known) > 1 and 0.95 * known[0][0] <= wanted <= 1.05 * known[-1][0]:
-            differences.append(run.end("val/ntp", last) - at_length(*zip(*known, strict=True), wanted))
+        if seed in base.runs and len(known) > 1:
+            wanted = run.length * step_cost(run, base.runs[seed])
+            if 0.95 * known[0][0] <= wanted <= 1.05 * known[-1][0]:
+                differences.append(run.end("val/ntp", last) - at_length(*zip(*known, strict=True), wanted))
     return interval(differences)
 
 

@@ -158,7 +158,23 @@ def test_at_equal_seconds_the_baseline_may_train_longer(runs, capsys):
     found = rows(capsys, runs, "--baseline", "base", "--step_seconds", measured)
     assert float(found["nitp"]["step_time_ratio"]) == 1.5
     assert float(found["nitp"]["equal_seconds"]) == pytest.approx((1.9 - 1.8 + 1.96 - 1.9) / 2)
-    assert float(found["nitp"]["seconds_to_reach"]) == pytest.approx(180.0 / 0.6 * 3.0)
+    assert float(found["nitp"]["seconds_to_reach"]) == pytest.approx(180.0 / 0.6 * 1.5)
+    assert float(found["nitp"]["tokens_per_second"]) == pytest.approx(8192 / 1.5)
+    assert float(found["base600"]["tokens_per_second"]) == pytest.approx(8192)  # a longer run's steps are the same
+
+
+def test_the_clock_s_own_noise_is_in_what_is_said_of_seconds(runs, capsys):
+    for seed in (1, 2):
+        write_log(runs / f"base600-{seed}", [*BASE[seed], 1.9, BASE[seed][4] - 0.2], seed)
+    log = runs / "nitp-1" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line | ({"seconds": line["seconds"] * 1.25} if "seconds" in line else {})) + "\n"
+                           for line in lines))  # 50% slower than the base of its seed, the other 20%
+    found = rows(capsys, runs, "--baseline", "base")
+    equal = [1.9 - 1.8, 1.96 - (2.1 - 0.2 * math.log(1.2) / math.log(1.5))]
+    assert float(found["nitp"]["equal_seconds"]) == pytest.approx(sum(equal) / 2)
+    compare.main([str(runs), "--baseline", "base"])
+    assert "nitp: its seeds' step times are up to 25% apart" in capsys.readouterr().err
 
 
 def test_nothing_is_said_of_steps_that_a_run_has_not_come_to(runs, capsys):
@@ -197,7 +213,9 @@ def test_tables_on_the_terminal_in_markdown_and_on_a_page(runs, tmp_path, capsys
 
 def test_kept_logs_tell_the_same(runs, tmp_path, capsys):
     kept = tmp_path / "runs" / "kept.jsonl"
-    compare.main([str(runs), "--keep", str(kept)])
+    measured = tmp_path / "steps.json"
+    measured.write_text(json.dumps({"seconds": {"base": [7.0], "nitp": [8.0]}}))
+    compare.main([str(runs), "--keep", str(kept), "--step_seconds", str(measured)])  # keeps what the logs say
     capsys.readouterr()
     whole, again = rows(capsys, runs), rows(capsys, kept)
     assert whole == again and "train/" not in kept.read_text()
