@@ -21,6 +21,7 @@ import math
 import shlex
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from groups import (
     MANY,
     Figures,
     choose_baseline,
+    deviation_interval,
     figures,
     group_runs,
     seeds_needed,
@@ -56,27 +58,31 @@ def tables(found: list[Figures], last: int) -> list[Table]:
     """All that is told, of the baseline (the first) and the others."""
     base, others = found[0], found[1:]
     steps = [f"step {step:,}" for step in base.at]
-    ntp = Table("Validation NTP, nats a token", ["set-up", "seeds", *steps, "at the end", "between seeds"], [
-        [f.group.label, str(len(f.group.runs)), *(number(v) for v in f.at.values()), number(f.end), number(f.spread)]
-        for f in found], "Means over seeds; the last column is their standard deviation at the end." + (
+    ntp = Table("Validation NTP, nats a token", ["set-up", "seeds", "at the end", "between seeds", *steps], [
+        [f.group.label, str(len(f.group.runs)), number(f.end), number(f.spread), *(number(v) for v in f.at.values())]
+        for f in found], "Means over seeds; between seeds: their standard deviation at the end." + (
             f" The end is the mean of the last {last} evaluations." if last > 1 else ""))
     shown = [ntp]
     if others:
         shown.append(Table(
-            f"Difference to {base.group.label}, paired by seed", ["set-up", "pairs", *steps, "at the end", "verdict"],
-            [[f.group.label, str(max(d.n for d in (*f.differences.values(), f.difference))),
-              *map(str, f.differences.values()), str(f.difference), f.difference.verdict] for f in others],
-            "Mean and 95% interval (Student's t); negative is better. A difference inside its interval is a tie."))
+            f"Difference to {base.group.label}, paired by seed", ["set-up", "at the end", "verdict", "pairs", *steps],
+            [[f.group.label, str(f.difference), f.difference.verdict,
+              str(max(d.n for d in (*f.differences.values(), f.difference))), *map(str, f.differences.values())]
+             for f in others],
+            "Mean ± half of the 95% interval (Student's t); negative is better. A difference inside its interval is a "
+            "tie. Of 20 set-ups that change nothing, one is better or worse by chance."))
     shown.append(Table(
         f"Speed, and the way to {number(base.end)}, where {base.group.label} ends",
-        ["set-up", "steps", "seconds", "seeds that got there", "step time x", "at equal seconds", "verdict", "tokens/s",
+        ["set-up", "at equal seconds", "verdict", "step time x", "steps", "seconds", "seeds that get there", "tokens/s",
          "peak MiB"],
-        [[f.group.label, number(f.steps_to_reach, 0, "not reached"),
+        [[f.group.label, str(f.equal_seconds), f.equal_seconds.verdict, number(f.cost, 3),
+          number(f.steps_to_reach, 0, "not reached"),
           number(f.seconds_to_reach, 0, "–" if f.steps_to_reach else "not reached"),
-          f"{f.reached} of {len(f.group.runs)}", number(f.cost, 3), str(f.equal_seconds), f.equal_seconds.verdict,
-          number(f.tokens_per_second, 0), number(f.peak_mib, 0)] for f in found],
-        "Steps and seconds of the mean over seeds, interpolated; seconds of training alone, without evaluations."))
-    keys = sorted({key for f in found for key in f.accuracy})
+          f"{f.reached} of {len(f.group.runs)}", number(f.tokens_per_second, 0), number(f.peak_mib, 0)] for f in found],
+        "At equal seconds: the difference to the baseline that trains as long in seconds, between its runs of several "
+        "lengths; the interval is that of seeds and of the logs' seconds, not of the interpolation. Steps and seconds: "
+        "from where the mean over seeds stays below, interpolated; of training alone, without evaluations."))
+    keys = sorted({key for f in found for key in f.accuracy}, key=lambda key: (key.split("_")[0], len(key), key))
     if keys:
         shown.append(Table("Guesses at the end", ["set-up", *keys],
                            [[f.group.label, *(number(f.accuracy.get(key)) for key in keys)] for f in found],
@@ -85,18 +91,20 @@ def tables(found: list[Figures], last: int) -> list[Table]:
     noisy = [f for f in others if len(f.each) > 2]
     if noisy:
         shown.append(Table("Noise, and what it takes to see through it", [
-            "set-up", "between seeds", "of paired differences", *(f"seeds for {effect:g}" for effect in EFFECTS),
-            "for its own"], [noise(f) for f in noisy],
-            f"Standard deviations of the end; {base.group.label} alone: {number(base.spread)} over "
-            f"{len(base.group.runs)} seeds. How many pairs let a true difference of so many nats be told from 0 "
-            "in four of five comparisons."))
+            "set-up", "pairs", "between seeds", "of paired differences", "its interval",
+            *(f"pairs for {effect:g}" for effect in EFFECTS)], [noise(f) for f in noisy],
+            f"Standard deviations at the end, that of differences with its 95% interval (chi-square); that of "
+            f"{base.group.label} between its {len(base.group.runs)} seeds: {number(base.spread)}. Pairs for: how many "
+            "let a true difference of so many nats be told from 0 in four of five comparisons, were the deviation right."))
     return shown
 
 
 def noise(f: Figures) -> list[str]:
     deviation = statistics.stdev(f.each)
-    needed = [seeds_needed(deviation, effect) for effect in (*EFFECTS, abs(f.difference.mean) or math.inf)]
-    return [f.group.label, number(f.spread), number(deviation), *(f"{n:,}" if n < MANY else f">{n:,}" for n in needed)]
+    low, high = deviation_interval(deviation, len(f.each))
+    needed = [seeds_needed(deviation, effect) for effect in EFFECTS]
+    return [f.group.label, str(len(f.each)), number(f.spread), number(deviation), f"{number(low)} to {number(high)}",
+            *(f"{n:,}" if n < MANY else f">{n:,}" for n in needed)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,11 +115,13 @@ def as_text(table: Table) -> str:
     rows = [table.head, *table.rows]
     widths = [max(len(row[k]) for row in rows) for k in range(len(table.head))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([table.title, "", lines[0], "-" * len(lines[0]), *lines[1:]])
+    note = textwrap.wrap(table.note, max(len(lines[0]), 60))
+    return "\n".join([table.title, "", lines[0], "-" * len(lines[0]), *lines[1:], *note])
 
 
 def as_markdown(table: Table) -> str:
-    rows = [table.head, ["---"] + ["---:"] * (len(table.head) - 1), *table.rows]
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in (table.head, *table.rows)]
+    rows.insert(1, ["---"] + ["---:"] * (len(table.head) - 1))
     return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows), "", table.note])
 
 
@@ -137,21 +147,21 @@ def as_csv(found: list[Figures]) -> str:
 
 def deliver(text: str, where: str) -> None:
     """Print it (-), write it to a file, or with PAGE#NAME into that page, between <!-- NAME --> and <!-- /NAME -->."""
-    path, hash, name = where.partition("#")
+    path, mark, name = where.partition("#")
     if where == "-":
         print(text)
         return
-    if hash:
+    if mark:
         try:
-            page = Path(path).read_text()
-        except OSError as error:
-            raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+            page = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot read: {error}") from error
         before, begin, rest = page.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if not end:
             raise ValueError(f"{path}: expected the lines <!-- {name} --> and <!-- /{name} -->, between which it goes")
         text = f"{before}{begin}\n\n{text}\n\n{end}{after}"
-    with atomic_write(path, "w") as f:
+    with atomic_write(path, "w", encoding="utf-8") as f:
         f.write(text if text.endswith("\n") else text + "\n")
 
 
@@ -160,13 +170,18 @@ def keep(runs: list[Run], path: Path) -> None:
     def short(value: float) -> float:
         return float(f"{value:.{KEPT_DIGITS}g}") if isinstance(value, float) else value
 
+    names: set[str] = set()
     with atomic_write(path, "w") as f:
         for run in runs:
+            name, number = run.name, 2
+            while name in names:
+                name, number = f"{number}.{run.name}", number + 1
+            names.add(name)
             config = {key: value for key, value in run.config.items() if key not in ("out_dir", "data_dir")}
-            f.write(json.dumps({"run": run.name, "iter": 0, "config": config, "facts": run.facts}) + "\n")
+            f.write(json.dumps({"run": name, "iter": 0, "config": config, "facts": run.facts}) + "\n")
             for line in run.lines:
                 if "val/ntp" in line:
-                    f.write(json.dumps({"run": run.name} | {k: short(v) for k, v in line.items()}) + "\n")
+                    f.write(json.dumps({"run": name} | {k: short(v) for k, v in line.items()}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,6 +205,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.last < 1 or any(step < 1 for step in args.steps or ()):
         parser.error("--last and --steps: expected numbers from 1 up")
+    for option in ("markdown", "csv", "html"):  # --csv a.jsonl would take a run for the file to write
+        if str(getattr(args, option)).endswith(".jsonl"):
+            parser.error(f"--{option}: expected a file to write, found {getattr(args, option)}; name the runs first")
+    if args.keep and args.keep.exists() and args.keep.resolve() in (Path(word).resolve() for word in args.runs):
+        parser.error(f"--keep: {args.keep} is one of the files to be read")
     return args
 
 
@@ -206,7 +226,7 @@ def read_step_seconds(path: Path | None) -> dict[str, list[float]]:
         return found
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: no step times as ablate.py writes them: {error!r}") from error
 
 
@@ -220,8 +240,13 @@ def quarters(run: Run) -> list[int]:
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     reader = Reader()
+    unread = []
     for word in args.runs:
-        reader.read(word)
+        try:
+            reader.read(word)
+        except ValueError as error:
+            unread.append(str(error))
+    reader.problems += unread
     groups = group_runs(reader.runs, reader.problems)
     for problem in reader.problems:
         print(f"compare.py: {problem}", file=sys.stderr)
@@ -231,9 +256,9 @@ def main(argv: list[str]) -> int:
     steps = args.steps or quarters(next(iter(groups[0].runs.values())))
     if args.keep:
         keep([run for group in groups for run in group.runs.values()], args.keep)
-    set_step_seconds(groups, read_step_seconds(args.step_seconds))
+    told = set_step_seconds(groups, read_step_seconds(args.step_seconds))
     found = figures(groups, steps, args.last)
-    told = warnings(groups)
+    told += warnings(groups)
     for warning in told:
         print(f"compare.py: {warning}", file=sys.stderr)
     shown = tables(found, args.last)
@@ -252,10 +277,11 @@ def main(argv: list[str]) -> int:
         if args.html:
             report.write_page(args.title, shown, panels, reader.problems + told,
                               shlex.join(["python", "compare.py", *argv]), args.html)
-    return 0
+    return 1 if unread else 0  # what can be compared was; what was asked for is not all there
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # ± on a terminal that has none
     try:
         sys.exit(main(sys.argv[1:]))
     except ValueError as error:

@@ -6,17 +6,16 @@ share the trunk's initial weights and the order of the data.
 What this leaves out on purpose: where runs come from (runs.py), how figures are shown (compare.py, report.py).
 """
 
-import json
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from runs import Run
+from runs import HARMLESS, OWN_FACTS, Run
 
 OBJECTIVE = {  # settings that set-ups are meant to differ in: those under "looking ahead" in settings.py
     "n_future_heads", "head", "nitp_weight", "consistency_weight", "consistency_direction", "consistency_teacher",
@@ -24,11 +23,6 @@ OBJECTIVE = {  # settings that set-ups are meant to differ in: those under "look
     "freeze_embeddings", "curriculum", "spelling_letters", "spelling_weight", "spelling_case", "order_window",
     "order_weight", "soft_weight", "soft_neighbours", "soft_temperature", "soft_refresh", "superposition",
     "superposition_end", "mask_document_ends", "aux_schedule", "aux_start", "aux_end"}
-HARMLESS = {"seed", "out_dir", "data_dir", "eval_interval", "eval_only", "log_interval", "wandb_log", "wandb_project",
-            "wandb_run_name", "wandb_mode", "device", "dtype", "path", "compile"}  # the last four: by facts
-OWN_FACTS = {"cores", "parameters"}  # of each run its own
-
-
 MANY = 1000  # seeds; more are not counted
 
 
@@ -64,6 +58,14 @@ def student(probability: float, freedom: int) -> float:
     return float(t.ppf(probability, freedom))
 
 
+def deviation_interval(deviation: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a standard deviation found from n values, by chi-square."""
+    from scipy.stats import chi2
+
+    low, high = chi2.ppf((0.975, 0.025), n - 1)
+    return deviation * math.sqrt((n - 1) / low), deviation * math.sqrt((n - 1) / high)
+
+
 def seeds_needed(deviation: float, effect: float) -> int:
     """How many seeds let a true mean difference `effect` be told from 0 in four of five comparisons (95%, two-sided).
 
@@ -80,15 +82,21 @@ class Group:
     """Runs that differ in the seed alone."""
 
     label: str
-    runs: dict[int, Run] = field(default_factory=dict)  # by seed
+    runs: dict[int | str, Run] = field(default_factory=dict)  # by seed; where that is unknown by where they are
 
     @property
-    def config(self) -> dict:
-        return next(iter(self.runs.values())).config
+    def first(self) -> Run:
+        return next(iter(self.runs.values()))
 
     @property
     def length(self) -> int:
         return max(run.length for run in self.runs.values())
+
+    def pairs(self, base: "Group") -> list[tuple[Run, Run]]:
+        """(run, the baseline's of the same seed), of those that let the learning rate fall at the same pace."""
+        if self.first.config.get("max_iters") != base.first.config.get("max_iters"):
+            return []
+        return [(run, base.runs[seed]) for seed, run in self.runs.items() if seed in base.runs]
 
     def mean(self, value: Callable[[Run], float]) -> float:
         found = [v for v in map(value, self.runs.values()) if not math.isnan(v)]
@@ -101,95 +109,61 @@ class Group:
             return np.zeros(0), np.zeros((len(each), 0))
         x = np.unique(np.concatenate(each))
         x = x[(x >= max(e[0] for e in each)) & (x <= min(e[-1] for e in each))]
-        return x, np.array([[run.at(key, at) for at in x] for run in self.runs.values()]).reshape(len(each), len(x))
-
-
-def seconds_per_step(run: Run) -> float:
-    return run.end("seconds") / run.length if run.length else math.nan
+        return x, np.array([run.at(key, x) for run in self.runs.values()])
 
 
 def step_cost(run: Run, base: Run) -> float:
     """A step's time over the baseline's."""
-    return seconds_per_step(run) / (seconds_per_step(base) or math.nan)
-
-
-def set_step_seconds(groups: list[Group], measured: dict[str, list[float]]) -> None:
-    """Stretch each run's seconds to the step times measured, {label: seconds of a step in each round}.
-
-    The first group's are medians over rounds; others' those times the median of ratios within rounds, since machines
-    drift between them. The baseline's at other lengths are the baseline's.
-    """
-    base = groups[0]
-    if base.label not in measured:
-        return
-    for group in groups:
-        of = base.label if group in of_other_length(groups) else group.label
-        if of in measured:
-            ratio = statistics.median(a / b for a, b in zip(measured[of], measured[base.label], strict=True))
-            for run in group.runs.values():
-                stretch = statistics.median(measured[base.label]) * ratio / seconds_per_step(run)
-                for line in run.lines:
-                    if "seconds" in line:
-                        line["seconds"] *= stretch
-
-
-def of_other_length(groups: list[Group]) -> list[Group]:
-    """The first group, and those that differ from it in nothing but how long they train."""
-    first = next(iter(groups[0].runs.values()))
-    return [g for g in groups if settings_alike(next(iter(g.runs.values())), first, {"max_iters", "warmup_iters"})]
+    return run.seconds_per_step / (base.seconds_per_step or math.nan)
 
 
 # ---------------------------------------------------------------------------------------------
 # groups
 
 def settings_alike(a: Run, b: Run, but: set[str] = frozenset()) -> bool:
-    """Have both runs the same settings, as far as both logs tell?"""
+    """Have both runs the same settings, as far as both logs tell; or no log of settings, and but for seeds one name?"""
     def told(run: Run) -> dict:
         return run.config | {"init_from": run.config.get("init_from", "scratch").replace("resume", "scratch")}
 
-    if bool(a.config) != bool(b.config) or (not a.config and stem(a) != stem(b)):
-        return False
+    if not a.config or not b.config:
+        return not a.config and not b.config and split_name(a)[0] == split_name(b)[0] and not but
     mine, theirs = told(a), told(b)
     return all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys() - HARMLESS - but)
 
 
-def stem(run: Run) -> str:
-    """The name of a run without its seed."""
-    seed = r"\d+" if run.seed is None else str(run.seed)
-    return re.sub(rf"[-_]?(seed)?{seed}$", "", run.name) or run.name
+def split_name(run: Run) -> tuple[str, int | None]:
+    """A run's name without its seed, and the seed: base-1337, base_1337, base_seed1337.
 
-
-def seed_of(run: Run, group: Group) -> int:
-    """The run's seed; where the log does not say, the number at the end of its name, or a number of its own."""
-    if run.seed is not None:
-        return run.seed
-    found = re.search(r"[-_](?:seed)?(\d+)$", run.name)
-    return int(found.group(1)) if found else -1 - len(group.runs)
+    Where the log does not tell the seed, a number at the end of the name is it.
+    """
+    found = re.fullmatch(rf"(.+?)[-_](?:seed)?({r'[0-9]+' if run.seed is None else run.seed})", run.name)
+    return (found[1], int(found[2])) if found else (run.name, run.seed)
 
 
 def group_runs(runs: list[Run], problems: list[str]) -> list[Group]:
     """In the order of their first runs; labels are names without seeds, and with settings where these are alike."""
     groups: list[Group] = []
     for run in runs:
-        group = next((g for g in groups if settings_alike(run, next(iter(g.runs.values())))), None)
+        group = next((g for g in groups if settings_alike(run, g.first)), None)
+        name, seed = split_name(run)
         if group is None:
-            groups.append(group := Group(stem(run)))
-        seed = seed_of(run, group)
-        if seed in group.runs:
-            problems.append(f"{run.where}: the same settings and seed as {group.runs[seed].where}; left out")
+            groups.append(group := Group(name))
+        key = run.where if seed is None else seed
+        if key in group.runs:
+            problems.append(f"{run.where}: the same settings and seed as {group.runs[key].where}; left out")
         else:
-            group.runs[seed] = run
+            group.runs[key] = run
     for group in groups:
-        for seed, run in list(group.runs.items()):
+        for key, run in list(group.runs.items()):
             if run.length < group.length:
                 problems.append(f"{run.where}: ends at step {run.length:,}, its group at {group.length:,}; left out")
-                del group.runs[seed]
+                del group.runs[key]
     for label in {g.label for g in groups}:
         alike = [g for g in groups if g.label == label]
-        for group in alike[1:]:
-            first = alike[0].config
-            differ = [f"{k}={v}" for k, v in group.config.items() if k not in HARMLESS and first.get(k, v) != v]
-            group.label += f" ({', '.join(differ)})" if differ else f" ({len(groups)})"
+        for number, group in enumerate(alike[1:], 2):
+            first, config = alike[0].first.config, group.first.config
+            differ = [f"{k}={v}" for k, v in config.items() if k not in HARMLESS and first.get(k, v) != v]
+            group.label += f" ({', '.join(differ) or number})"
     return groups
 
 
@@ -203,44 +177,45 @@ def choose_baseline(groups: list[Group], label: str | None) -> list[Group]:
     return found + [g for g in groups if g is not found[0]]
 
 
+def of_other_length(groups: list[Group]) -> list[Group]:
+    """The first group, and those that differ from it in nothing but how long they train."""
+    length = {"max_iters", "warmup_iters"}
+    return groups[:1] + [g for g in groups[1:] if settings_alike(g.first, groups[0].first, length)]
+
+
 def warnings(groups: list[Group]) -> list[str]:
-    """What runs differ in beside the objective and the seed."""
+    """What runs differ in beside the objective and the seed, and what seconds are worth."""
     found, base = [], groups[0]
     for group in groups:
-        facts = [run.facts for run in group.runs.values()]
-        for key in sorted({key for f in facts for key in f} - OWN_FACTS):
-            values = {json.dumps(f[key]): None for f in facts if key in f}
+        runs, facts = list(group.runs.values()), group.first.facts
+        for key in sorted({key for run in runs for key in run.facts} - OWN_FACTS):
+            values = dict.fromkeys(str(run.facts[key]) for run in runs if key in run.facts)
             if len(values) > 1:
                 found.append(f"{group.label}: its seeds differ in {key}: {', '.join(values)}")
+        each = [run.seconds_per_step for run in runs if run.seconds_per_step > 0.0]
+        if len(each) > 1 and max(each) > 1.1 * min(each):
+            found.append(f"{group.label}: its seeds' step times are up to {max(each) / min(each) - 1.0:.0%} apart, "
+                         "though they do the same: seconds of a shared machine (ablate.py measures them in turns)")
+        if facts.get("device") == "cpu" and len(facts.get("cores", ())) > facts.get("threads", math.inf):
+            found.append(f"{group.label}: not pinned to cores of its own: seconds may be those of a shared machine")
+        if not group.first.config:
+            found.append(f"{group.label}: logs without settings; grouped by name, and not checked for differences")
+        if unknown := [key for key in group.runs if isinstance(key, str)]:
+            found.append(f"{group.label}: the seed of {', '.join(unknown)} is not known; in no pair")
         if group is base:
             continue
-        ours, theirs = group.config, base.config
-        for key in sorted(ours.keys() & theirs.keys() - HARMLESS - OBJECTIVE - {"init_from"}):
-            if ours[key] != theirs[key]:
-                found.append(f"{group.label}: {key}={ours[key]}, {base.label} has {theirs[key]}")
-        here, there = facts[0], next(iter(base.runs.values())).facts
-        for key in sorted(here.keys() & there.keys() - OWN_FACTS):
-            if here[key] != there[key]:
-                found.append(f"{group.label}: {key} is {here[key]}, {base.label} has {there[key]}"
-                             + ("; val NTP is of other tokens and cannot be compared" if key == "val_crc32" else ""))
-        if unpaired := sorted(group.runs.keys() ^ base.runs.keys()):
-            found.append(f"{group.label}: seeds {', '.join(map(str, unpaired))} have no partner in one of it and "
+        for ours, theirs, ignored in ((group.first.config, base.first.config, HARMLESS | OBJECTIVE | {"init_from"}),
+                                      (facts, base.first.facts, OWN_FACTS)):
+            for key in sorted(ours.keys() & theirs.keys() - ignored):
+                if ours[key] != theirs[key]:
+                    found.append(f"{group.label}: {key}={ours[key]}, {base.label} has {theirs[key]}"
+                                 + "; val NTP is of other tokens and cannot be compared" * (key == "val_crc32"))
+        if alone := [str(key) for key in group.runs.keys() ^ base.runs.keys() if isinstance(key, int)]:
+            found.append(f"{group.label}: seeds {', '.join(sorted(alone))} have no partner in one of it and "
                          f"{base.label}, and are in no difference")
         if group.length != base.length:
             found.append(f"{group.label}: ends at step {group.length:,}, {base.label} at {base.length:,}; "
                          "no difference at the end")
-    unknown = [g.label for g in groups if any(not run.config for run in g.runs.values())]
-    if unknown:
-        found.append(f"{', '.join(unknown)}: logs without settings; grouped by name, and not checked for differences")
-    for group in groups:
-        each = [seconds for run in group.runs.values() if (seconds := seconds_per_step(run)) > 0.0]
-        if len(each) > 1 and max(each) > 1.1 * min(each):
-            found.append(f"{group.label}: its seeds' step times are up to {max(each) / min(each) - 1.0:.0%} apart, "
-                         "though they do the same: seconds of a shared machine (ablate.py measures them in turns)")
-    loose = [g.label for g in groups for f in [next(iter(g.runs.values())).facts]
-             if f.get("device") == "cpu" and f.get("cores") and len(f["cores"]) > f.get("threads", 1)]
-    if loose:
-        found.append(f"{', '.join(loose)}: not pinned to cores of their own; seconds may be those of a shared machine")
     return found
 
 
@@ -249,7 +224,7 @@ def warnings(groups: list[Group]) -> list[str]:
 
 @dataclass
 class Figures:
-    """What is told of a group, beside `base`."""
+    """What is told of a group, beside the baseline."""
 
     group: Group
     at: dict[int, float]  # step -> mean val NTP
@@ -258,7 +233,7 @@ class Figures:
     differences: dict[int, Interval]  # step -> to the baseline
     difference: Interval  # at the end
     each: list[float]  # of which it is the mean
-    steps_to_reach: float | None  # the baseline's end; None: not reached
+    steps_to_reach: float | None  # the baseline's end, and to stay below; None: not reached
     seconds_to_reach: float | None
     reached: int  # by so many seeds of their own
     cost: float  # step time over the baseline's
@@ -268,46 +243,90 @@ class Figures:
     accuracy: dict[str, float]  # acc_0, acc_1, ..., agree_1, ... at the end
 
 
-def figures(groups: list[Group], steps: list[int], last: int) -> list[Figures]:
-    """Of each group; the first is the baseline. The end is the mean of the `last` evaluations."""
-    base = groups[0]
-    target = base.mean(lambda run: run.end("val/ntp", last))
-    lengths = of_other_length(groups)
+def set_step_seconds(groups: list[Group], measured: dict[str, list[float]]) -> list[str]:
+    """Stretch each run's seconds to the step times measured, {label: seconds of a step in each round}.
+
+    The first group's are medians over rounds; others' those times the median of ratios within rounds, since machines
+    drift between them. The baseline's at other lengths are the baseline's. Returns what was not measured, in words.
+    """
+    base, unmeasured = groups[0], []
+    for group in groups if measured else ():
+        of = base.label if group in of_other_length(groups) else group.label
+        if of not in measured or base.label not in measured:
+            unmeasured.append(f"{group.label}: its step time was not measured in turns with {base.label}'s; "
+                              "its seconds are those of its logs")
+            continue
+        ratio = statistics.median(a / b for a, b in zip(measured[of], measured[base.label], strict=True))
+        for run in group.runs.values():
+            if run.seconds_per_step > 0.0:
+                run.stretch(statistics.median(measured[base.label]) * ratio / run.seconds_per_step)
+    return unmeasured
+
+
+def figures(groups: list[Group], steps: list[int], last: int = 1) -> list[Figures]:
+    """Of each group; the first is the baseline.
+
+    last: the end is the mean of so many evaluations of the baseline, of others as many steps before their own end.
+    Errors: ValueError if the baseline has not so many behind its start.
+    """
+    base, lengths = groups[0], of_other_length(groups)
+    evaluated = base.first.points("val/ntp")[0]
+    if last > max((evaluated > 0).sum(), 1):
+        raise ValueError(f"--last={last}: {base.label} has {(evaluated > 0).sum()} evaluations behind its start")
+    back = base.first.length - evaluated[-last:]
+
+    def end(run: Run) -> float:
+        return float(run.at("val/ntp", run.length - back).mean())
+
+    target = base.mean(end)
     found = []
     for group in groups:
-        pairs = [(run, base.runs[seed]) for seed, run in group.runs.items() if seed in base.runs]
-        same_length = group.length == base.length
-        each = [run.end("val/ntp", last) - other.end("val/ntp", last) for run, other in pairs] if same_length else []
-        ends = [run.end("val/ntp", last) for run in group.runs.values()]
-        costs = [cost for a, b in pairs if not math.isnan(cost := step_cost(a, b))]
+        pairs, runs = group.pairs(base), list(group.runs.values())
+        each = [end(a) - end(b) for a, b in pairs] if group.length == base.length else []
+        ends = [end(run) for run in runs]
         x, values = group.curve("val/ntp")
-        reach = crossing(x, values.mean(0), target) if group is not base else float(base.length)
-        seconds = group.mean(lambda run, at=reach: run.at("seconds", at)) if reach is not None else None
-        keys = sorted({key for run in group.runs.values() for line in run.lines for key in line
-                       if re.fullmatch(r"val/(acc|agree)_\d+", key)})
+        reach = crossing(x, values.mean(0), target)
+        keys = {key for run in runs for line in run.lines for key in line if re.fullmatch(r"val/(acc|agree)_\d+", key)}
         found.append(Figures(
-            group, {step: group.mean(lambda run, at=step: run.at("val/ntp", at)) for step in steps},
+            group, {step: group.mean(lambda run, step=step: float(run.at("val/ntp", step))) for step in steps},
             statistics.fmean(ends), statistics.stdev(ends) if len(ends) > 1 else math.nan,
-            {step: interval([a.at("val/ntp", step) - b.at("val/ntp", step) for a, b in pairs]) for step in steps},
-            interval(each), each, reach, seconds,
-            sum(bool(run.points("val/ntp")[1].min() <= target) for run in group.runs.values()),
-            statistics.median(costs) if costs else math.nan, at_equal_seconds(group, base, lengths, last),
-            group.mean(lambda run: run.end("tokens") / run.end("seconds") if run.end("seconds") else math.nan),
+            {step: interval([float(a.at("val/ntp", step) - b.at("val/ntp", step)) for a, b in pairs])
+             for step in steps},
+            interval(each), each, reach,
+            None if reach is None else group.mean(lambda run, reach=reach: float(run.at("seconds", reach))),
+            sum(crossing(*run.points("val/ntp"), target) is not None for run in runs),
+            median(step_cost(run, base.runs[seed]) for seed, run in group.runs.items() if seed in base.runs),
+            at_equal_seconds(group, base, lengths, end),
+            group.mean(tokens_per_second),
             group.mean(lambda run: max(run.points("peak_mib")[1], default=math.nan)),
-            {key.removeprefix("val/"): group.mean(lambda run, key=key: run.end(key)) for key in keys}))
+            {key.removeprefix("val/"): group.mean(lambda run, key=key: run.last(key)) for key in sorted(keys)}))
     return found
 
 
+def tokens_per_second(run: Run) -> float:
+    return float(run.at("tokens", run.length) / (run.at("seconds", run.length) or math.nan))
+
+
+def median(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return statistics.median(known) if known else math.nan
+
+
 def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
-    """Where the line through the points first is down at `target`; None: nowhere."""
-    below = np.flatnonzero(y <= target)
-    if not len(below):
+    """From where on the line through the points stays at or below `target`; None: it does not end there.
+
+    Not where it first is: noise alone would be first there, early, in all but the run that set the target.
+    """
+    if not len(x) or y[-1] > target + 1e-12:  # means of the same numbers may differ in the last bit
         return None
-    k = below[0]
-    return float(x[0] if k == 0 else np.interp(target, [y[k], y[k - 1]], [x[k], x[k - 1]]))
+    above = np.flatnonzero(y > target + 1e-12)
+    if not len(above):
+        return float(x[0])
+    k = above[-1]
+    return float(np.interp(target, [y[k + 1], y[k]], [x[k + 1], x[k]]))
 
 
-def at_equal_seconds(group: Group, base: Group, lengths: list[Group], last: int) -> Interval:
+def at_equal_seconds(group: Group, base: Group, lengths: list[Group], end: Callable[[Run], float]) -> Interval:
     """The difference to the baseline of the length that takes as long, for each seed that has two such lengths.
 
     Between whole runs, since a run that is cut off has not let its learning rate fall; and up to 5% beyond the longest.
@@ -315,11 +334,11 @@ def at_equal_seconds(group: Group, base: Group, lengths: list[Group], last: int)
     """
     differences = []
     for seed, run in group.runs.items() if group not in lengths else ():
-        known = sorted((g.runs[seed].length, g.runs[seed].end("val/ntp", last)) for g in lengths if seed in g.runs)
+        known = sorted((g.runs[seed].length, end(g.runs[seed])) for g in lengths if seed in g.runs)
         if seed in base.runs and len(known) > 1:
             wanted = run.length * step_cost(run, base.runs[seed])
             if 0.95 * known[0][0] <= wanted <= 1.05 * known[-1][0]:
-                differences.append(run.end("val/ntp", last) - at_length(*zip(*known, strict=True), wanted))
+                differences.append(end(run) - at_length(*zip(*known, strict=True), wanted))
     return interval(differences)
 
 

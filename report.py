@@ -28,8 +28,14 @@ STYLE = {"axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtic
          "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "lookahead",
          "font.size": 10, "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 8.5}
 WIDTH, HEIGHT = 5.4, 3.6  # inches, the legend not counted
+FEW = 5  # remarks that stand open above the tables; more are folded
 EARLY = 0.15  # of a run, before which differences dwarf all later ones
 Draw = Callable[[pyplot.Axes], None]
+
+
+def named(group: Group) -> str:
+    """The group's label as it is: matplotlib would read $...$ as mathematics, and leave _... out of legends."""
+    return " " * group.label.startswith("_") + group.label.replace("$", r"\$")
 
 
 def look(k: int) -> dict:
@@ -48,11 +54,10 @@ def panels(found: list[Figures]) -> dict[str, tuple[str, Draw]]:
              "ntp_seconds": ("Validation NTP by seconds of training", curves(groups, "val/ntp", "seconds"))}
     shown = {name: panel for name, panel in shown.items()
              if name == "ntp_step" or any(len(points(g, "val/ntp", name[4:])[0]) for g in groups)}
-    others = [f for f in found[1:] if f.differences]
-    if others:
-        shown["difference"] = (f"Difference to {groups[0].label}, 95% interval", differences(groups))
+    if any(g.pairs(groups[0]) for g in groups[1:]):
+        shown["difference"] = (f"Difference to {named(groups[0])}, 95% interval", differences(groups))
     if ends := [f for f in found[1:] if f.difference.n or f.equal_seconds.n]:
-        shown["ends"] = (f"Difference to {groups[0].label} at the end", forest(ends, found[0]))
+        shown["ends"] = (f"Difference to {named(groups[0])} at the end", forest(ends, found[0]))
     keys = dict.fromkeys(key for g in groups for run in g.runs.values() for line in run.lines for key in line)
     for key in sorted(keys):
         kind, _, name = key.partition("/")
@@ -62,7 +67,7 @@ def panels(found: list[Figures]) -> dict[str, tuple[str, Draw]]:
             title = f"Accuracy of head {name[4:]}" if name[:3] == "acc" else f"Agreement of head {name[6:]} with NTP"
             shown[f"val_{name}"] = (title, curves(groups, key, "iter"))
     weights = sorted(key for key in keys if key.startswith("weight/"))
-    if any(max(run.points(key)[1], default=0.0) > 0.0 for key in weights for g in groups for run in g.runs.values()):
+    if any(max(g.first.points(key)[1], default=0.0) > 0.0 for key in weights for g in groups):
         shown["weights"] = ("Weights of auxiliary losses", schedules(groups, weights))
     return shown
 
@@ -70,7 +75,7 @@ def panels(found: list[Figures]) -> dict[str, tuple[str, Draw]]:
 def points(group: Group, key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
     """x and the values (seeds, x) of `key` there, where x is the seeds' mean of `axis` (iter, tokens, seconds)."""
     at, values = group.curve(key)
-    x = np.array([group.mean(lambda run, k=k: run.at(axis, k)) for k in at]) if axis != "iter" else at
+    x = np.mean([run.at(axis, at) for run in group.runs.values()], axis=0) if axis != "iter" else at
     known = ~np.isnan(x)
     return x[known], values[:, known]
 
@@ -82,7 +87,7 @@ def curves(groups: list[Group], key: str, axis: str) -> Draw:
         for k, group in enumerate(groups):
             x, values = points(group, key, axis)
             if len(x):
-                axes.plot(x, values.mean(0), label=f"{group.label} ({len(values)})", linewidth=1.5, **look(k))
+                axes.plot(x, values.mean(0), label=f"{named(group)} ({len(values)})", linewidth=1.5, **look(k))
                 axes.fill_between(x, values.min(0), values.max(0), color=look(k)["color"], alpha=0.15, linewidth=0)
                 tops.append(values[:, x >= EARLY * x[-1]].max())
         if key == "val/ntp":  # of its fall from ln V nothing could be seen but the fall
@@ -93,24 +98,19 @@ def curves(groups: list[Group], key: str, axis: str) -> Draw:
 
 
 def differences(groups: list[Group]) -> Draw:
-    """Mean and interval of the differences to the first group, paired by seed, at each evaluation but early ones.
-
-    Of runs as long as its own: others' learning rates fall at another pace.
-    """
+    """Mean and interval of the differences to the first group, paired by seed, at each evaluation but early ones."""
     def draw(axes: pyplot.Axes) -> None:
         base = groups[0]
         axes.axhline(0.0, linewidth=0.8, **look(0))
         reach = 0.0
         for k, group in enumerate(groups[1:], 1):
-            if group.length != base.length:
-                continue
-            pairs = [(run, base.runs[seed]) for seed, run in group.runs.items() if seed in base.runs]
+            pairs = group.pairs(base)  # none with runs of other lengths, whose learning rates fall at another pace
             at = [x for x in group.curve("val/ntp")[0] if EARLY * base.length <= x <= base.length]
-            found = [interval([a.at("val/ntp", x) - b.at("val/ntp", x) for a, b in pairs]) for x in at]
+            found = [interval([float(a.at("val/ntp", x) - b.at("val/ntp", x)) for a, b in pairs]) for x in at]
             shown = [(x, d.mean, d.half if d.n > 1 else 0.0) for x, d in zip(at, found, strict=True) if d.n]
             if shown:
                 x, mean, half = np.array(shown).T
-                axes.plot(x, mean, label=f"{group.label} ({len(pairs)})", linewidth=1.5, **look(k))
+                axes.plot(x, mean, label=f"{named(group)} ({len(pairs)})", linewidth=1.5, **look(k))
                 axes.fill_between(x, mean - half, mean + half, color=look(k)["color"], alpha=0.15, linewidth=0)
                 reach = max(reach, *abs(mean) * 1.5, *(half * 1.5 if len(pairs) > 2 else []))
         if reach:
@@ -125,7 +125,7 @@ def forest(found: list[Figures], base: Figures) -> Draw:
     def draw(axes: pyplot.Axes) -> None:
         if not math.isnan(base.spread):
             axes.axvspan(-base.spread, base.spread, color="#999999", alpha=0.2, linewidth=0,
-                         label=f"deviation between seeds of {base.group.label}")
+                         label=f"deviation between seeds of {named(base.group)}")
         axes.axvline(0.0, color=INK, linewidth=0.8)
         for name, colour, offset in (("steps", COLOURS[0], 0.16), ("seconds", COLOURS[1], -0.16)):
             label = f"at equal {name}: mean, 95% interval"
@@ -137,9 +137,9 @@ def forest(found: list[Figures], base: Figures) -> Draw:
                     axes.errorbar(d.mean, y, xerr=0.0 if math.isnan(d.half) else d.half, fmt="|", color=colour,
                                   markersize=11, markeredgewidth=2, elinewidth=1.2, label=label)
                     label = None
-        reach = 1.5 * max(abs(v) for f in found for v in (*f.each, f.equal_seconds.mean) if not math.isnan(v))
-        axes.set_xlim(-reach, reach)
-        axes.set_yticks([len(found) - k for k in range(len(found))], [f.group.label for f in found])
+        reach = 1.5 * max([abs(v) for f in found for v in (*f.each, f.equal_seconds.mean) if not math.isnan(v)])
+        axes.set_xlim(-reach or -0.01, reach or 0.01)
+        axes.set_yticks([len(found) - k for k in range(len(found))], [named(f.group) for f in found])
         axes.set_ylim(0.4, len(found) + 0.6)
         axes.set_xlabel("nats; left is better")
     return draw
@@ -149,10 +149,10 @@ def schedules(groups: list[Group], keys: list[str]) -> Draw:
     def draw(axes: pyplot.Axes) -> None:
         for k, group in enumerate(groups):
             for n, key in enumerate(keys):
-                x, y = next(iter(group.runs.values())).points(key)
+                x, y = group.first.points(key)
                 if len(y) and y.max() > 0.0:
                     axes.plot(x, y, color=look(k)["color"], linestyle=STROKES[n % len(STROKES)], linewidth=1.5,
-                              label=f"{group.label}: {key.removeprefix('weight/')}")
+                              label=f"{named(group)}: {key.removeprefix('weight/')}")
         axes.set_xlabel("step")
         axes.set_ylabel("weight (NTP has 1)")
     return draw
@@ -202,11 +202,11 @@ def inline(made: pyplot.Figure, title: str) -> str:
 
 def as_html(table) -> str:
     def row(cells: list[str], tag: str) -> str:
-        def one(cell: str) -> str:
-            mark = f' class="{cell}"' if cell in ("better", "worse") else ""
+        def one(head: str, cell: str) -> str:
+            mark = f' class="{cell}"' if head == "verdict" and cell in ("better", "worse") else ""
             return f"<{tag}{mark}>{html.escape(cell)}</{tag}>"
 
-        return f"<tr>{''.join(map(one, cells))}</tr>"
+        return f"<tr>{''.join(map(one, table.head, cells))}</tr>"
 
     return (f"<h2>{html.escape(table.title)}</h2><div class=wide><table><thead>{row(table.head, 'th')}</thead><tbody>"
             + "".join(row(cells, "td") for cells in table.rows)
@@ -262,7 +262,8 @@ def write_page(title: str, tables: list, shown: dict[str, tuple[str, Draw]], rem
         plots.append(f"<figure style=\"margin: 0\">{inline(made, name)}</figure>")
         pyplot.close(made)
     told = "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks)
-    told = f"<details open><summary>{len(remarks)} remarks</summary><ul>{told}</ul></details>" if remarks else ""
+    opened = " open" if len(remarks) <= FEW else ""
+    told = f"<details{opened}><summary>{len(remarks)} remarks</summary><ul>{told}</ul></details>" if remarks else ""
     page = PAGE.format(title=html.escape(title), tables="\n".join(map(as_html, tables)), plots="\n".join(plots),
                        command=html.escape(command), remarks=told)
     with atomic_write(path, "w", encoding="utf-8") as f:

@@ -21,6 +21,11 @@ from pathlib import Path
 import numpy as np
 
 SHOWN = 3  # complaints about the lines of one run
+LARGEST = 1e30  # what is beyond it is no loss, no time and no memory
+HARMLESS = {"seed", "out_dir", "data_dir", "eval_interval", "eval_only", "log_interval", "wandb_log", "wandb_project",
+            "wandb_run_name", "wandb_mode", "device", "dtype", "path", "compile"}  # settings; the last four: by facts
+OWN_FACTS = {"cores", "parameters"}  # of each run its own
+KINDS = {"seed": int, "max_iters": int, "init_from": str, "cores": list, "threads": int}  # of settings and facts in use
 
 
 @dataclass
@@ -32,27 +37,40 @@ class Run:
     config: dict = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     lines: list[dict] = field(default_factory=list)  # iter rising; every value a finite number
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of lines, once asked for
 
     def points(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Iterations at which there is a `key`, and its values."""
-        found = [(line["iter"], line[key]) for line in self.lines if key in line]
-        x, y = np.array(found, dtype=float).reshape(-1, 2).T
-        return x, y
+        if key not in self.columns:
+            found = [(line["iter"], line[key]) for line in self.lines if key in line]
+            self.columns[key] = tuple(np.array(found, dtype=float).reshape(-1, 2).T)
+        return self.columns[key]
 
-    def at(self, key: str, iteration: float) -> float:
-        """`key` at an iteration, in a straight line between those that have it; NaN outside of them."""
+    def at(self, key: str, iterations: float | np.ndarray) -> float | np.ndarray:
+        """`key` at iterations, in a straight line between those that have it; NaN outside of them."""
         x, y = self.points(key)
-        return float(np.interp(iteration, x, y, left=math.nan, right=math.nan)) if len(x) else math.nan
+        return np.interp(iterations, x, y, left=math.nan, right=math.nan) if len(x) else iterations * math.nan
 
-    def end(self, key: str, last: int = 1) -> float:
-        """The mean of the last values of `key`; NaN if there is none."""
-        values = self.points(key)[1][-last:]
-        return float(values.mean()) if len(values) else math.nan
+    def last(self, key: str) -> float:
+        """The last `key`; NaN if there is none."""
+        values = self.points(key)[1]
+        return float(values[-1]) if len(values) else math.nan
+
+    def stretch(self, factor: float) -> None:
+        """Let all seconds be `factor` times as long."""
+        for line in self.lines:
+            if "seconds" in line:
+                line["seconds"] *= factor
+        self.columns.pop("seconds", None)
 
     @property
     def length(self) -> int:
         """Iterations up to the last evaluation."""
         return int(self.points("val/ntp")[0][-1])
+
+    @property
+    def seconds_per_step(self) -> float:
+        return float(self.at("seconds", self.length)) / self.length if self.length else math.nan
 
     @property
     def seed(self) -> int | None:
@@ -68,6 +86,12 @@ class Reader:
 
     def read(self, word: str) -> None:
         """Add the runs that `word` stands for (see above). Errors: ValueError if there is nothing of the kind."""
+        try:
+            self._read(word)
+        except OSError as error:
+            raise ValueError(f"{word[:200]}: cannot read: {error.strerror}") from error
+
+    def _read(self, word: str) -> None:
         if word.startswith("wandb:"):
             return self._read_online(word)
         path = Path(word)
@@ -83,24 +107,23 @@ class Reader:
                              "a wandb offline folder, or wandb:entity/project[/run]")
         for log in logs:
             self._read_log(log)
+        resumed: dict[str, tuple[Run, list]] = {}  # wandb writes a file for each time that a run goes on
         for file in offline:
-            self._read_offline(file)
+            self._read_offline(file, resumed)
+        for run, rows in resumed.values():
+            self._add(run, rows)
 
     # -------------------------------------------------------------------------------------------
     # where lines come from
 
     def _read_log(self, path: Path) -> None:
-        try:
-            text = path.read_bytes().decode("utf-8", errors="replace")
-        except OSError as error:
-            self.problems.append(f"{path}: cannot read: {error.strerror}")
-            return
+        text = path.read_bytes().decode("utf-8", errors="replace")
         runs: dict[str, list] = {}  # by name
-        name = path.parent.name if path.name == "log.jsonl" else path.stem
+        name = path.resolve().parent.name if path.name == "log.jsonl" else path.stem
         for number, row in enumerate(text.splitlines(), 1):
             try:
                 line = json.loads(row)
-            except ValueError:
+            except (ValueError, RecursionError):  # RecursionError: [[[[[...
                 line = "half-written" if number == text.count("\n") + 1 else "not JSON"
             own = line.pop("run", name) if isinstance(line, dict) else name
             runs.setdefault(str(own), []).append((f"line {number}", line))
@@ -109,15 +132,12 @@ class Reader:
         for own, rows in runs.items():
             self._add(Run(own, str(path) if own == name else f"{path}, {own}"), rows)
 
-    def _read_offline(self, path: Path) -> None:
+    def _read_offline(self, path: Path, resumed: dict[str, tuple[Run, list]]) -> None:
+        """Put what a file has of a run into `resumed`, by the run's id."""
         from wandb.proto.wandb_internal_pb2 import Record
 
-        config, rows, run, name = {}, [], Run(path.stem, str(path)), path.stem
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            self.problems.append(f"{path}: cannot read: {error.strerror}")
-            return
+        config, rows, id, name = {}, [], path.stem, path.stem
+        data = path.read_bytes()
         if not data.startswith(b":W&B"):
             self.problems.append(f"{path}: not a file of wandb's: it begins with {data[:4]!r}")
             return
@@ -129,7 +149,7 @@ class Reader:
                 record = Record.FromString(content)
                 kind = record.WhichOneof("record_type")
                 if kind in ("run", "config"):
-                    name = record.run.display_name or name
+                    name, id = record.run.display_name or name, record.run.run_id or id
                     for item in (record.run.config if kind == "run" else record.config).update:
                         config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
                 elif kind == "history":
@@ -137,8 +157,8 @@ class Reader:
                                                      for item in record.history.item}))
             except Exception as error:  # protobuf's DecodeError, json's: whatever a broken file brings
                 self.problems.append(f"{path}, record {number}: {error!r}")
-        run.name = name
-        self._add(run, [("its config", split_config(config)), *rows])
+        _, before = resumed.setdefault(id, (Run(name, str(path)), []))
+        before += [("its config", split_config(config)), *rows]
 
     def _read_online(self, word: str) -> None:
         """Errors: ValueError if wandb cannot be asked, or knows no such run."""
@@ -167,25 +187,29 @@ class Reader:
 
     def _add(self, run: Run, rows: Iterable[tuple[str, object]]) -> None:
         """Take into `run` what is sound of `rows`, (where, a line); and the run, if anything can be compared."""
+        run.name = " ".join(run.name.encode("utf-8", "replace").decode().split()) or "unnamed"
         complaints: list[str] = []
         by_iter: dict[int, dict] = {}
         untimed: list[str] = []
+        latest = -1
         for where, line in rows:
             if not isinstance(line, dict):
                 complaints.append(f"{where}: {line if isinstance(line, str) else 'expected an object'}; left out")
             elif "config" in line:
                 complaints += self._take_header(run, where, line)
-            elif type(line.get("iter")) is not int or line["iter"] < 0:
-                complaints.append(f"{where}: expected a whole number as iter, found {line.get('iter')!r}; left out")
+            elif type(line.get("iter")) is not int or not 0 <= line["iter"] < LARGEST:
+                complaints.append(f"{where}: expected a whole number as iter, found {str(line.get('iter'))[:20]}; "
+                                  "left out")
             else:
-                if by_iter and line["iter"] <= max(by_iter):
-                    complaints.append(f"{where}: iter {line['iter']} comes after {max(by_iter)}")
+                if line["iter"] <= latest:
+                    complaints.append(f"{where}: iter {line['iter']} comes after {latest}")
+                latest = max(latest, line["iter"])
                 numbers = {}
                 for key, value in line.items():
-                    if type(value) in (int, float) and math.isfinite(value):
+                    if type(value) in (int, float) and -LARGEST < value < LARGEST:  # NaN is not
                         numbers[key] = value
                     elif value is not None and not key.startswith("_"):
-                        complaints.append(f"{where}: {key} is {value!r}; left out")
+                        complaints.append(f"{where}: {key} is {str(value)[:20]}; left out")
                 if "val/ntp" in numbers and not {"tokens", "seconds"} <= numbers.keys():
                     untimed.append(where)
                 by_iter[line["iter"]] = by_iter.get(line["iter"], {}) | numbers
@@ -203,13 +227,27 @@ class Reader:
         self.problems += [f"{run.where}: {text}" for text in shown + more]
 
     def _take_header(self, run: Run, where: str, line: dict) -> list[str]:
-        config, facts = line["config"], line.get("facts", {})
-        if not isinstance(config, dict) or not isinstance(facts, dict):
-            return [f"{where}: expected config and facts to be objects; left out"]
-        changed = {k: v for k, v in facts.items() if run.facts and run.facts.get(k) != v}
-        started = {"init_from": run.config["init_from"]} if "init_from" in run.config else {}
-        run.config, run.facts = config | started, run.facts | facts
-        return [f"{where}: goes on with another {', '.join(changed)}"] if changed else []
+        """Into the run what is sound of its settings and facts; returns complaints."""
+        complaints, sound = [], []
+        for name in ("config", "facts"):
+            found = line.get(name, {})
+            if not isinstance(found, dict):
+                complaints.append(f"{where}: expected {name} to be an object; left out")
+                found = {}
+            for key in KINDS.keys() & found.keys():
+                if type(found[key]) is not KINDS[key]:
+                    complaints.append(f"{where}: {name}: {key} is {str(found[key])[:20]}; left out")
+            sound.append({k: v for k, v in found.items() if type(v) is KINDS.get(k, type(v))})
+        config, facts = sound
+        if run.config:  # a run that goes on: where it started from it said before
+            config["init_from"] = run.config.get("init_from", "scratch")
+            differ = [f"{key}={new[key]}, was {old[key]}" for old, new, ignored in (
+                          (run.config, config, HARMLESS | {"max_iters"}), (run.facts, facts, OWN_FACTS))
+                      for key in sorted(old.keys() & new.keys() - ignored) if old[key] != new[key]]
+            if differ:
+                complaints.append(f"{where}: goes on with {'; '.join(differ)}")
+        run.config, run.facts = run.config | config, run.facts | facts
+        return complaints
 
 
 def split_config(config: dict) -> dict:

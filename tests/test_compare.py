@@ -112,9 +112,9 @@ def test_the_baseline_of_another_length_lies_between_its_runs():
     assert at_length(lengths, losses, 790) > 2.0 and at_length(lengths, losses, 1400) < 1.8  # a little beyond
 
 
-def test_where_a_curve_first_is_as_low_as_a_target():
+def test_from_where_a_curve_stays_below_a_target():
     x, y = np.array([0.0, 10.0, 20.0, 30.0]), np.array([4.0, 2.0, 3.0, 1.0])
-    assert crossing(x, y, 3.0) == 5.0 and crossing(x, y, 2.0) == 10.0 and crossing(x, y, 1.5) == 27.5
+    assert crossing(x, y, 3.0) == 5.0 and crossing(x, y, 2.0) == 25.0 and crossing(x, y, 1.5) == 27.5
     assert crossing(x, y, 0.9) is None and crossing(x, y, 5.0) == 0.0 and crossing(x[:0], y[:0], 1.0) is None
 
 
@@ -175,6 +175,52 @@ def test_the_clock_s_own_noise_is_in_what_is_said_of_seconds(runs, capsys):
     assert float(found["nitp"]["equal_seconds"]) == pytest.approx(sum(equal) / 2)
     compare.main([str(runs), "--baseline", "base"])
     assert "nitp: its seeds' step times are up to 25% apart" in capsys.readouterr().err
+
+
+def test_a_run_like_the_baseline_takes_as_long_whatever_the_noise(tmp_path, capsys):
+    noisy = [6.0, 1.85, 1.80, 1.83, 1.82]
+    for seed in (1, 2):
+        write_log(tmp_path / f"base-{seed}", noisy, seed)
+        write_log(tmp_path / f"same-{seed}", noisy, seed, variant())
+    for last in (1, 3):
+        found = rows(capsys, tmp_path, "--last", last)
+        assert found["same"]["steps_to_reach"] == found["base"]["steps_to_reach"]
+        assert found["same"]["difference_end"] == "0.0" and found["same"]["seeds_that_reach"] == (
+            found["base"]["seeds_that_reach"])
+
+
+def test_the_last_evaluations_are_as_many_steps_whatever_the_interval(tmp_path, capsys):
+    fall = [6.0 - 0.01 * k for k in range(9)]
+    write_log(tmp_path / "base-1", fall[::2], 1)
+    log = write_log(tmp_path / "often-1", fall, 1, variant() | {"max_iters": 400, "eval_interval": 50})
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line | ({"iter": line["iter"] // 2} if "val/ntp" in line else {})) + "\n"
+                           for line in lines if "train/ntp" not in line))
+    found = rows(capsys, tmp_path, "--last", 3)
+    assert float(found["often"]["difference_end"]) == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ValueError, match="--last=5: base has 4 evaluations behind its start"):
+        compare.main([str(tmp_path), "--last", "5"])
+
+
+def test_a_run_that_was_cut_short_is_not_slower_for_it(runs, capsys):
+    log = runs / "nitp-1" / "log.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:-1]) + "\n")  # ends with a step behind an evaluation
+    found = rows(capsys, runs / "base-1", log)
+    assert float(found["nitp"]["step_time_ratio"]) == pytest.approx(1.2)
+
+
+def test_step_times_that_were_not_measured_are_told(runs, tmp_path, capsys):
+    (tmp_path / "steps.json").write_text(json.dumps({"seconds": {"base": [1.0]}}))
+    compare.main([str(runs), "--step_seconds", str(tmp_path / "steps.json")])
+    assert "nitp: its step time was not measured in turns with base's" in capsys.readouterr().err
+
+
+def test_kept_runs_of_one_name_stay_two(tmp_path, capsys):
+    for folder, weight in (("x", 0.1), ("y", 0.2)):
+        write_log(tmp_path / folder / "nitp-1", NITP[1], 1, variant(weight))
+    compare.main([str(tmp_path / "x"), str(tmp_path / "y"), "--keep", str(tmp_path / "kept.jsonl")])
+    capsys.readouterr()
+    assert set(rows(capsys, tmp_path / "kept.jsonl")) == {"nitp", "2.nitp"}
 
 
 def test_nothing_is_said_of_steps_that_a_run_has_not_come_to(runs, capsys):
@@ -247,9 +293,9 @@ def test_what_else_differs_is_told(tmp_path, capsys):
     write_log(tmp_path / "long-1", [*BASE[1], 1.9], 1, variant(0.5))
     compare.main([str(tmp_path)])
     told = capsys.readouterr().err
-    assert 'base: its seeds differ in path: "fast", "plain"' in told
+    assert 'base: its seeds differ in path: fast, plain' in told
     assert "big: batch_size=64, base has 32" in told
-    assert "big: val_crc32 is cc, base has aa; val NTP is of other tokens" in told
+    assert "big: val_crc32=cc, base has aa; val NTP is of other tokens" in told
     assert "big: not pinned" in told and "base: not pinned" not in told
     assert "seeds 2, 9 have no partner" in told
     assert "long: ends at step 500, base at 400; no difference at the end" in told
@@ -306,15 +352,88 @@ def test_a_resumed_run_on_another_path_is_told(runs, capsys):
     log.write_text("\n".join([header, *rest[:4], json.dumps(other), *rest[4:]]) + "\n")
     assert rows(capsys, runs)["base"]["seeds"] == "1 2 3"
     compare.main([str(runs)])
-    assert "base-1/log.jsonl: line 6: goes on with another path" in capsys.readouterr().err
+    assert "base-1/log.jsonl: line 6: goes on with path=plain, was fast" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word,says", [
     ("nowhere", "nowhere: no such file or folder"), ("", "no run there"),
     ("wandb:me", "expected wandb:entity/project")])
-def test_words_that_name_no_run_are_refused(tmp_path, word, says):
-    with pytest.raises(ValueError, match=says):
-        compare.main([word if word.startswith("wandb:") else str(tmp_path / word)])
+def test_words_that_name_no_run_are_told_and_the_rest_is_compared(runs, tmp_path, capsys, word, says):
+    word = word if word.startswith("wandb:") else str(tmp_path / word)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare.main([word])
+    assert says in capsys.readouterr().err
+    assert compare.main([str(runs), word]) == 1
+    told = capsys.readouterr()
+    assert says in told.err and "Difference to base" in told.out
+
+
+@pytest.mark.parametrize("line", [
+    '{"iter": 1, "val/ntp": %s}' % ("9" * 400), '{"iter": %s, "val/ntp": 2}' % ("9" * 400), "[" * 100_000,
+    '{"iter": 0, "config": {"max_iters": "many"}}', '{"iter": 0, "config": {"init_from": 3, "seed": [1]}}',
+    '{"iter": 0, "config": {"seed": {}}, "facts": {"device": "cpu", "cores": 4, "threads": "x"}}',
+    '{"iter": 0, "config": 3}', '{"iter": 0, "config": {}, "facts": []}', '{"iter": 3, "val/ntp": 1e308}',
+    '{"iter": 3, "seconds": true}'])
+def test_no_line_however_odd_stops_a_comparison(runs, tmp_path, capsys, line):
+    log = runs / "nitp-1" / "log.jsonl"
+    log.write_text(log.read_text() + line + "\n")
+    assert compare.main([str(runs), "--html", str(tmp_path / "page.html")]) == 0
+    told = capsys.readouterr()
+    assert "nitp-1/log.jsonl: line 11: " in told.err and "nitp" in told.out
+
+
+def test_a_run_that_goes_on_with_other_settings_is_told(runs, capsys):
+    log = runs / "base-1" / "log.jsonl"
+    header, *rest = log.read_text().splitlines()
+    other = json.loads(header)
+    other["config"] |= {"learning_rate": 9.0, "max_iters": 400, "wandb_log": True}
+    other["facts"]["cores"] = [3]
+    log.write_text("\n".join([header, *rest[:4], json.dumps(other), *rest[4:]]) + "\n")
+    compare.main([str(runs / "base-1")])
+    assert "line 6: goes on with learning_rate=9.0, was 0.002\n" in capsys.readouterr().err
+
+
+def test_names_of_logs_without_settings(tmp_path, capsys):
+    for name, values in (("mtp4", BASE[1]), ("mtp8", BASE[2]), ("a-1337", BASE[1]), ("a_seed1338", BASE[2])):
+        path = write_log(tmp_path / name, values)
+        path.write_text("".join(path.read_text().splitlines(True)[1:]))
+    found = rows(capsys, tmp_path)
+    assert set(found) == {"mtp4", "mtp8", "a"} and found["a"]["seeds"] == "1337 1338"
+    assert found["mtp4"]["difference_end"] == ""
+    compare.main([str(tmp_path)])
+    assert "mtp4: the seed of" in capsys.readouterr().err
+
+
+def test_odd_names(tmp_path, capsys):
+    for k, name in enumerate(("base", "$x_1$", "_under", "a|b", "two\nlines")):
+        for seed in (1, 2):
+            write_log(tmp_path / f"{name}-{seed}", BASE[seed], seed, variant(k))
+    compare.main([str(tmp_path), "--baseline", "base", "--html", str(tmp_path / "x.html"),
+                  "--markdown", str(tmp_path / "x.md")])
+    page = (tmp_path / "x.html").read_text()
+    svgs = "".join(part.split("</svg>")[0] for part in page.split("<svg")[1:])
+    assert "$x_1$ (2)" in svgs and "_under (2)" in svgs and "two lines" in capsys.readouterr().out
+    assert r"a\|b" in (tmp_path / "x.md").read_text()
+
+
+def test_logs_of_many_lines_are_read_in_no_time(tmp_path):
+    """Quadratic work, as once here, would take minutes."""
+    lines = [{"iter": k, "tokens": k, "seconds": k / 10, "train/ntp": 2.0} | ({"val/ntp": 2.0} if k % 50 == 0 else {})
+             for k in range(30_001)]
+    for name in ("a-1", "a-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = call(tmp_path, "--html", tmp_path / "x.html")
+    assert done.returncode == 0 and "step 22,500" in done.stdout, done.stderr
+
+
+def test_a_program_is_told_what_to_write_after_what_to_read(runs, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    compare.main([str(runs), "--keep", str(kept)])
+    before = kept.read_bytes()
+    for words in (["--csv", kept, runs], [kept, "--keep", kept], ["--html", kept, runs]):
+        done = call(*words)
+        assert done.returncode == 2 and kept.read_bytes() == before, words
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"seconds": {"base": []}}', '{"seconds": {"base": ["1"]}}',
@@ -346,6 +465,17 @@ def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, monkeypatch, c
     assert b.name == "mine" and a.config == b.config and a.facts == b.facts
     assert [{k: v for k, v in line.items() if not k.startswith("_")} for line in b.lines] == a.lines
 
+    assert train.main([*words(n_future_heads=1, nitp_weight=0.1, max_iters=12), "--wandb_log",
+                       "--wandb_mode=offline", "--init_from=resume"]) == 0  # wandb begins another file
+    deadline = time.monotonic() + 60
+    while True:
+        whole = Reader()
+        whole.read(str(tmp_path / "wandb"))
+        if whole.runs and whole.runs[0].length == 12 or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert len(whole.runs) == 1 and [line["iter"] for line in whole.runs[0].lines] == list(range(13))
+
     (file,) = folder.glob("*.wandb")
     data = file.read_bytes()
     for cut in (len(data) - 1, len(data) // 2):
@@ -357,7 +487,7 @@ def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, monkeypatch, c
     assert list(leveldb_records(file.read_bytes()))[-1] is None  # the checksum tells
     file.write_bytes(b"something else")
     reader = Reader()
-    reader.read(str(tmp_path / "wandb"))
+    reader.read(str(file))
     assert not reader.runs and "not a file of wandb's" in reader.problems[0]
 
 
@@ -447,7 +577,7 @@ def test_runs_at_wandb(wandb_server):
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader(io.StringIO(done.stdout))
     assert row["set_up"] == "base" and row["seeds"] == "1 2" and float(row["ntp_end"]) == pytest.approx(2.05)
-    assert "wandb:me/lab/b2: step 0: val/ntp is 'NaN'; left out" in done.stderr
+    assert "wandb:me/lab/b2: step 0: val/ntp is NaN; left out" in done.stderr
     assert "wandb:me/lab/a1: the same settings and seed as wandb:me/lab/a1; left out" in done.stderr  # asked for twice
     for word, says in (("wandb:me/lab/xyz", "Could not find run"), ("wandb:me/other", "Could not find project")):
         done = call(word, env=wandb_server)
