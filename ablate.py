@@ -34,7 +34,7 @@ from export import read_checkpoint
 from files import atomic_write
 from letters import token_texts
 from machine import find_machine
-from processes import POLL, complaint, evaluations, free_cores, how_to_begin, start, stop
+from processes import POLL, complaint, evaluations, free_cores, how_to_begin, lock, settings_in, start, stop
 from settings import Settings, check
 from tokenizer import load_tokenizer, vocab_folder
 
@@ -63,7 +63,12 @@ def find_configs(words: list[str]) -> dict[str, Path]:
 
 
 def settings_of(name: str, config: Path, seed: int, words: list[str], out: Path, longer: float = 1.0) -> Settings:
-    """The settings of one run; its out_dir tells it from all others."""
+    """The settings of one run; its out_dir tells it from all others. Errors: ValueError."""
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"{word}: expected sets first, then options and --setting=value")
+        if word.partition("=")[0] in ("--seed", "--out_dir"):
+            raise ValueError(f"{word}: each run has its own; there are --seeds and --out")
     s = configure(Settings, [str(config), *words, f"--seed={seed}"])
     s.max_iters = round(s.max_iters * longer)
     s.out_dir = str(out / f"{name}{s.max_iters if longer != 1.0 else ''}-{seed}")
@@ -77,11 +82,11 @@ def settings_of(name: str, config: Path, seed: int, words: list[str], out: Path,
 def check_same(s: Settings) -> None:
     """ValueError if what lies in a run's out_dir was trained with other settings than `s` has."""
     path = Path(s.out_dir) / "last.pt"
-    config = read_checkpoint(path).get("config", {}) if path.exists() else {}
+    config = read_checkpoint(path).get("config", {}) if path.exists() else settings_in(path.parent)
     for field in fields(Settings):
         then, now = config.get(field.name, field.default), getattr(s, field.name)
         if config and field.name not in MAY_DIFFER and then != now:
-            raise ValueError(f"{path}: was trained with {field.name}={then}, its config has {now} by now; "
+            raise ValueError(f"{s.out_dir}: was trained with {field.name}={then}, its config has {now} by now; "
                              f"delete {s.out_dir}, or choose another --out")
 
 
@@ -134,14 +139,14 @@ def step_seconds(setups: dict[str, Settings], rounds: int) -> dict[str, list[flo
         folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
         steps[name] = make_step(s, token_texts(load_tokenizer(folder, s.vocab_size)) if s.spelling_letters else None)
     points = [k / 10 + 0.05 for k in range(10)]
-    for round in tqdm(range(rounds + 1), "step times", leave=False, file=sys.stderr):  # the first one warms up
+    for turn in tqdm(range(rounds + 1), "step times", leave=False, file=sys.stderr):  # the first one warms up
         spent = dict.fromkeys(setups, 0.0)
-        for progress in points if round else points[::5]:
+        for share in points if turn else points[::5]:
             for name, step in steps.items():  # step by step in turns: these machines drift within seconds
                 began = time.perf_counter()
-                step(progress)
+                step(share)
                 spent[name] += (time.perf_counter() - began) / len(points)
-        if round:
+        if turn:
             for name in setups:
                 found[name].append(spent[name])
     return found
@@ -155,10 +160,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: %(default)s")
     parser.add_argument("--longer", type=float, nargs="+", default=[], metavar="X", help="the baseline X times as long")
     parser.add_argument("--jobs", type=positive, help="runs at a time; default: one a core, or one on a GPU")
-    parser.add_argument("--rounds", type=int, default=5, help="of step times; 0: those of the logs; default: 5")
+    parser.add_argument("--rounds", type=int, help="of step times; 0: the logs' own; default: 5, or 0 with --no_runs")
     parser.add_argument("--no_runs", action="store_true", help="train nothing, compare what is there")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: out/ and the first SET")
     args, words = parser.parse_known_args(argv)
+    rounds = args.rounds if args.rounds is not None else 0 if args.no_runs else 5
+    if rounds < 0:
+        raise ValueError(f"--rounds={rounds}: expected 0 or more")
     configs = find_configs(args.sets)
     base = next(iter(configs))
     if unknown := sorted(set(args.only or ()) - configs.keys()):
@@ -168,15 +176,26 @@ def main(argv: list[str]) -> None:
     runs = [settings_of(base, configs[base], seed, words, out, times) for times in (1.0, *args.longer)
             for seed in args.seeds]
     runs += [settings_of(name, configs[name], seed, words, out) for seed in args.seeds for name in names[1:]]
+    runs = list({s.out_dir: s for s in runs}.values())  # a seed or a length may have been given twice
     for s in runs:
         check_same(s)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a") as f:
+        if not lock(f):
+            raise ValueError(f"{out}: another ablate.py is at work here; wait for it, or choose another --out")
+        train_and_compare(args, runs, rounds, out, {name: settings_of(name, configs[name], args.seeds[0], words, out)
+                                                    for name in names})
+
+
+def train_and_compare(args: argparse.Namespace, runs: list[Settings], rounds: int, out: Path,
+                      setups: dict[str, Settings]) -> None:
+    """All runs, the step times of set-ups, the comparison."""
     on_cpu = find_machine(runs[0].device).device.type == "cpu"
     if not args.no_runs:
         run_all(runs, args.jobs or (len(free_cores()) if on_cpu else 1))
     measured = out / "step_seconds.json"
-    if args.rounds and on_cpu:
-        found = step_seconds({name: settings_of(name, configs[name], args.seeds[0], words, out) for name in names},
-                             args.rounds)
+    if rounds and on_cpu:
+        found = step_seconds(setups, rounds)
         with atomic_write(measured, "w") as f:
             json.dump({"machine": machine(), "threads": 1, "seconds": found}, f)
     folders = [s.out_dir for s in runs if progress(s) >= 0]

@@ -95,7 +95,7 @@ def tables(found: list[Figures], last: int) -> list[Table]:
             *(f"pairs for {effect:g}" for effect in EFFECTS)], [noise(f) for f in noisy],
             f"Standard deviations at the end, that of differences with its 95% interval (chi-square); that of "
             f"{base.group.label} between its {len(base.group.runs)} seeds: {number(base.spread)}. Pairs for: how many "
-            "let a true difference of so many nats be told from 0 in four of five comparisons, were the deviation right."))
+            "let a true difference of so many nats be told from 0 in four of five comparisons."))
     return shown
 
 
@@ -115,7 +115,7 @@ def as_text(table: Table) -> str:
     rows = [table.head, *table.rows]
     widths = [max(len(row[k]) for row in rows) for k in range(len(table.head))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    note = textwrap.wrap(table.note, max(len(lines[0]), 60))
+    note = textwrap.wrap(table.note, max(len(lines[0]), 100))
     return "\n".join([table.title, "", lines[0], "-" * len(lines[0]), *lines[1:], *note])
 
 

@@ -3,6 +3,7 @@
 What this leaves out on purpose: which runs there are (ablate.py, sweep.py), and other machines.
 """
 
+import io
 import json
 import os
 import signal
@@ -78,12 +79,23 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def evaluations(folder: Path) -> dict[int, float]:
-    """{iteration: val/ntp} of a log so far; a line that is half written does not count yet."""
+    """{iteration: val/ntp} of a log so far; a line that is half written, or broken, does not count."""
     path, found = folder / "log.jsonl", {}
-    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
-        if METRIC in line and METRIC in (values := json.loads(line)):  # most lines are not worth parsing
-            found[values["iter"]] = values[METRIC]
+    for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
+        if METRIC in line:  # few have it, and others are not worth parsing
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                values = json.loads(line)
+                found[values["iter"]] = float(values[METRIC])
     return found
+
+
+def settings_in(folder: Path) -> dict:
+    """The settings in the first line of a run's log; none where it has none."""
+    path = folder / "log.jsonl"
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        with open(path, errors="replace") if path.exists() else io.StringIO("{}") as f:
+            return dict(json.loads(f.readline())["config"])
+    return {}
 
 
 def complaint(folder: Path, code: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend comes first)
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 from files import atomic_write  # noqa: E402
 from groups import Figures, Group, interval  # noqa: E402
@@ -83,15 +84,19 @@ def points(group: Group, key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
 def curves(groups: list[Group], key: str, axis: str) -> Draw:
     """The mean over seeds as a line, and all seeds between the edges of a band."""
     def draw(axes: pyplot.Axes) -> None:
-        tops = []
+        tops, lows = [], []
         for k, group in enumerate(groups):
             x, values = points(group, key, axis)
             if len(x):
                 axes.plot(x, values.mean(0), label=f"{named(group)} ({len(values)})", linewidth=1.5, **look(k))
                 axes.fill_between(x, values.min(0), values.max(0), color=look(k)["color"], alpha=0.15, linewidth=0)
                 tops.append(values[:, x >= EARLY * x[-1]].max())
+                lows.append(values.min())
         if key == "val/ntp":  # of its fall from ln V nothing could be seen but the fall
-            axes.set_ylim(top=1.02 * sorted(tops)[len(tops) // 2])
+            top, bottom = sorted(tops)[len(tops) // 2], min(lows)
+            axes.set_ylim(bottom - 0.04 * (top - bottom), 1.02 * top)
+        if axis == "tokens":
+            axes.xaxis.set_major_formatter(EngFormatter())  # 10 M
         axes.set_xlabel({"iter": "step", "tokens": "tokens", "seconds": "seconds of training"}[axis])
         axes.set_ylabel("share" if "acc" in key or "agree" in key or "exact" in key else "nats")
     return draw
@@ -137,7 +142,9 @@ def forest(found: list[Figures], base: Figures) -> Draw:
                     axes.errorbar(d.mean, y, xerr=0.0 if math.isnan(d.half) else d.half, fmt="|", color=colour,
                                   markersize=11, markeredgewidth=2, elinewidth=1.2, label=label)
                     label = None
-        reach = 1.5 * max([abs(v) for f in found for v in (*f.each, f.equal_seconds.mean) if not math.isnan(v)])
+        told = [d for f in found for d in (f.difference, f.equal_seconds) if d.n]
+        reach = 1.1 * max(*(1.3 * abs(d.mean) for d in told), *(abs(v) for f in found for v in f.each),
+                          *(abs(d.mean) + d.half for d in told if d.n > 2), 0.0)  # of two, it is ten times as wide
         axes.set_xlim(-reach or -0.01, reach or 0.01)
         axes.set_yticks([len(found) - k for k in range(len(found))], [named(f.group) for f in found])
         axes.set_ylim(0.4, len(found) + 0.6)
@@ -154,6 +161,7 @@ def schedules(groups: list[Group], keys: list[str]) -> Draw:
                     axes.plot(x, y, color=look(k)["color"], linestyle=STROKES[n % len(STROKES)], linewidth=1.5,
                               label=f"{named(group)}: {key.removeprefix('weight/')}")
         axes.set_xlabel("step")
+        axes.set_ylim(bottom=0.0)
         axes.set_ylabel("weight (NTP has 1)")
     return draw
 

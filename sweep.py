@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 MOST_FAILURES = 3  # trials in a row; then something is wrong with the search
+NOT_SEARCHED = {"out_dir", "seed", "init_from", "max_iters", "eval_interval", "eval_iters", "eval_only", "data_dir",
+                "dataset", "vocab_size"}
 STARTUP_TRIALS = 5  # that have to be complete before one is stopped early
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
 PLAIN = ["${env}", "${interpreter}"]
@@ -152,8 +154,8 @@ def read_parameter(name: Any, found: Any, where: str) -> dict:
     if kind is float and any(isinstance(x, str) for x in values):
         raise ValueError(f"{where}: expected numbers, found {values}; YAML takes 1e-3 for a text, 1.0e-3 for a number")
     values = [checked(Settings, name, x, where) for x in values]
-    if name == "out_dir":
-        raise ValueError(f"{where}: each trial has its own")
+    if name in NOT_SEARCHED:
+        raise ValueError(f"{where}: trials with other values of it cannot be compared, or have their own")
     if distribution not in ("constant", "categorical"):
         low, high = values
         if kind not in (int, float) or not wholes and distribution == "int_uniform" or (

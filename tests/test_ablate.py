@@ -10,6 +10,7 @@ import ablate
 from ablate import find_configs, settings_of
 from configurator import configure
 from groups import OBJECTIVE
+from processes import lock
 from settings import Settings
 
 
@@ -84,7 +85,10 @@ def test_settings_for_all_runs_and_some_of_the_configs(lab, capsys):
 
 def test_a_run_of_an_older_config_is_not_taken_for_one_of_this(lab):
     ablate.main(words(lab, "--only", "base", "--rounds", "0"))
-    with pytest.raises(ValueError, match="base-1/last.pt: was trained with dropout=0.0, its config has 0.1"):
+    with pytest.raises(ValueError, match="base-1: was trained with dropout=0.0, its config has 0.1"):
+        ablate.main(words(lab, "--no_runs", "--dropout=0.1"))
+    (lab / "out" / "base-1" / "last.pt").unlink()  # the log knows as well
+    with pytest.raises(ValueError, match="base-1: was trained with dropout=0.0, its config has 0.1"):
         ablate.main(words(lab, "--no_runs", "--dropout=0.1"))
 
 
@@ -95,8 +99,25 @@ def test_what_cannot_be_compared_is_said(lab):
         ablate.main(words(lab, "--only", "base", "--dataset=nowhere"))
     with pytest.raises(ValueError, match="--only nitp: expected some of base, spelling"):
         ablate.main(words(lab, "--only", "nitp"))
-    with pytest.raises(ValueError, match="--max_iter: no such setting; did you mean max_iters"):
-        ablate.main(words(lab, "--max_iter=3"))
+    for word, says in (("--max_iter=3", "--max_iter: no such setting; did you mean max_iters"),
+                       ("--seed=7", "--seed=7: each run has its own"), ("--out_dir=x", "--out_dir=x: each run has"),
+                       ("spelling", "spelling: expected sets first"), ("--rounds=-1", "--rounds=-1: expected 0")):
+        with pytest.raises(ValueError, match=says):
+            ablate.main(words(lab, word))
+    (lab / "out").mkdir(exist_ok=True)
+    with open(lab / "out" / "lock", "a") as f:
+        assert lock(f)
+        with pytest.raises(ValueError, match="out: another ablate.py is at work here"):
+            ablate.main(words(lab, "--no_runs"))
+
+
+def test_a_broken_line_in_a_log_does_not_stop_a_comparison(lab, capsys):
+    ablate.main(words(lab, "--only", "base", "--seeds", "1", "1", "--rounds", "0", "--max_iters=4"))
+    assert [path.name for path in (lab / "out").glob("base*")] == ["base-1"]  # a seed given twice is one run
+    log = lab / "out" / "base-1" / "log.jsonl"
+    log.write_text(log.read_text() + '{"val/ntp": 3}\n{"val/ntp": 3x\n')
+    ablate.main(words(lab, "--only", "base", "--seeds", "1", "--max_iters=4", "--no_runs"))
+    assert "expected a whole number as iter" in capsys.readouterr().err
 
 
 def test_sets_and_single_configs_stand_together(lab):

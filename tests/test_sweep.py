@@ -126,7 +126,7 @@ def test_distributions_are_read_as_wandb_does(name, found, expected):
 
 @pytest.mark.parametrize("name, found, complaint", [
     ("learning_rates", {"value": 1}, "no such setting; did you mean learning_rate"),
-    ("out_dir", {"value": "a"}, "each trial has its own"),
+    ("out_dir", {"value": "a"}, "cannot be compared"),
     ("dropout", 0.1, "expected keys and values, found 0.1"),
     ("dropout", {}, "expected value, values or min and max"),
     ("dropout", {"values": []}, "expected value, values or min and max"),
