@@ -72,7 +72,7 @@ def tables(found: list[Figures], last: int) -> list[Table]:
             "Mean ± half of the 95% interval (Student's t); negative is better. A difference inside its interval is a "
             "tie. Of 20 set-ups that change nothing, one is better or worse by chance."))
     shown.append(Table(
-        f"Speed, and the way to {number(base.end)}, where {base.group.label} ends",
+        f"Speed, and the way to where {base.group.label} ends",
         ["set-up", "at equal seconds", "verdict", "step time x", "steps", "seconds", "seeds that get there", "tokens/s",
          "peak MiB"],
         [[f.group.label, str(f.equal_seconds), f.equal_seconds.verdict, number(f.cost, 3),
@@ -81,7 +81,8 @@ def tables(found: list[Figures], last: int) -> list[Table]:
           f"{f.reached} of {len(f.group.runs)}", number(f.tokens_per_second, 0), number(f.peak_mib, 0)] for f in found],
         "At equal seconds: the difference to the baseline that trains as long in seconds, between its runs of several "
         "lengths; the interval is that of seeds and of the logs' seconds, not of the interpolation. Steps and seconds: "
-        "from where the mean over seeds stays below, interpolated; of training alone, without evaluations."))
+        "from where the mean over seeds stays below the baseline's end with the same seeds, interpolated; seconds of "
+        "training alone, without evaluations."))
     keys = sorted({key for f in found for key in f.accuracy}, key=lambda key: (key.split("_")[0], len(key), key))
     if keys:
         shown.append(Table("Guesses at the end", ["set-up", *keys],

@@ -233,7 +233,7 @@ class Figures:
     differences: dict[int, Interval]  # step -> to the baseline
     difference: Interval  # at the end
     each: list[float]  # of which it is the mean
-    steps_to_reach: float | None  # the baseline's end, and to stay below; None: not reached
+    steps_to_reach: float | None  # where the baseline ends with the same seeds, and to stay below; None: not reached
     seconds_to_reach: float | None
     reached: int  # by so many seeds of their own
     cost: float  # step time over the baseline's
@@ -278,12 +278,13 @@ def figures(groups: list[Group], steps: list[int], last: int = 1) -> list[Figure
     def end(run: Run) -> float:
         return float(run.at("val/ntp", run.length - back).mean())
 
-    target = base.mean(end)
     found = []
     for group in groups:
         pairs, runs = group.pairs(base), list(group.runs.values())
         each = [end(a) - end(b) for a, b in pairs] if group.length == base.length else []
         ends = [end(run) for run in runs]
+        same_seeds = [base.runs[seed] for seed in group.runs if seed in base.runs]
+        target = statistics.fmean(end(run) for run in same_seeds or base.runs.values())
         x, values = group.curve("val/ntp")
         reach = crossing(x, values.mean(0), target)
         keys = {key for run in runs for line in run.lines for key in line if re.fullmatch(r"val/(acc|agree)_\d+", key)}

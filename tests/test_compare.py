@@ -177,6 +177,15 @@ def test_the_clock_s_own_noise_is_in_what_is_said_of_seconds(runs, capsys):
     assert "nitp: its seeds' step times are up to 25% apart" in capsys.readouterr().err
 
 
+def test_the_way_is_to_where_the_baseline_ends_with_the_same_seeds(tmp_path, capsys):
+    for seed, offset in ((1, 0.0), (2, 0.0), (3, 0.6)):  # a third seed of the baseline, far off
+        write_log(tmp_path / f"base-{seed}", [v + offset for v in BASE[1]], seed)
+        if seed < 3:
+            write_log(tmp_path / f"same-{seed}", BASE[1], seed, variant())
+    found = rows(capsys, tmp_path)["same"]
+    assert float(found["steps_to_reach"]) == 400.0 and found["seeds_that_reach"] == "2"
+
+
 def test_a_run_like_the_baseline_takes_as_long_whatever_the_noise(tmp_path, capsys):
     noisy = [6.0, 1.85, 1.80, 1.83, 1.82]
     for seed in (1, 2):
