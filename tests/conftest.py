@@ -48,6 +48,17 @@ def words(data_dir, tmp_path):
     return make
 
 
+@pytest.fixture
+def wandb_dir(tmp_path, monkeypatch) -> Path:
+    """Where wandb keeps offline runs of this test; it remembers the folder until it is torn down."""
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    yield tmp_path / "wandb"
+    wandb.teardown()
+
+
 def start(*argv, **options) -> subprocess.Popen:
     """A Python program of the project as its own process, output captured."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -456,11 +456,10 @@ def test_step_times_that_are_none_are_refused(runs, tmp_path, content):
 # ---------------------------------------------------------------------------------------------
 # wandb
 
-def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, wandb_dir, capsys):
     assert train.main([*words(n_future_heads=1, nitp_weight=0.1), "--wandb_log", "--wandb_mode=offline",
                        "--wandb_run_name=mine"]) == 0
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (folder,) = wandb_dir.glob("offline-run-*")
     deadline = time.monotonic() + 60  # wandb's own process may still be writing, on a busy machine
     while True:
         local, offline = Reader(), Reader()
@@ -479,7 +478,7 @@ def test_an_offline_run_tells_what_its_log_tells(words, tmp_path, monkeypatch, c
     deadline = time.monotonic() + 60
     while True:
         whole = Reader()
-        whole.read(str(tmp_path / "wandb"))
+        whole.read(str(wandb_dir))
         if whole.runs and whole.runs[0].length == 12 or time.monotonic() > deadline:
             break
         time.sleep(0.1)

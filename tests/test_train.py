@@ -22,6 +22,7 @@ from configurator import configure
 from losses import Objective, all_losses
 from model import FUTURE_HEADS, ModelArgs, Transformer
 from model import HEADS as HEAD_NAMES
+from runs import leveldb_records
 from settings import Settings, check
 from tinystories import Windows
 from tokenizer import BOS, load_tokenizer
@@ -706,33 +707,16 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(words,
     assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(held + 3))
 
 
-def leveldb_records(data: bytes):
-    """Records of a .wandb file behind its own 7 bytes: LevelDB's log format, in blocks of 32 KiB."""
-    at, record = 0, b""
-    while at < len(data):
-        left = 32_768 - (at + 7) % 32_768  # the first block counts the file's own header
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield record
-            record = b""
-
-
-def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, wandb_dir):
     run([*words(**HEADS), "--wandb_log", "--wandb_mode=offline", "--wandb_run_name=a=b"])
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    (path,) = wandb_dir.glob("offline-run-*/run-*.wandb")
     deadline = time.monotonic() + 60  # wandb's own process may still be writing, on a busy machine
     records = []
     while not any(r.WhichOneof("record_type") == "exit" for r in records) and time.monotonic() < deadline:
         time.sleep(0.1)
-        records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()[7:])]
+        records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()) if data]
     history = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
                for r in records if r.WhichOneof("record_type") == "history"]
     own = [{k: v for k, v in line.items() if not k.startswith("_")} for line in history]
