@@ -73,8 +73,8 @@ def tables(found: list[Figures], last: int) -> list[Table]:
             "tie. Of 20 set-ups that change nothing, one is better or worse by chance."))
     shown.append(Table(
         f"Speed, and the way to where {base.group.label} ends",
-        ["set-up", "at equal seconds", "verdict", "pairs", "step time x", "steps", "seconds", "seeds that get there", "tokens/s",
-         "peak MiB"],
+        ["set-up", "at equal seconds", "verdict", "pairs", "step time x", "steps", "seconds", "seeds that get there",
+         "tokens/s", "peak MiB"],
         [[f.group.label, str(f.equal_seconds), f.equal_seconds.verdict, str(f.equal_seconds.n), number(f.cost, 3),
           number(f.steps_to_reach, 0, "not reached"),
           number(f.seconds_to_reach, 0, "–" if f.steps_to_reach else "not reached"),
