@@ -64,11 +64,6 @@ def find_configs(words: list[str]) -> dict[str, Path]:
 
 def settings_of(name: str, config: Path, seed: int, words: list[str], out: Path, longer: float = 1.0) -> Settings:
     """The settings of one run; its out_dir tells it from all others. Errors: ValueError."""
-    for word in words:
-        if not word.startswith("--"):
-            raise ValueError(f"{word}: expected sets first, then options and --setting=value")
-        if word.partition("=")[0] in ("--seed", "--out_dir"):
-            raise ValueError(f"{word}: each run has its own; there are --seeds and --out")
     s = configure(Settings, [str(config), *words, f"--seed={seed}"])
     s.max_iters = round(s.max_iters * longer)
     s.out_dir = str(out / f"{name}{s.max_iters if longer != 1.0 else ''}-{seed}")
@@ -167,6 +162,11 @@ def main(argv: list[str]) -> None:
     rounds = args.rounds if args.rounds is not None else 0 if args.no_runs else 5
     if rounds < 0:
         raise ValueError(f"--rounds={rounds}: expected 0 or more")
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"{word}: expected sets first, then options and --setting=value")
+        if word.partition("=")[0] in ("--seed", "--out_dir"):
+            raise ValueError(f"{word}: each run has its own; there are --seeds and --out")
     configs = find_configs(args.sets)
     base = next(iter(configs))
     if unknown := sorted(set(args.only or ()) - configs.keys()):

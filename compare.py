@@ -254,7 +254,7 @@ def main(argv: list[str]) -> int:
     if not groups:
         raise ValueError("nothing to compare: no run with an evaluation was found")
     groups = choose_baseline(groups, args.baseline)
-    steps = args.steps or quarters(next(iter(groups[0].runs.values())))
+    steps = args.steps or quarters(groups[0].first)
     if args.keep:
         keep([run for group in groups for run in group.runs.values()], args.keep)
     told = set_step_seconds(groups, read_step_seconds(args.step_seconds))
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> int:
     if args.markdown != "-" and args.csv != "-":
         print("\n\n".join(map(as_text, shown)))
     if args.markdown:
-        deliver("\n\n".join([*map(as_markdown, shown)]), args.markdown)
+        deliver("\n\n".join(map(as_markdown, shown)), args.markdown)
     if args.csv:
         deliver(as_csv(found).rstrip("\n"), args.csv)
     if args.plots or args.html:

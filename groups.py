@@ -249,9 +249,9 @@ def set_step_seconds(groups: list[Group], measured: dict[str, list[float]]) -> l
     The first group's are medians over rounds; others' those times the median of ratios within rounds, since machines
     drift between them. The baseline's at other lengths are the baseline's. Returns what was not measured, in words.
     """
-    base, unmeasured = groups[0], []
+    base, lengths, unmeasured = groups[0], of_other_length(groups), []
     for group in groups if measured else ():
-        of = base.label if group in of_other_length(groups) else group.label
+        of = base.label if group in lengths else group.label
         if of not in measured or base.label not in measured:
             unmeasured.append(f"{group.label}: its step time was not measured in turns with {base.label}'s; "
                               "its seconds are those of its logs")

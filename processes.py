@@ -3,7 +3,6 @@
 What this leaves out on purpose: which runs there are (ablate.py, sweep.py), and other machines.
 """
 
-import io
 import json
 import os
 import signal
@@ -91,9 +90,8 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 def settings_in(folder: Path) -> dict:
     """The settings in the first line of a run's log; none where it has none."""
-    path = folder / "log.jsonl"
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
-        with open(path, errors="replace") if path.exists() else io.StringIO("{}") as f:
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        with open(folder / "log.jsonl", errors="replace") as f:
             return dict(json.loads(f.readline())["config"])
     return {}
 

@@ -119,12 +119,13 @@ class Reader:
     def _read_log(self, path: Path) -> None:
         text = path.read_bytes().decode("utf-8", errors="replace")
         runs: dict[str, list] = {}  # by name
+        whole = text.count("\n")  # lines; what is behind the last of them was not finished
         name = path.resolve().parent.name if path.name == "log.jsonl" else path.stem
         for number, row in enumerate(text.splitlines(), 1):
             try:
                 line = json.loads(row)
             except (ValueError, RecursionError):  # RecursionError: [[[[[...
-                line = "half-written" if number == text.count("\n") + 1 else "not JSON"
+                line = "half-written" if number == whole + 1 else "not JSON"
             own = line.pop("run", name) if isinstance(line, dict) else name
             runs.setdefault(str(own), []).append((f"line {number}", line))
         if not runs:
