@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import compare
 from bench import machine, make_step, positive
+from checkpoint import read_checkpoint
 from configurator import configure
-from export import read_checkpoint
 from files import atomic_write
 from letters import token_texts
 from machine import find_machine

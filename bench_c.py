@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from bench import machine, markdown, positive
-from export import write_trunk
 from files import atomic_write
+from llama2c import write_trunk
 from model import ModelArgs, Transformer
 from tinystories import read_stories
 

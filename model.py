@@ -315,6 +315,21 @@ class Transformer(nn.Module):
         first, last = self.args.prelude_layers, len(layers) - self.args.coda_layers
         return layers[:first] + layers[first:last] * r + layers[last:]
 
+    def as_llama(self) -> tuple[ModelArgs, dict[str, Tensor]]:
+        """Trunk and NTP head as the Llama that other programs know: no other heads, layers that recur written out.
+
+        Errors: ValueError if the trunk is no Transformer.
+        """
+        if self.args.trunk != "transformer":
+            raise ValueError(f"expected a Transformer, which other programs can hold; the model's trunk is "
+                             f"{self.args.trunk}")
+        layers, kept = self.unrolled(), ("dim", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of",
+                                         "norm_eps", "max_seq_len", "tie_embeddings")
+        args = ModelArgs(n_layers=len(layers), **{name: getattr(self.args, name) for name in kept})
+        state = {"tok_embeddings.weight": self.tok_embeddings.weight, "norm.weight": self.norm.weight}
+        state |= {f"layers.{k}.{name}": p for k, layer in enumerate(layers) for name, p in layer.named_parameters()}
+        return args, state if args.tie_embeddings else state | {"output.weight": self.output.weight}
+
     def start_as_last_block(self, heads: Iterable[int]) -> None:
         """Make the blocks of these future heads copies of the trunk's last. Errors: ValueError where there is none."""
         for i in heads:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export import load_model, read_checkpoint
+from checkpoint import load_model, read_checkpoint
 from files import atomic_write
 from model import Transformer
 from tinystories import Windows, eval_batches

@@ -7,7 +7,6 @@ non-empty text gets a space in front (SentencePiece's dummy prefix); decoding ta
 What this leaves out on purpose: training (tinystories.py train_vocab) and any other tokenizer.
 """
 
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from files import atomic_write
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # id of raw byte 0x00; the other 255 follow
 BYTE_VOCAB_SIZE = FIRST_BYTE + 256
+SPELT = {BOS: "\n<s>\n", EOS: "\n</s>\n"}  # in tokenizer.bin, as llama2.c does; never matched by text
 MAX_VOCAB_SIZE = 1 << 20
 
 
@@ -39,17 +39,32 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file. Errors: ValueError if it cannot be read or is no such file.
+    """A SentencePiece model file, kept in `file`. Errors: ValueError if it cannot be read or is no such file.
 
     >>> SentencePieceTokenizer("data/toy/tok512/tokenizer.model").encode("Once upon")  # doctest: +SKIP
     [403, 407]
     """
 
     def __init__(self, path: str | Path):
-        if not os.path.isfile(path):
-            raise ValueError(f"{path}: no such tokenizer; `python tinystories.py train_vocab` makes one")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.file = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such tokenizer; `python tinystories.py train_vocab` makes one") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot read this tokenizer: {error.strerror or error}") from error
+        self._open(path)
+
+    @classmethod
+    def from_bin(cls, path: str | Path, vocab_size: int) -> "SentencePieceTokenizer":
+        """The tokenizer of a `tokenizer.bin`. Errors: ValueError if it cannot be read or has other than V tokens."""
+        self = cls.__new__(cls)
+        self.file = as_sentencepiece(read_bin(path, vocab_size))
+        self._open(path)
+        return self
+
+    def _open(self, path: str | Path) -> None:
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.file)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: not a SentencePiece model: {error}") from error
         self.vocab_size = self._model.vocab_size()
@@ -64,9 +79,8 @@ class SentencePieceTokenizer:
         return self._model.decode(list(ids))
 
     def pieces(self) -> Iterator[tuple[bytes, float]]:
-        special = {BOS: "\n<s>\n", EOS: "\n</s>\n"}  # llama2.c's spelling; never matched by text
         for i in range(self.vocab_size):
-            text = special.get(i) or self._model.id_to_piece(i).replace("▁", " ")
+            text = SPELT.get(i) or self._model.id_to_piece(i).replace("▁", " ")
             yield text.encode("utf-8"), self._model.get_score(i)
 
 
@@ -102,18 +116,72 @@ def vocab_folder(dataset_folder: str | Path, vocab_size: int) -> Path:
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a `data/<dataset>/tok<V>` folder; V = 259 is the byte tokenizer, which needs no file."""
+    return open_tokenizer(Path(folder) / "tokenizer.model", vocab_size)
+
+
+def open_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer in a file, `.model` or `.bin`, or in a folder that has one of them; V = 259 needs none."""
+    path = Path(path)
     if vocab_size == BYTE_VOCAB_SIZE:
         return ByteTokenizer()
-    tokenizer = SentencePieceTokenizer(Path(folder) / "tokenizer.model")
+    if path.is_dir():
+        path /= "tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.bin"
+    if path.suffix == ".bin":
+        return SentencePieceTokenizer.from_bin(path, vocab_size)
+    tokenizer = SentencePieceTokenizer(path)
     if tokenizer.vocab_size != vocab_size:
-        raise ValueError(f"{folder}/tokenizer.model: expected {vocab_size} tokens, found {tokenizer.vocab_size}")
+        raise ValueError(f"{path}: expected {vocab_size} tokens, found {tokenizer.vocab_size}")
     return tokenizer
 
 
-def write_bin(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write llama2.c's tokenizer.bin: int32 longest piece, then per token float32 score, int32 length, bytes."""
+def read_bin(path: str | Path, vocab_size: int) -> list[tuple[bytes, float]]:
+    """(bytes, merge score) of each token in a tokenizer.bin. Errors: ValueError if it has more or fewer than V."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read this tokenizer: {error.strerror or error}") from error
+    pieces, at = [], 4
+    while at < len(content) and len(pieces) <= vocab_size:
+        score, n = struct.unpack_from("<fi", content, at) if at + 8 <= len(content) else (0.0, -1)
+        if not 0 <= n <= len(content) - at - 8:
+            raise ValueError(f"{path}: token {len(pieces)} does not end within the file: not a tokenizer.bin, or cut")
+        pieces.append((content[at + 8 : at + 8 + n], score))
+        at += 8 + n
+    if len(pieces) != vocab_size:
+        more = "more" if at < len(content) or len(pieces) > vocab_size else str(len(pieces))
+        raise ValueError(f"{path}: expected {vocab_size} tokens, found {more}")
+    return pieces
+
+
+def as_sentencepiece(pieces: list[tuple[bytes, float]]) -> bytes:
+    """A SentencePiece model file of tokens as tokenizer.bin has them, which a Llama's are numbered like."""
+    from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which nothing else here does
+
+    kind = proto.ModelProto.SentencePiece
+    model = proto.ModelProto()
+    for i, (piece, score) in enumerate(pieces):
+        kinds = {UNK: kind.UNKNOWN, BOS: kind.CONTROL, EOS: kind.CONTROL}
+        text = {UNK: "<unk>", BOS: "<s>", EOS: "</s>"}.get(i) or piece.decode("utf-8", "replace").replace(" ", "▁")
+        if FIRST_BYTE <= i < BYTE_VOCAB_SIZE:
+            text = f"<0x{i - FIRST_BYTE:02X}>"
+        model.pieces.add(piece=text, score=score,
+                         type=kinds.get(i, kind.BYTE if i < BYTE_VOCAB_SIZE else kind.NORMAL))
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
+    model.trainer_spec.vocab_size = len(pieces)
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
+
+
+def bin_bytes(tokenizer: Tokenizer) -> bytes:
+    """llama2.c's tokenizer.bin: int32 longest piece, then per token float32 score, int32 length, bytes."""
     pieces = list(tokenizer.pieces())
+    longest = struct.pack("<i", max(len(piece) for piece, _ in pieces))
+    return longest + b"".join(struct.pack("<fi", score, len(piece)) + piece for piece, score in pieces)
+
+
+def write_bin(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a tokenizer.bin."""
     with atomic_write(path) as f:
-        f.write(struct.pack("<i", max(len(piece) for piece, _ in pieces)))
-        for piece, score in pieces:
-            f.write(struct.pack("<fi", score, len(piece)) + piece)
+        f.write(bin_bytes(tokenizer))

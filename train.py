@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import kernels
+from checkpoint import load_weights, model_args_of, read_checkpoint
 from configurator import configure, help_text
-from export import load_weights, model_args_of, read_checkpoint
 from files import atomic_write
 from letters import Letters, token_texts
 from log import Log

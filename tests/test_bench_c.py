@@ -30,7 +30,7 @@ def test_draft_compares_on_prompts(tmp_path, monkeypatch, capsys, data_dir):
     import torch
     from test_export import random_model
 
-    from export import write_heads, write_trunk
+    from llama2c import write_heads, write_trunk
     monkeypatch.setattr(bench_c, "BUILD", tmp_path / "build")
     model = random_model(n_future_heads=2)
     with torch.no_grad():

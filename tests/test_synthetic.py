@@ -14,7 +14,7 @@ from conftest import ROOT
 import synthetic
 import synthetic_plots
 import tinystories
-from export import load_model
+from checkpoint import load_model
 from model import ModelArgs, Transformer
 from synthetic import Answers, Name, Spelling
 from tinystories import Windows

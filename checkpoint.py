@@ -1,0 +1,165 @@
+"""Models from files, whoever wrote them: the one way in for training, export and sampling.
+
+    model = load_model("out/stories260k_mtp/ckpt.pt")
+    tokenizer = find_tokenizer("stories15M.bin", 32000)
+
+| what                                   | how it is known                                            |
+|----------------------------------------|------------------------------------------------------------|
+| checkpoint, ours or llama2.c's         | torch.save wrote it; tensors and plain values only         |
+| llama2.c's model.bin, versions 0, 1, 2 | its magic; version 0: seven sizes that make sense          |
+| Hugging Face folder of a Llama         | it is a folder, with config.json and safetensors           |
+
+Nothing in a file is executed, and nothing is built before its sizes are known to agree with the file's.
+
+What this leaves out on purpose: the formats themselves (llama2c.py, huggingface.py), and GGUF, which is
+written only.
+"""
+
+import pickle
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import huggingface
+import llama2c
+from model import HEADS, ModelArgs, Transformer
+from tokenizer import BYTE_VOCAB_SIZE, Tokenizer, open_tokenizer, vocab_folder
+
+MAX_SEQ_LEN = llama2c.SIZES["max_seq_len"]
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What `path` holds: at least `model` (name -> tensor, llama2.c's names) and `model_args` (a dict).
+
+    Errors: ValueError naming the file if it is missing, broken, or something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return huggingface.read_folder(path)
+    try:
+        with open(path, "rb") as f:
+            start = f.read(llama2c.HEADER_BYTES)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read this checkpoint: {error.strerror or error}") from error
+    if start[:4] == b"GGUF":
+        raise ValueError(f"{path}: a GGUF file, which can be written, not read; give the checkpoint it was made of")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: tensors without the model's sizes; give the folder that has its config.json, too")
+    return llama2c.read_trunk(path) if llama2c.is_trunk(start) else read_torch(path)
+
+
+def read_torch(path: Path) -> dict:
+    """A checkpoint as torch.save writes it, ours or llama2.c's."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read this checkpoint: {error.strerror or error}") from error
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint, or a broken one: {reason}") from error
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    if not all(isinstance(parts.get(k), dict) for k in ("model", "model_args")):
+        found = ", ".join(map(str, parts)) or f"a {type(checkpoint).__name__}"
+        raise ValueError(f"{path}: expected a checkpoint with `model` and `model_args`, found {found[:200]}")
+    if not all(isinstance(name, str) for name in parts["model"]):
+        raise ValueError(f"{path}: model: expected names of tensors, found other keys")
+    # llama2.c saves the module that torch.compile wraps; ours never does.
+    checkpoint["model"] = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
+    return checkpoint
+
+
+def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
+    """The shape of a checkpoint's model; what llama2.c leaves out of `model_args` is read off the tensors."""
+    known = {f.name: type(f.default) for f in fields(ModelArgs)}
+    args = {k: v for k, v in checkpoint["model_args"].items() if k in known and v is not None}
+    for name, value in args.items():
+        if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+            raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
+    args.setdefault("n_kv_heads", args.get("n_heads"))
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+        if type(args.get(name)) is not int or args[name] < 1:
+            raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)!r}")
+    state = checkpoint["model"]
+    expected, is_rnn = {"tok_embeddings.weight": (args["vocab_size"], args["dim"])}, args.get("trunk") == "rnn"
+    if is_rnn:
+        expected[f"rnn.weight_hh_l{args['n_layers'] - 1}"] = (args["dim"], args["dim"])
+    else:
+        expected["layers.0.feed_forward.w1.weight"] = (args.get("hidden_dim") or None, args["dim"])
+    for name, shape in expected.items():  # before anything is built of the sizes that model_args states
+        found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else None
+        if found is None or len(found) != 2 or any(s not in (f, None) for s, f in zip(shape, found, strict=True)):
+            raise ValueError(f"{path}: {name}: expected shape {shape} by model_args, found {found}")
+    counts = {}
+    if not is_rnn:
+        counts["n_layers"] = len({n.split(".")[1] for n in state if n.startswith("layers.")})
+    if args.get("head") != "shared":  # which has no tensors
+        counts["n_future_heads"] = len({n.split(".")[1] for n in state if n.startswith("future_heads.")})
+    for name, found in counts.items():
+        if args.setdefault(name, 0) != found:
+            raise ValueError(f"{path}: model_args: {name}={args[name]!r}, but there are tensors for {found}")
+    if args["max_seq_len"] > MAX_SEQ_LEN:
+        raise ValueError(f"{path}: max_seq_len: expected at most {MAX_SEQ_LEN}, found {args['max_seq_len']}")
+    if not is_rnn:
+        args["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
+    if "tie_embeddings" not in args:
+        output = state.get("output.weight")
+        args["tie_embeddings"] = output is None or torch.equal(output, state["tok_embeddings.weight"])
+    try:
+        return ModelArgs(**args)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: model_args: {error}") from error
+
+
+def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Copy a checkpoint's tensors into `model`; returns the heads' parameters it did not have.
+
+    The trunk must be there, whole and of the same shape. Heads of the checkpoint that the model has
+    not are left out. Errors: ValueError naming the file and tensor, found and expected.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    if "output.weight" in missing and model.args.tie_embeddings:
+        missing.remove("output.weight")
+    fresh = [name for name in missing if name.startswith(HEADS)]
+    if len(fresh) < len(missing):
+        raise ValueError(f"{path}: has no tensor {next(n for n in missing if n not in fresh)}")
+    for name, tensor in state.items():
+        if name not in own:
+            if name.startswith(HEADS) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
+                continue
+            raise ValueError(f"{path}: holds a tensor that this model has not: {name}")
+        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
+        if not dense or tensor.shape != own[name].shape:
+            found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: {name}: expected shape {tuple(own[name].shape)}, found {found}")
+        own[name].copy_(tensor)
+    return fresh
+
+
+def load_model(path: str | Path) -> Transformer:
+    """The model of a checkpoint, future heads included, in eval mode on the CPU."""
+    checkpoint = read_checkpoint(path)
+    model = Transformer(model_args_of(checkpoint, path))
+    load_weights(model, checkpoint["model"], path)
+    return model.eval()
+
+
+
+
+def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a model: `given`, else that of the run's data set, else the one beside the model's file.
+
+    Errors: ValueError naming where it was looked for, or a file of another vocabulary.
+    """
+    if given or vocab_size == BYTE_VOCAB_SIZE:
+        return open_tokenizer(given or path, vocab_size)
+    config, places = checkpoint.get("config"), [Path(path) if Path(path).is_dir() else Path(path).parent]
+    if isinstance(config, dict) and all(isinstance(config.get(name), str) for name in ("data_dir", "dataset")):
+        places.insert(0, vocab_folder(Path(config["data_dir"]) / config["dataset"], vocab_size))
+    for place in places:
+        if (place / "tokenizer.model").exists() or (place / "tokenizer.bin").exists():
+            return open_tokenizer(place, vocab_size)
+    raise ValueError(f"{path}: no tokenizer.model or tokenizer.bin in {' or '.join(map(str, places))}; name one with "
+                     "--tokenizer")
