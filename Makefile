@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
 SET = seeds4
-.PHONY: help demo test lint fuzz bench bench-c ablation results run runfast runomp rundebug clean
+.PHONY: help demo test test-interop lint fuzz bench bench-c ablation results run runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*##/  make \1 |/' | column -t -s '|'
@@ -21,6 +21,9 @@ demo: run $(DEMO)/model.bin ## stories, vocabulary, a 260K model trained for thr
 
 test: .venv/test-ready ## the whole test suite
 	$(PY) -m pytest
+
+test-interop: .venv/interop-ready ## the same stories by llama.cpp, which is built first (20 minutes on two cores)
+	$(PY) -m pytest tests/test_llamacpp.py
 
 lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
 	$(PY) -m ruff check
@@ -71,8 +74,12 @@ clean: ## remove what was built; data, runs and .venv stay
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/test-ready: .venv/ready requirements-dev.txt requirements-compare.txt
+.venv/test-ready: .venv/ready requirements-dev.txt requirements-compare.txt requirements-export.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.venv/interop-ready: .venv/test-ready requirements-interop.txt
+	$(PY) -m pip install -r requirements-interop.txt
 	touch $@
 
 data/toy/tok512/val.bin: | .venv/ready

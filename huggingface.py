@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from files import atomic_write
+from llama2c import SIZES as MOST
 from llama2c import layout, renamed
 from model import ModelArgs, Transformer
 from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, UNK, Tokenizer
@@ -180,9 +181,9 @@ def read_config(path: Path) -> ModelArgs:
     """The shape in a config.json. Errors: ValueError for what model.py has not, by key."""
     config = read_json(path)
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    for there in SIZES.values():
-        if type(config.get(there)) is not int or not 1 <= config[there] <= 1 << 24:
-            raise ValueError(f"{path}: {there}: expected a number from 1 to {1 << 24}, found {config.get(there)!r}")
+    for ours, there in SIZES.items():
+        if type(config.get(there)) is not int or not 1 <= config[there] <= MOST[ours]:
+            raise ValueError(f"{path}: {there}: expected a number from 1 to {MOST[ours]}, found {config.get(there)!r}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, 4
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{path}: rope_scaling: expected none, found {rope}")

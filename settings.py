@@ -30,7 +30,7 @@ MOST_NEIGHBOURS = 1 << 24  # entries of the table of soft targets; 12 bytes each
 class Settings:
     # where the run lives
     out_dir: str = "out"  # folder of ckpt.pt, last.pt and log.jsonl
-    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or the path of any llama2.c-style checkpoint
+    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or a model: ckpt.pt, model.bin, Hugging Face folder
     eval_interval: AtLeast1 = 250  # iterations between evaluations; each saves last.pt
     eval_iters: AtLeast1 = 25  # validation batches of 32 rows an evaluation, the same ones in every run
     eval_only: bool = False  # evaluate once and stop; writes nothing

@@ -1,0 +1,228 @@
+"""Hugging Face folders against their real reader, transformers; and folders that are not what they say."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_export import random_model, save
+
+import export
+import huggingface
+import toystories
+from checkpoint import load_model, read_checkpoint
+from huggingface import halves, neighbours, write_folder
+from tokenizer import BOS, EOS, load_tokenizer, open_tokenizer, write_bin
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "stories260K"
+TEXTS = ["Once upon a time", "", " ", "  two  spaces and a  tab\t.\n\nA line. ", "naïve 漢字 😀 \x7f", "▁x",
+         "1234567890", 'She said, "Look!" and ran.'] + [s for s, _ in zip(toystories.stories("val", 40), range(40))]
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def worst(model, theirs) -> float:
+    x = torch.randint(0, model.args.vocab_size, (2, min(60, model.args.max_seq_len)))
+    with torch.no_grad():
+        return (model(x) - theirs(x).logits).abs().max().item()
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"tie_embeddings": False},
+                                     {"n_kv_heads": 4, "tie_embeddings": False}, {"norm_eps": 1e-3},
+                                     {"recurrence": 3, "prelude_layers": 1, "coda_layers": 0}, {"n_future_heads": 2}])
+def test_transformers_has_the_same_logits(transformers, tmp_path, changes):
+    model = random_model(**changes)
+    write_folder(model, None, tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    assert worst(model, theirs) < 1e-4
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in {*model.as_llama()[1].values()}) + (
+        model.args.recurrence - 1) * sum(p.numel() for layer in model.layers[1:] for p in layer.parameters())
+
+
+def test_the_same_logits_after_training(transformers, tmp_path, words):
+    """Trained weights are no longer alike in all directions, so a wrong order of rows shows."""
+    import train
+
+    train.main(words(max_iters=20, n_future_heads=1, nitp_weight=0.5, mask_document_ends=True))
+    export.main([str(tmp_path / "out" / "ckpt.pt"), f"--hf={tmp_path / 'hf'}"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert worst(load_model(tmp_path / "out" / "ckpt.pt"), theirs) < 1e-4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    asked = tokenizer("Once upon a time", return_tensors="pt")
+    told = theirs.generate(**asked, max_new_tokens=8, do_sample=False)[0].tolist()
+    assert told[0] == BOS and len(told) > asked["input_ids"].shape[1]
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published stories260K is not there")
+def test_the_published_model_tells_the_published_story(transformers, tmp_path):
+    export.main([str(PUBLISHED / "stories260K.bin"), f"--hf={tmp_path}", "--tokenizer", str(PUBLISHED / "tok512.bin")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert worst(load_model(PUBLISHED / "stories260K.bin"), theirs) < 1e-4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    asked = tokenizer("Once upon a time", return_tensors="pt")
+    told = theirs.generate(**asked, max_new_tokens=200, do_sample=False)[0]
+    story = (PUBLISHED / "greedy.txt").read_text()
+    assert tokenizer.decode(told, skip_special_tokens=True)[:400] == story[:400]
+
+
+@pytest.mark.parametrize("vocab_size", [512, 259])
+def test_the_tokenizer_makes_the_same_tokens_and_texts(transformers, data_dir, tmp_path, vocab_size):
+    ours = load_tokenizer(data_dir / "toy" / f"tok{vocab_size}", vocab_size)
+    write_folder(random_model(vocab_size=vocab_size), ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (BOS, EOS, vocab_size)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == [BOS, *ids], text
+        assert theirs.decode([BOS, *ids, EOS], skip_special_tokens=True) == ours.decode(ids), text
+    back = open_tokenizer(tmp_path, vocab_size)
+    assert [back.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+
+
+def test_a_tokenizer_bin_is_as_good_as_its_source(data_dir, tmp_path):
+    ours = load_tokenizer(data_dir / "toy" / "tok512", 512)
+    write_bin(ours, tmp_path / "tokenizer.bin")
+    read = open_tokenizer(tmp_path / "tokenizer.bin", 512)
+    assert list(read.pieces()) == list(ours.pieces())
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert read.encode(text) == ids and read.decode(ids) == ours.decode(ids)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4, "tie_embeddings": False}])
+def test_what_transformers_writes_is_read(transformers, tmp_path, changes):
+    """In one file and in several, in float32 and bfloat16, and back to the same bytes."""
+    model = random_model(**changes)
+    write_folder(model, None, tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    for name in ("ours", "theirs", "parts"):
+        back = load_model(tmp_path / name)
+        assert back.args == model.args, name
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True)), name
+    theirs.bfloat16().save_pretrained(tmp_path / "half")
+    half = load_model(tmp_path / "half")
+    assert half.norm.weight.dtype == torch.float32
+    assert torch.equal(half.layers[1].attention.wq.weight, model.layers[1].attention.wq.weight.bfloat16().float())
+
+
+def test_rows_are_turned_by_halves_of_each_head():
+    w = torch.arange(8.0)[:, None]  # two heads of four
+    assert halves(w, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(neighbours(halves(w, 2), 2), w)
+
+
+def test_training_starts_from_a_folder_and_from_a_model_bin(tmp_path, words, capsys):
+    import train
+
+    model = random_model(dim=16, n_layers=2, max_seq_len=32)
+    write_folder(model, None, tmp_path / "hf")
+    export.write_trunk(model, tmp_path / "m.bin")
+    for start in ("hf", "m.bin"):
+        train.main(words(init_from=tmp_path / start, out_dir=tmp_path / f"out_{start}", max_iters=1, learning_rate=1e-9,
+                         n_future_heads=1, nitp_weight=0.1, n_layers=3))
+        assert "n_layers=2, from" in capsys.readouterr().err
+        back = load_model(tmp_path / f"out_{start}" / "last.pt")
+        assert torch.allclose(back.norm.weight, model.norm.weight, atol=1e-6) and back.args.n_future_heads == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# folders that are not what they say
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_folder(random_model(), None, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def refused(folder: Path, *says: str) -> None:
+    with pytest.raises(ValueError, match="hf") as caught:
+        read_checkpoint(folder)
+    assert all(word in str(caught.value) for word in says), caught.value
+
+
+@pytest.mark.parametrize("key,value,says", [
+    ("model_type", "gpt2", "expected llama, found 'gpt2'"), ("model_type", None, "model_type"),
+    ("hidden_size", None, "hidden_size"), ("hidden_size", "64", "hidden_size: expected a number"),
+    ("num_hidden_layers", 10**9, "num_hidden_layers"), ("num_hidden_layers", 4, "has no tensor model.layers.3."),
+    ("num_hidden_layers", 1 << 20, "num_hidden_layers"), ("num_hidden_layers", 2, "model.layers.2."),
+    ("num_key_value_heads", 3, "n_kv_heads=3"), ("vocab_size", 500, "(500, 32)"),
+    ("vocab_size", True, "vocab_size"), ("rope_theta", 5e5, "rope_theta: expected 10000.0, found 500000.0"),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling"), ("rope_scaling", 3, "rope_scaling"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, "rope_theta"), ("head_dim", 16, "head_dim"),
+    ("hidden_act", "gelu", "hidden_act"), ("attention_bias", True, "attention_bias"),
+    ("rms_norm_eps", "x", "rms_norm_eps"),
+    ("tie_word_embeddings", False, "has no tensor lm_head.weight"), ("tie_word_embeddings", 1, "tie_word_embeddings")])
+def test_configs_of_other_models_are_refused_by_key(folder, key, value, says):
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k != "rope_theta"} if key.startswith("rope") else config
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    refused(folder, says)
+
+
+def test_broken_folders_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights, path = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    whole, config = path.read_bytes(), (folder / "config.json").read_text()
+    for length in (0, 5, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(folder, "model.safetensors: not safetensors, or broken")
+    path.write_bytes(b"\xff" * 8 + whole[8:])  # a header longer than the file
+    refused(folder, "broken")
+    save_file(weights | {"model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 16)}, path)
+    refused(folder, "model.layers.0.self_attn.q_proj.weight: expected shape (32, 32)", "found (32, 16)")
+    save_file(weights | {"model.norm.weight": torch.zeros(32, dtype=torch.int64)}, path)
+    refused(folder, "model.norm.weight", "int64")
+    save_file(weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, path)
+    refused(folder, "holds a tensor that this model has not: model.layers.0.self_attn.q_proj.bias")
+    path.unlink()
+    refused(folder, "no such file")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    refused(folder, "pickles are not read")
+    for index in ('{"weight_map": {"x": "../../secret"}}', '{"weight_map": 3}', "[]", "{",
+                  '{"weight_map": {"x": "gone"}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        refused(folder, "hf")
+    for broken in ("", "[1]", "{", config[:-9]):
+        (folder / "config.json").write_text(broken)
+        refused(folder, "config.json")
+    (folder / "config.json").unlink()
+    refused(folder, "config.json: cannot read", "a Hugging Face folder has one")
+
+
+def test_without_safetensors_the_install_line_is_told(folder, monkeypatch, tmp_path):
+    import sys
+
+    for name in [m for m in sys.modules if m.split(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for use in (lambda: read_checkpoint(folder), lambda: write_folder(random_model(), None, tmp_path / "new")):
+        with pytest.raises(ValueError, match="pip install -r requirements-export.txt"):
+            use()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_not_written_over_its_own_source(folder, tmp_path):
+    with pytest.raises(ValueError, match="different"):
+        export.main([str(folder), f"--hf={folder}"])
+    assert huggingface.read_config(folder / "config.json").dim == 32
+
+
+def test_something_must_be_written(tmp_path, capsys):
+    path = save(random_model(), tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit):
+        export.main([str(path)])
+    assert "nothing to write" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""GGUF files: what is in them, by the gguf package's reader; and the story that llama.cpp tells, where it is there."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_export import greedy, random_model, save
+from test_huggingface import TEXTS
+
+import export
+import llamacpp
+from checkpoint import load_model, read_checkpoint
+from llamacpp import write_gguf
+from tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer, open_tokenizer
+
+PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "stories260K"
+WIDE = {"dim": 64, "hidden_dim": 96, "n_heads": 2, "n_kv_heads": 2}  # rows of 64 and 96: whole blocks
+
+
+@pytest.fixture
+def tokenizer(data_dir):
+    return load_tokenizer(data_dir / "toy" / "tok512", 512)
+
+
+def contents(path: Path) -> tuple[dict, dict]:
+    """(settings, tensors: name -> (type, numbers in float32))."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: (t.tensor_type.name, gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    return {key: field.contents() for key, field in reader.fields.items()}, tensors
+
+
+@pytest.mark.parametrize("kind,error", [("f32", 0.0), ("f16", 2**-11), ("q8_0", 0.5 / 127 + 2**-11)])
+@pytest.mark.parametrize("changes", [WIDE, WIDE | {"tie_embeddings": False, "n_kv_heads": 1},
+                                     WIDE | {"n_future_heads": 2, "recurrence": 2}])
+def test_the_file_holds_the_model(tokenizer, tmp_path, kind, error, changes):
+    model = random_model(**changes)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", kind)
+    settings, tensors = contents(tmp_path / "m.gguf")
+    args, state = model.as_llama()
+    assert settings["general.architecture"] == "llama"
+    for key, value in {"embedding_length": args.dim, "block_count": args.n_layers, "context_length": args.max_seq_len,
+                       "feed_forward_length": args.hidden_dim, "attention.head_count": args.n_heads,
+                       "attention.head_count_kv": args.n_kv_heads, "rope.dimension_count": args.dim // args.n_heads,
+                       "rope.freq_base": 10000.0, "vocab_size": args.vocab_size}.items():
+        assert settings[f"llama.{key}"] == value, key
+    assert settings["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(args.norm_eps)
+    assert len(tensors) == len(state) and ("output.weight" in tensors) != args.tie_embeddings
+    for name, w in state.items():
+        found, numbers = tensors[llamacpp.renamed(name, llamacpp.NAMES, "blk.")]
+        assert found.lower() == ("f32" if w.dim() == 1 else kind)
+        blocks = w.detach().reshape(-1, 32).abs()
+        bound = 0.0 if w.dim() == 1 else error * (blocks.amax(1, keepdim=True) if kind == "q8_0" else blocks)
+        off = (torch.tensor(np.array(numbers)).reshape(-1, 32) - w.detach().reshape(-1, 32)).abs()
+        assert (off <= bound + 1e-7 * bool(error)).all(), name
+
+
+def test_rows_that_are_no_whole_blocks_stay_f16(tokenizer, tmp_path, capsys):
+    path = save(random_model(hidden_dim=44), tmp_path / "ckpt.pt")
+    words = [str(path), f"--gguf={tmp_path / 'm.gguf'}", "--gguf_type=q8_0", "--tokenizer"]
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.file)
+    export.main([*words, str(tmp_path)])
+    _, tensors = contents(tmp_path / "m.gguf")
+    assert tensors["blk.0.ffn_down.weight"][0] == "F16" and tensors["blk.0.ffn_up.weight"][0] == "Q8_0"
+    assert "no multiple of 32" in capsys.readouterr().err
+
+
+def test_the_vocabulary_is_inside(tokenizer, tmp_path):
+    write_gguf(random_model(), tokenizer, tmp_path / "m.gguf")
+    settings, _ = contents(tmp_path / "m.gguf")
+    tokens, scores = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.scores"]
+    pieces = list(tokenizer.pieces())
+    assert len(tokens) == 512 and tokens[:4] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert [t.replace("▁", " ").encode() for t in tokens[259:]] == [piece for piece, _ in pieces[259:]]
+    assert np.allclose(scores, [score for _, score in pieces])
+    assert settings["tokenizer.ggml.token_type"] == [2, 3, 3] + [6] * 256 + [1] * 253
+    assert (settings["tokenizer.ggml.bos_token_id"], settings["tokenizer.ggml.eos_token_id"]) == (BOS, EOS)
+    assert settings["tokenizer.ggml.add_bos_token"] is True and settings["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_a_byte_vocabulary_has_its_space_where_llama_cpp_looks(tmp_path):
+    texts, _, types = llamacpp.vocabulary(ByteTokenizer())
+    assert texts[3 + 32].decode() == "▁" and types[3 + 32] == "NORMAL"
+    assert texts[3 + 65] == b"<0x41>" and types[3 + 65] == "BYTE" and types.count("BYTE") == 255
+
+
+def test_what_cannot_be_written_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    path = save(random_model(), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="no tokenizer.model or tokenizer.bin in .*; name one with --tokenizer"):
+        export.main([str(path), f"--gguf={tmp_path / 'm.gguf'}"])
+    with pytest.raises(ValueError, match="rnn"):
+        write_gguf(random_model(trunk="rnn"), tokenizer, tmp_path / "m.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="pip install -r requirements-export.txt"):
+        write_gguf(random_model(), tokenizer, tmp_path / "m.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_gguf_files_are_not_read(tokenizer, tmp_path):
+    write_gguf(random_model(), tokenizer, tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="a GGUF file, which can be written, not read"):
+        read_checkpoint(tmp_path / "m.gguf")
+
+
+# ---------------------------------------------------------------------------------------------
+# llama.cpp itself
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    return pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: make test-interop")
+
+
+def open_llama(llama_cpp, path: Path, length: int):
+    """With its cache in float32, so that near ties fall as in ours."""
+    f32 = llama_cpp.GGML_TYPE_F32 if hasattr(llama_cpp, "GGML_TYPE_F32") else 0
+    return llama_cpp.Llama(str(path), n_ctx=length, n_threads=1, n_batch=length, logits_all=True, verbose=False,
+                           type_k=f32, type_v=f32)
+
+
+def continued(llama, prompt: list[int], n: int) -> list[int]:
+    ids = list(prompt)
+    for token in llama.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
+        ids.append(token)
+        if len(ids) >= n or token == BOS:
+            return ids
+    return ids
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"tie_embeddings": False, "n_kv_heads": 1},
+                                     {"recurrence": 2}, {"vocab_size": 259}])
+def test_llama_cpp_has_the_same_logits_and_the_same_greedy_tokens(llama_cpp, data_dir, tmp_path, changes):
+    model = random_model(**changes)
+    V = model.args.vocab_size
+    write_gguf(model, load_tokenizer(data_dir / "toy" / f"tok{V}", V), tmp_path / "m.gguf", "f32")
+    llama = open_llama(llama_cpp, tmp_path / "m.gguf", model.args.max_seq_len)
+    ids = greedy(model, 60)
+    llama.eval(ids)
+    with torch.no_grad():
+        ours = model(torch.tensor([ids]))[0].numpy()
+    theirs = np.array(llama.scores[: len(ids)])
+    assert np.abs(ours - theirs).max() < 2e-3 * np.abs(ours).max()
+    llama.reset()
+    assert continued(llama, [BOS], len(ids)) == ids
+
+
+@pytest.mark.parametrize("vocab_size", [512, 259])
+def test_llama_cpp_makes_the_same_tokens_and_texts(llama_cpp, data_dir, tmp_path, vocab_size):
+    ours = load_tokenizer(data_dir / "toy" / f"tok{vocab_size}", vocab_size)
+    write_gguf(random_model(vocab_size=vocab_size), ours, tmp_path / "m.gguf")
+    llama = open_llama(llama_cpp, tmp_path / "m.gguf", 256)
+    assert (llama.token_bos(), llama.token_eos()) == (BOS, EOS)
+    for text in TEXTS:
+        if text.startswith("▁"):  # llama.cpp takes it for a space
+            continue
+        ids = ours.encode(text)
+        assert llama.tokenize(text.encode(), add_bos=True) == [BOS, *ids], text
+        assert llama.detokenize([BOS, *ids]).decode().removeprefix(" ") == ours.decode(ids), text
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published stories260K is not there")
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_llama_cpp_tells_the_published_story(llama_cpp, tmp_path, kind):
+    export.main([str(PUBLISHED / "stories260K.bin"), f"--gguf={tmp_path / 'm.gguf'}", f"--gguf_type={kind}",
+                 "--tokenizer", str(PUBLISHED / "tok512.bin")])
+    llama = open_llama(llama_cpp, tmp_path / "m.gguf", 512)
+    model, tokenizer = load_model(PUBLISHED / "stories260K.bin"), open_tokenizer(PUBLISHED / "tok512.bin", 512)
+    n = 200 if kind == "f32" else 40  # rounded weights tell their own story after a while
+    ids = continued(llama, [BOS], n)
+    assert ids == greedy(model, n)[: len(ids)]
+    assert (PUBLISHED / "greedy.txt").read_text().startswith(tokenizer.decode(ids[1:])[: 400 if kind == "f32" else 80])
