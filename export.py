@@ -75,8 +75,12 @@ def main(argv: list[str]) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     model = Transformer(model_args_of(checkpoint, args.checkpoint))
     load_weights(model, checkpoint["model"], args.checkpoint)
+    try:  # before anything is written
+        _, state = model.as_llama()
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint}: {error}") from error
     if args.heads:
-        check_heads(model, args.heads)  # before anything is written
+        check_heads(model, args.heads)
     try:
         tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.args.vocab_size, args.tokenizer)
     except ValueError as error:
@@ -99,7 +103,6 @@ def main(argv: list[str]) -> None:
     if args.gguf:
         write_gguf(model, tokenizer, args.gguf, args.gguf_type)
         say(f"wrote {args.gguf}: {args.gguf.stat().st_size:,} bytes, {args.gguf_type}")
-        _, state = model.as_llama()
         if any(kind_of(w.shape, args.gguf_type) == "f16" != args.gguf_type for w in state.values()):
             say(f"{args.gguf}: matrices whose rows are no multiple of 32 are in f16")
 

@@ -321,8 +321,7 @@ class Transformer(nn.Module):
         Errors: ValueError if the trunk is no Transformer.
         """
         if self.args.trunk != "transformer":
-            raise ValueError(f"expected a Transformer, which other programs can hold; the model's trunk is "
-                             f"{self.args.trunk}")
+            raise ValueError(f"other programs' formats hold Transformers, the model's trunk is {self.args.trunk}")
         layers, kept = self.unrolled(), ("dim", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of",
                                          "norm_eps", "max_seq_len", "tie_embeddings")
         args = ModelArgs(n_layers=len(layers), **{name: getattr(self.args, name) for name in kept})
