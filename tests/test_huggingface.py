@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_the_tokenizer_makes_the_same_tokens_and_texts(transformers, data_dir, t
         assert theirs.decode([BOS, *ids, EOS], skip_special_tokens=True) == ours.decode(ids), text
     back = open_tokenizer(tmp_path, vocab_size)
     assert [back.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+
+
+def test_merges_go_by_score_whatever_the_ids(transformers, data_dir, tmp_path):
+    """Our vocabularies are numbered by score; others need not be."""
+    pieces = list(load_tokenizer(data_dir / "toy" / "tok512", 512).pieces())
+    mixed = pieces[:259] + pieces[259:][::-1]
+    content = b"".join(struct.pack("<fi", score, len(piece)) + piece for piece, score in mixed)
+    (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<i", 99) + content)
+    ours = open_tokenizer(tmp_path / "tokenizer.bin", 512)
+    write_folder(random_model(), ours, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == [BOS, *ours.encode(text)], text
 
 
 def test_a_tokenizer_bin_is_as_good_as_its_source(data_dir, tmp_path):

@@ -141,7 +141,7 @@ def test_llama_cpp_has_the_same_logits_and_the_same_greedy_tokens(llama_cpp, dat
     with torch.no_grad():
         ours = model(torch.tensor([ids]))[0].numpy()
     theirs = np.array(llama.scores[: len(ids)])
-    assert np.abs(ours - theirs).max() < 2e-3 * np.abs(ours).max()
+    assert np.abs(ours - theirs).max() < 1e-4
     llama.reset()
     assert continued(llama, [BOS], len(ids)) == ids
 
@@ -157,7 +157,7 @@ def test_llama_cpp_makes_the_same_tokens_and_texts(llama_cpp, data_dir, tmp_path
             continue
         ids = ours.encode(text)
         assert llama.tokenize(text.encode(), add_bos=True) == [BOS, *ids], text
-        assert llama.detokenize([BOS, *ids]).decode().removeprefix(" ") == ours.decode(ids), text
+        assert llama.detokenize([BOS, *ids]).decode() == ours.decode(ids), text
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published stories260K is not there")

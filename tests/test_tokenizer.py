@@ -6,7 +6,8 @@ import pytest
 import sentencepiece
 
 import tokenizer
-from tokenizer import BOS, EOS, ByteTokenizer, SentencePieceTokenizer, load_tokenizer, write_bin
+from checkpoint import find_tokenizer
+from tokenizer import BOS, EOS, ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_tokenizer, write_bin
 
 TEXTS = ["Once upon a time, a dog.", " two  spaces \n\nand lines\n", "café €5 😀", "12345", "", " ", "\t<s></s>"]
 
@@ -74,3 +75,45 @@ def test_a_model_with_other_special_ids_is_refused(tmp_path):
             sentence_iterator=lines, model_writer=f, model_type="char", vocab_size=16, bos_id=-1, minloglevel=2)
     with pytest.raises(ValueError, match="ids 0, 1, 2"):
         tokenizer.SentencePieceTokenizer(tmp_path / "m")
+
+
+def test_broken_tokenizer_bins_are_refused(data_dir, tmp_path):
+    path = tmp_path / "tokenizer.bin"
+    write_bin(load_tokenizer(data_dir / "toy" / "tok512", 512), path)
+    whole = path.read_bytes()
+    for content, says in ((whole[:-1], "token 511 does not end"), (whole[:2000], "does not end within the file"),
+                          (b"", "expected 512 tokens, found 0"), (b"text " * 900, "token 0 does not end"),
+                          (whole + struct.pack("<fi", 0.0, 1) + b"x", "expected 512 tokens, found more"),
+                          (whole + b"x", "does not end"),
+                          (whole[:4] + struct.pack("<fi", 0.0, -5) + whole[12:], "token 0")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"tokenizer.bin: .*{says}"):
+            open_tokenizer(path, 512)
+    path.write_bytes(whole)
+    for wrong in (511, 513):
+        with pytest.raises(ValueError, match=f"expected {wrong} tokens, found (more|512)"):
+            open_tokenizer(path, wrong)
+    path.write_bytes(whole.replace(b" the", b" and"))  # two tokens of one text
+    with pytest.raises(ValueError, match="tokenizer.bin: not a SentencePiece model"):
+        open_tokenizer(path, 512)
+    with pytest.raises(ValueError, match="none.bin: cannot read"):
+        open_tokenizer(tmp_path / "none.bin", 512)
+
+
+def test_the_tokenizer_is_looked_for_with_the_data_then_beside_the_model(data_dir, tmp_path):
+    source = data_dir / "toy" / "tok512"
+    config = {"data_dir": str(data_dir), "dataset": "toy"}
+    assert find_tokenizer(tmp_path / "ckpt.pt", {"config": config}, 512).vocab_size == 512
+    with pytest.raises(ValueError, match=f"ckpt.pt: no tokenizer.model or tokenizer.bin in {tmp_path}; name one"):
+        find_tokenizer(tmp_path / "ckpt.pt", {}, 512)
+    with pytest.raises(ValueError, match=f"gone/tok512 or {tmp_path}"):
+        find_tokenizer(tmp_path / "ckpt.pt", {"config": config | {"dataset": "gone"}}, 512)
+    (tmp_path / "tokenizer.bin").write_bytes((source / "tokenizer.bin").read_bytes())
+    for place in (tmp_path / "ckpt.pt", tmp_path):  # beside the file, in the folder
+        assert find_tokenizer(place, {"config": {"data_dir": 3}}, 512).vocab_size == 512
+    with pytest.raises(ValueError, match="expected 300 tokens, found more"):
+        find_tokenizer(tmp_path / "ckpt.pt", {}, 300)
+    assert find_tokenizer(tmp_path / "ckpt.pt", {}, 300 - 41).encode("A") == [35, 68]
+    assert find_tokenizer("x", {}, 512, source / "tokenizer.model").vocab_size == 512
+    with pytest.raises(ValueError, match="expected 600 tokens, found 512"):
+        find_tokenizer("x", {}, 600, source / "tokenizer.model")

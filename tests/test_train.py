@@ -595,7 +595,7 @@ def test_an_rnn_learns_and_is_not_exported(words, tmp_path, capsys):
     run(words(trunk="rnn", **HEADS))
     lines = log_lines(tmp_path / "out")
     assert lines[-1]["val/ntp"] < lines[0]["val/ntp"] - 0.1
-    with pytest.raises(ValueError, match="last.pt: other programs' formats hold Transformers, the model's trunk is rnn"):
+    with pytest.raises(ValueError, match="last.pt: other programs' formats hold Transformers, .* trunk is rnn"):
         export.main([str(tmp_path / "out/last.pt"), str(tmp_path / "m.bin")])
     assert not (tmp_path / "m.bin").exists()
     run(words(init_from=tmp_path / "out/last.pt", out_dir=tmp_path / "new", max_iters=2))
