@@ -37,6 +37,8 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     path = Path(path)
     if path.is_dir():
+        if (path / "ckpt.pt").exists() and not (path / "config.json").exists():
+            raise ValueError(f"{path}: a folder of a run; give the file: {path / 'ckpt.pt'}")
         return huggingface.read_folder(path)
     try:
         with open(path, "rb") as f:

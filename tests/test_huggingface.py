@@ -235,6 +235,12 @@ def test_a_folder_is_not_written_over_its_own_source(folder, tmp_path):
     assert huggingface.read_config(folder / "config.json").dim == 32
 
 
+def test_the_folder_of_a_run_is_told_from_one_of_hugging_face(tmp_path):
+    save(random_model(), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="a folder of a run; give the file: .*ckpt.pt"):
+        read_checkpoint(tmp_path)
+
+
 def test_something_must_be_written(tmp_path, capsys):
     path = save(random_model(), tmp_path / "ckpt.pt")
     with pytest.raises(SystemExit):
