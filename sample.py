@@ -42,7 +42,7 @@ from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, SentencePieceTokenizer, Tokeniz
 
 ENDS = (BOS, EOS)  # where a text stops; neither is part of it
 GUESSERS = ("linear", "residual", "block", "shared")  # types of heads that see no later token
-MOST_GUESSES = 64  # nodes of a tree, all read in one forward
+MOST_GUESSES = 16  # of a tree, all read in one forward; a chain may be longer
 Pick = Callable[[Tensor], int]  # logits (V,) on the CPU -> token
 
 
@@ -93,11 +93,11 @@ class Tree(NamedTuple):
 
 @functools.cache
 def static_tree(depth: int, k: int) -> Tree:
-    """The MOST_GUESSES likeliest paths of at most `depth` guesses, k candidates each, were the candidate of rank r
-    right with probability 2^-(r + 1). k = 1: a chain. depth = 0: the token at hand alone.
+    """The likeliest paths of at most `depth` guesses, k candidates each, were the candidate of rank r right with
+    probability 2^-(r + 1): MOST_GUESSES guesses in all. k = 1: a chain, whole. depth = 0: the token at hand alone.
     """
     frontier, paths = [(0, 0, ())], []  # bits of the path's probability, the deepest first where equal, ranks
-    while frontier and len(paths) <= MOST_GUESSES:
+    while frontier and len(paths) <= max(MOST_GUESSES, depth):
         bits, _, path = heapq.heappop(frontier)
         paths.append(path)
         if len(path) < depth:
@@ -137,7 +137,7 @@ class Reader:
         self.model, self.n, self.k = model, n, k
         self.device = model.output.weight.device
         # The heads read only what stays, so theirs is another: one of them attends to states, and never to guesses.
-        self.trunk_cache, self.head_cache = KVCache(room + MOST_GUESSES), KVCache(room)
+        self.trunk_cache, self.head_cache = KVCache(room + max(MOST_GUESSES, n)), KVCache(room)
         self.guesses = torch.zeros(0, k, dtype=torch.long)  # (n, k), best first; none before anything is read
 
     def read(self, tokens: Tensor, depths: Tensor, sees: Tensor) -> Tensor:
