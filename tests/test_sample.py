@@ -1,13 +1,13 @@
-"""Text from checkpoints: the KV cache is the model without it, guessing ahead is plain decoding, and what is printed."""
+"""Text from checkpoints: the KV cache is the model, guessing ahead is plain decoding, and what is printed."""
 
 import itertools
 import re
 
 import pytest
 import torch
+from conftest import start
 
 import sample
-from conftest import start
 from model import KVCache, ModelArgs, Transformer
 from sample import Printer, Tally, compare, find_tokenizer, generate, main, picker, probabilities, static_tree
 from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, ByteTokenizer
@@ -69,11 +69,11 @@ def text(model, n=0, k=1, pick=greedy, most=0, prompt=PROMPT, tally=None) -> lis
     return list(generate(model, prompt, most, pick, n, k, tally))
 
 
-def uncached(model, most=S + 1 - len(PROMPT), pick=greedy) -> list[int]:
+def uncached(model) -> list[int]:
     """The same by whole forwards."""
     ids = list(PROMPT)
-    for _ in range(most):
-        ids.append(pick(model(torch.tensor([ids]))[0, -1]))
+    while len(ids) <= S:
+        ids.append(greedy(model(torch.tensor([ids]))[0, -1]))
     return ids[len(PROMPT) :]
 
 
