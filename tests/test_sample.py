@@ -212,6 +212,24 @@ def test_heads_that_know_save_forwards(head):
     assert (tally.tokens, tally.forwards) == (29, 8)  # 7 of four tokens and the last, which has no room for a guess
 
 
+@pytest.mark.parametrize("head", GUESSERS)
+def test_guesses_are_those_of_heads_that_read_the_whole_text(head, monkeypatch):
+    """What was guessed wrong leaves no trace in them: bad guesses would show in no text, only in speed."""
+    model, said, keep, rounds = counting(head, noise=0.08), [], sample.Reader.keep, []
+
+    def checked(reader, rows, tokens, h):
+        keep(reader, rows, tokens, h)
+        said.extend(tokens[rows].tolist())
+        x = torch.tensor([said])
+        whole = model.readouts(x, model.trunk(x), [1, 2, 3])
+        assert reader.guesses.tolist() == [whole[i].logits()[0, -1].topk(2).indices.tolist() for i in (1, 2, 3)]
+        rounds.append(len(rows))
+
+    monkeypatch.setattr(sample.Reader, "keep", checked)
+    found = text(model, 3, 2)
+    assert said == (PROMPT + found)[: len(said)] and len(said) > 20 and {1, 3} <= set(rounds)
+
+
 def test_a_tree_takes_a_second_candidate():
     """A head whose best candidate is always wrong, and whose second is always right."""
     model = counting(n=1)
