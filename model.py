@@ -11,8 +11,9 @@ B batch, T positions, D model dim, H heads, hd head dim, V vocabulary, n future 
 names of the trunk are llama2.c's, so its checkpoints load; those of heads begin as in HEADS. What each
 type of head is for: doc/objectives.md.
 
-What this leaves out on purpose: losses (losses.py), optimisers and files (train.py, export.py),
-the KV cache (run.c).
+Both take a KVCache where tokens go through the model a few at a time, as sample.py has them.
+
+What this leaves out on purpose: losses (losses.py), optimisers and files (train.py, export.py).
 """
 
 import math
@@ -112,6 +113,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
+class KVCache:
+    """Keys and values of the tokens fed before, so that new ones go through the layers alone.
+
+        cache.begin(depths, sees)       # where new tokens stand
+        h = model.trunk(new, cache)
+        cache.keep(rows)                # which of them stay
+
+    Attentions are told apart by the order in which they ask, the same in every feed: a layer that is applied
+    r times has r entries. Future heads, which may be fed other tokens than the trunk, want a cache of their own.
+    """
+
+    def __init__(self, room: int):
+        """room: the most positions that are ever held, those of a feed that do not stay included."""
+        self.room, self.length = room, 0
+        self.entries: list[tuple[Tensor, Tensor]] = []  # k, v of each attention: (B, room, H_kv, hd)
+
+    def begin(self, depths: Tensor, sees: Tensor) -> None:
+        """T new tokens: `depths` (T,) positions behind all that is kept, of which they see everything. Row t of
+        `sees`, (T, T) bool, is what token t sees of the new ones: itself and what comes before it.
+        """
+        self.positions = self.length + depths  # (T,)
+        self.mask = F.pad(sees, (self.length, 0), value=True)  # (T, length + T)
+        self.asked = 0
+
+    def join(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """The next attention's keys and values of the new tokens, (B, T, H_kv, hd) -> of all, (B, length + T, ...)."""
+        if self.asked == len(self.entries):
+            self.entries.append(tuple(t.new_empty(t.shape[0], self.room, *t.shape[2:]) for t in (k, v)))
+        entry, end = self.entries[self.asked], self.length + k.shape[1]
+        self.asked += 1
+        for held, new in zip(entry, (k, v), strict=True):
+            held[:, self.length : end] = new
+        return [held[:, :end] for held in entry]
+
+    def keep(self, rows: Tensor) -> None:
+        """Of the new tokens these stay, in this order, a position each; the others are forgotten."""
+        end = self.length + len(rows)
+        for entry in self.entries:
+            for held in entry:
+                held[:, self.length : end] = held[:, self.length + rows]  # the right side is a copy
+        self.length = end
+
+
 class Attention(nn.Module):
     """Causal self-attention in which groups of query heads share a key/value head (GQA, arXiv 2305.13245)."""
 
@@ -125,13 +169,16 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * self.head_dim, args.dim, bias=False)
         self.dropout = args.dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, H | H_kv, hd)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.join(k, v)
         groups = self.n_heads // self.n_kv_heads
         k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))  # query head j reads kv head j // groups
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, hd)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, None if cache is None else cache.mask, is_causal=cache is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -159,8 +206,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = self.Norm(args.dim, args.norm_eps)
         self.ffn_norm = self.Norm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), cos, sin, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -177,12 +224,13 @@ def part_of_gradient(x: Tensor, part: float) -> Tensor:
 class View:
     """What future heads may read; `part` of their gradient reaches the trunk by way of it."""
 
-    def __init__(self, model: "Transformer", tokens: Tensor, h: Tensor, ntp: Readout, part: float):
+    def __init__(self, model: "Transformer", tokens: Tensor, h: Tensor, ntp: Readout, part: float,
+                 cache: KVCache | None):
         self.model, self.tokens, self.part, self.ntp = model, tokens, part, ntp
         self.h = part_of_gradient(h, part)  # (B, T, D)
         self.normed = part_of_gradient(ntp.features, part)  # (B, T, D), norm(h)
         self.unembedding = part_of_gradient(ntp.weight, part)  # (V, D)
-        self.rope = model.rope_cos[: h.shape[1]], model.rope_sin[: h.shape[1]]
+        self.places = model.places(h.shape[1], cache)
 
     def embedding_ahead(self, i: int) -> Tensor:
         """(B, T, D): at t that of x[t+i]; in the last i positions of a row it means nothing."""
@@ -223,7 +271,7 @@ class BlockHead(nn.Module):
         self.block = block(args)
 
     def forward(self, view: View) -> Readout:
-        return view.readout(self.block(view.h, *view.rope))
+        return view.readout(self.block(view.h, *view.places))
 
 
 class SequentialHead(nn.Module):
@@ -240,7 +288,7 @@ class SequentialHead(nn.Module):
 
     def next_state(self, view: View, i: int, state: Tensor) -> Tensor:
         both = torch.cat((self.state_norm(state), self.token_norm(view.embedding_ahead(i))), dim=-1)
-        return self.block(self.project(both).type_as(state), *view.rope)
+        return self.block(self.project(both).type_as(state), *view.places)
 
 
 class SharedHead(nn.Module):
@@ -337,28 +385,37 @@ class Transformer(nn.Module):
                                  f"found head={self.args.head}, trunk={self.args.trunk}")
             self.future_heads[i - 1].block.load_state_dict(self.layers[-1].state_dict())
 
-    def trunk(self, tokens: Tensor) -> Tensor:
+    def places(self, T: int, cache: KVCache | None) -> tuple:
+        """What a block is told of T positions: cos and sin, (T, hd / 2) each, and the cache if there is one."""
+        if cache is None:
+            return self.rope_cos[:T], self.rope_sin[:T]
+        return self.rope_cos[cache.positions], self.rope_sin[cache.positions], cache
+
+    def trunk(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens: (B, T) int64, T <= max_seq_len -> h: (B, T, D), the states after the last block.
 
-        Of tokens (B, T, s), bags of s, a position reads the mean of their embeddings.
+        Of tokens (B, T, s), bags of s, a position reads the mean of their embeddings. With a cache, tokens are
+        those that it was told of last (KVCache.begin). An rnn trunk has none.
         """
         T = tokens.shape[1]
-        if T > self.args.max_seq_len:
+        if cache is None and T > self.args.max_seq_len:
             raise ValueError(f"a row of {T} tokens: this model's max_seq_len is {self.args.max_seq_len}")
         h = self.tok_embeddings(tokens)
         h = F.dropout(h.mean(2) if tokens.dim() == 3 else h, self.args.dropout, self.training)
         if self.args.trunk == "rnn":
             with torch.autocast(h.device.type, enabled=False):
                 return self.rnn(h)[0]
+        places = self.places(T, cache)
         for layer in self.unrolled():
-            h = layer(h, self.rope_cos[:T], self.rope_sin[:T])
+            h = layer(h, *places)
         return h
 
-    def readouts(self, tokens: Tensor, h: Tensor, heads: Iterable[int | str]) -> dict[int | str, Readout]:
+    def readouts(self, tokens: Tensor, h: Tensor, heads: Iterable[int | str], cache: KVCache | None = None
+                 ) -> dict[int | str, Readout]:
         """{head: what it makes of states h}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead.
 
         "spelling" is that of the letters, its weight (spelling_letters * alphabet_size, D); "order" that
-        of the order of tokens. tokens (B, T) are those that h is of.
+        of the order of tokens. tokens (B, T) are those that h is of. A cache is that of the heads' blocks.
         """
         ntp = Readout(self.norm(h), self.output.weight)  # normed once, for all heads that read it
         found, state = {0: ntp}, None
@@ -368,7 +425,7 @@ class Transformer(nn.Module):
             head, chained = self.future_heads[i - 1], self.args.head == "sequential"
             if i in heads or chained:
                 share = part**i if power else part
-                view = views[share] = views.get(share) or View(self, tokens, h, ntp, share)
+                view = views[share] = views.get(share) or View(self, tokens, h, ntp, share, cache)
                 if chained:
                     state = head.next_state(view, i, view.h if state is None else state)
                 if i in heads:
