@@ -140,14 +140,16 @@ def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path)
     return fresh
 
 
-def load_model(path: str | Path) -> Transformer:
-    """The model of a checkpoint, future heads included, in eval mode on the CPU."""
-    checkpoint = read_checkpoint(path)
+def model_of(checkpoint: dict, path: str | Path) -> Transformer:
+    """The model that read_checkpoint found in `path`, future heads included, in eval mode on the CPU."""
     model = Transformer(model_args_of(checkpoint, path))
     load_weights(model, checkpoint["model"], path)
     return model.eval()
 
 
+def load_model(path: str | Path) -> Transformer:
+    """The model in `path`, whatever kind of file that is."""
+    return model_of(read_checkpoint(path), path)
 
 
 def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: str | Path | None = None) -> Tokenizer:

@@ -17,12 +17,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from checkpoint import find_tokenizer, load_weights, model_args_of, read_checkpoint
+from checkpoint import find_tokenizer, model_of, read_checkpoint
 from files import atomic_write
 from huggingface import write_folder
 from llama2c import check_heads, write_heads, write_trunk
 from llamacpp import KINDS, kind_of, write_gguf
-from model import Transformer
 from tokenizer import Tokenizer, bin_bytes
 
 
@@ -73,8 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = Transformer(model_args_of(checkpoint, args.checkpoint))
-    load_weights(model, checkpoint["model"], args.checkpoint)
+    model = model_of(checkpoint, args.checkpoint)
     try:  # before anything is written
         _, state = model.as_llama()
     except ValueError as error:

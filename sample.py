@@ -24,6 +24,7 @@ import argparse
 import functools
 import heapq
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -35,10 +36,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from export import load_model, read_checkpoint
+from checkpoint import find_tokenizer, model_of, read_checkpoint
 from machine import find_machine
 from model import KVCache, Transformer
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, SentencePieceTokenizer, Tokenizer, load_tokenizer, vocab_folder
+from tokenizer import BOS, EOS, Tokenizer
 
 ENDS = (BOS, EOS)  # where a text stops; neither is part of it
 GUESSERS = ("linear", "residual", "block", "shared")  # types of heads that see no later token
@@ -238,9 +239,10 @@ class Printer:
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a ckpt.pt or last.pt")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.model, or the folder that holds "
-                        "it (default: that of the checkpoint's data set)")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a ckpt.pt or last.pt, a "
+                        "model.bin, a Hugging Face folder of a Llama")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.model or .bin, or a folder "
+                        "with one (default: that of the run's data set, or beside the model)")
     parser.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the best token (default 1)")
     parser.add_argument("--top_p", type=float, default=0.9, help="draw from the best tokens that add up to this; 0 or "
@@ -284,28 +286,12 @@ def check_model(model: Transformer, speculative: bool) -> None:
         raise ValueError(f"--speculative: expected heads of type {', '.join(GUESSERS)}, found {args.head}")
 
 
-def find_tokenizer(checkpoint: Path, vocab_size: int, wanted: Path | None) -> Tokenizer:
-    """The tokenizer of --tokenizer or else of the data set that the checkpoint was trained on."""
-    if vocab_size == BYTE_VOCAB_SIZE:  # which needs no file
-        return load_tokenizer("", vocab_size)
-    if wanted and not wanted.is_dir():
-        tokenizer = SentencePieceTokenizer(wanted)
-        if tokenizer.vocab_size != vocab_size:
-            raise ValueError(f"--tokenizer={wanted}: expected {vocab_size} tokens, found {tokenizer.vocab_size}")
-        return tokenizer
-    if not wanted:
-        config = read_checkpoint(checkpoint).get("config")
-        if not isinstance(config, dict) or not {"data_dir", "dataset"} <= config.keys():
-            raise ValueError(f"{checkpoint}: does not say which data set it is of; expected --tokenizer=FILE")
-        wanted = vocab_folder(Path(config["data_dir"]) / config["dataset"], vocab_size)
-    return load_tokenizer(wanted, vocab_size)
-
-
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    model = load_model(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = model_of(checkpoint, args.checkpoint)
     check_model(model, args.speculative)
-    return model.to(find_machine(args.device).device), find_tokenizer(args.checkpoint, model.args.vocab_size,
-                                                                      args.tokenizer)
+    tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.args.vocab_size, args.tokenizer)
+    return model.to(find_machine(args.device).device), tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
@@ -380,3 +366,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # as of `| head`; Python would complain once more at its own end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

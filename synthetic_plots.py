@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import load_model, read_checkpoint
+from checkpoint import model_of, read_checkpoint
 from files import atomic_write
 from model import Transformer
 from tinystories import Windows, eval_batches
@@ -51,7 +51,8 @@ def predictions(model: Transformer, x: Tensor) -> list[Tensor]:
 def accuracy_map(folder: Path) -> Tensor:
     """(heads, T): share of the validation rows in which head i is right at position t; NaN past the row's end."""
     path = folder / "ckpt.pt"
-    model, config = load_model(path), read_checkpoint(path)["config"]
+    checkpoint = read_checkpoint(path)
+    model, config = model_of(checkpoint, path), checkpoint["config"]
     V, T = config["vocab_size"], config["max_seq_len"]
     windows = Windows(vocab_folder(Path(config["data_dir"]) / config["dataset"], V) / "val.bin", V, T)
     right = torch.zeros(model.args.n_future_heads + 1, T)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import start
 
 import sample
 from model import KVCache, ModelArgs, Transformer
-from sample import Printer, Tally, compare, find_tokenizer, generate, main, picker, probabilities, static_tree
+from sample import Printer, Tally, compare, generate, main, picker, probabilities, static_tree
 from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, ByteTokenizer
 
 V, D, S = 12, 16, 32
@@ -504,15 +505,13 @@ def test_errors_are_one_line_and_exit_code_1(tmp_path):
     assert done.returncode == 1 and not out and re.fullmatch(r"sample.py: .*nothing.pt: cannot read.*\n", err)
 
 
-def test_the_tokenizer_is_that_of_the_data_set(data_dir, tmp_path):
-    path, folder = tmp_path / "ckpt.pt", data_dir / "toy" / "tok512"
-    parts = {"model": {}, "model_args": {}}
-    torch.save(parts | {"config": {"data_dir": str(data_dir), "dataset": "toy", "vocab_size": 512}}, path)
-    for wanted in (None, folder, folder / "tokenizer.model"):
-        assert find_tokenizer(path, 512, wanted).vocab_size == 512
-    assert find_tokenizer(path, BYTE_VOCAB_SIZE, None).vocab_size == BYTE_VOCAB_SIZE
-    with pytest.raises(ValueError, match="expected 300 tokens, found 512"):
-        find_tokenizer(path, 300, folder / "tokenizer.model")
-    torch.save(parts, path)  # llama2.c's have no config like that
-    with pytest.raises(ValueError, match="ckpt.pt: .*expected --tokenizer=FILE"):
-        find_tokenizer(path, 512, None)
+def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=259, max_seq_len=4096))
+    torch.save({"model": model.state_dict(), "model_args": model.args.as_dict()}, path)
+    for stop in (lambda told: told.send_signal(signal.SIGINT), lambda told: told.stdout.close()):
+        told = start("sample.py", f"--checkpoint={path}", "--max_new_tokens=0", "--num_samples=50")
+        assert told.stdout.read(3)
+        stop(told)
+        said = told.stderr.read()
+        assert told.wait(timeout=60) in (1, 130) and "Traceback" not in said, said
