@@ -50,11 +50,12 @@ def test_transformers_has_the_same_logits(transformers, tmp_path, changes):
         model.args.recurrence - 1) * sum(p.numel() for layer in model.layers[1:] for p in layer.parameters())
 
 
-def test_the_same_logits_after_training(transformers, tmp_path, words):
+@pytest.mark.parametrize("n_kv_heads", [1, 4])
+def test_the_same_logits_after_training(transformers, tmp_path, words, n_kv_heads):
     """Trained weights are no longer alike in all directions, so a wrong order of rows shows."""
     import train
 
-    train.main(words(max_iters=20, n_future_heads=1, nitp_weight=0.5, mask_document_ends=True))
+    train.main(words(max_iters=20, n_kv_heads=n_kv_heads, n_future_heads=1, nitp_weight=0.5))
     export.main([str(tmp_path / "out" / "ckpt.pt"), f"--hf={tmp_path / 'hf'}"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert worst(load_model(tmp_path / "out" / "ckpt.pt"), theirs) < 1e-4
