@@ -15,7 +15,8 @@ What this leaves out on purpose: the formats themselves (llama2c.py, huggingface
 written only.
 """
 
-import pickle
+import os
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from torch import Tensor
 
 import huggingface
 import llama2c
+from files import refuse_irregular
 from model import HEADS, ModelArgs, Transformer
-from tokenizer import BYTE_VOCAB_SIZE, Tokenizer, open_tokenizer, vocab_folder
+from tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, open_tokenizer, vocab_folder
 
-MAX_SEQ_LEN = llama2c.SIZES["max_seq_len"]
+MOST = {"max_seq_len": llama2c.SIZES["max_seq_len"], "recurrence": 1 << 10, "n_future_heads": 1 << 10}
+MOST_ROPE = 1 << 28  # max_seq_len * head dim: tables of a gigabyte
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -36,11 +39,12 @@ def read_checkpoint(path: str | Path) -> dict:
     Errors: ValueError naming the file if it is missing, broken, or something else.
     """
     path = Path(path)
-    if path.is_dir():
-        if (path / "ckpt.pt").exists() and not (path / "config.json").exists():
-            raise ValueError(f"{path}: a folder of a run; give the file: {path / 'ckpt.pt'}")
-        return huggingface.read_folder(path)
     try:
+        if path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists():
+            raise ValueError(f"{path}: a folder of a run; give the file: {path / 'ckpt.pt'}")
+        if path.is_dir():
+            return huggingface.read_folder(path)
+        refuse_irregular(path)
         with open(path, "rb") as f:
             start = f.read(llama2c.HEADER_BYTES)
     except OSError as error:
@@ -49,16 +53,18 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: a GGUF file, which can be written, not read; give the checkpoint it was made of")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: tensors without the model's sizes; give the folder that has its config.json, too")
-    return llama2c.read_trunk(path) if llama2c.is_trunk(start) else read_torch(path)
+    if start[:2] == b"PK" or start[:1] == b"\x80":  # a zip file, or an old bare pickle
+        return read_torch(path)
+    return llama2c.read_trunk(path)
 
 
 def read_torch(path: Path) -> dict:
     """A checkpoint as torch.save writes it, ours or llama2.c's."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read this checkpoint: {error.strerror or error}") from error
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # broken files raise whatever PyTorch's reader stumbles over
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(f"{path}: not a checkpoint, or a broken one: {reason}") from error
     parts = checkpoint if isinstance(checkpoint, dict) else {}
@@ -69,11 +75,30 @@ def read_torch(path: Path) -> dict:
         raise ValueError(f"{path}: model: expected names of tensors, found other keys")
     # llama2.c saves the module that torch.compile wraps; ours never does.
     checkpoint["model"] = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
+    for name, t in checkpoint["model"].items():
+        if flaw := flaw_of(t):
+            raise ValueError(f"{path}: {name}: expected a tensor of floats, found {flaw}")
     return checkpoint
 
 
+def flaw_of(t: object) -> str:
+    """What keeps this from being a plain tensor of floats with all its numbers; nothing if nothing does."""
+    if not isinstance(t, Tensor):
+        return type(t).__name__
+    if t.layout is not torch.strided or t.is_nested or t.device.type != "cpu":
+        return f"a tensor that is {'nested' if t.is_nested else t.layout}, on {t.device.type}"
+    if not t.is_floating_point():
+        return str(t.dtype)
+    if t.numel() * t.element_size() > t.untyped_storage().nbytes():  # expanded: a small file, an endless tensor
+        return f"shape {tuple(t.shape)}, but numbers for {t.untyped_storage().nbytes()} bytes"
+    return ""
+
+
 def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
-    """The shape of a checkpoint's model; what llama2.c leaves out of `model_args` is read off the tensors."""
+    """The shape of a checkpoint's model; what llama2.c leaves out of `model_args` is read off the tensors.
+
+    Errors: ValueError naming key or tensor, found and expected, before anything is built of a size that a file states.
+    """
     known = {f.name: type(f.default) for f in fields(ModelArgs)}
     args = {k: v for k, v in checkpoint["model_args"].items() if k in known and v is not None}
     for name, value in args.items():
@@ -83,14 +108,18 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if type(args.get(name)) is not int or args[name] < 1:
             raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)!r}")
+    for name, value in args.items():
+        if type(value) is int and not 0 <= value <= MOST.get(name, value):
+            wanted = f"an int from 0 to {MOST[name]}" if name in MOST else "an int >= 0"
+            raise ValueError(f"{path}: model_args: {name}: expected {wanted}, found {value}")
     state = checkpoint["model"]
     expected, is_rnn = {"tok_embeddings.weight": (args["vocab_size"], args["dim"])}, args.get("trunk") == "rnn"
     if is_rnn:
         expected[f"rnn.weight_hh_l{args['n_layers'] - 1}"] = (args["dim"], args["dim"])
     else:
         expected["layers.0.feed_forward.w1.weight"] = (args.get("hidden_dim") or None, args["dim"])
-    for name, shape in expected.items():  # before anything is built of the sizes that model_args states
-        found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else None
+    for name, shape in expected.items():
+        found = tuple(state[name].shape) if name in state else None
         if found is None or len(found) != 2 or any(s not in (f, None) for s, f in zip(shape, found, strict=True)):
             raise ValueError(f"{path}: {name}: expected shape {shape} by model_args, found {found}")
     counts = {}
@@ -101,17 +130,31 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
     for name, found in counts.items():
         if args.setdefault(name, 0) != found:
             raise ValueError(f"{path}: model_args: {name}={args[name]!r}, but there are tensors for {found}")
-    if args["max_seq_len"] > MAX_SEQ_LEN:
-        raise ValueError(f"{path}: max_seq_len: expected at most {MAX_SEQ_LEN}, found {args['max_seq_len']}")
+    if args["max_seq_len"] * (args["dim"] // args["n_heads"]) > MOST_ROPE:
+        raise ValueError(f"{path}: max_seq_len: expected at most {MOST_ROPE // (args['dim'] // args['n_heads'])} with "
+                         f"heads of {args['dim'] // args['n_heads']}, found {args['max_seq_len']}")
     if not is_rnn:
         args["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
     if "tie_embeddings" not in args:
         output = state.get("output.weight")
         args["tie_embeddings"] = output is None or torch.equal(output, state["tok_embeddings.weight"])
     try:
-        return ModelArgs(**args)
-    except (ValueError, TypeError) as error:
+        found = ModelArgs(**args)
+        with torch.device("meta"):  # shapes alone
+            shapes = Transformer(found).state_dict()
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: model_args: {error}") from error
+    for name, expected in shapes.items():
+        if name in state:
+            check_shape(state[name], expected, name, path)
+        elif name != "output.weight" or not found.tie_embeddings:
+            raise ValueError(f"{path}: has no tensor {name}")
+    return found
+
+
+def check_shape(found: Tensor, expected: Tensor, name: str, path: str | Path) -> None:
+    if found.shape != expected.shape:
+        raise ValueError(f"{path}: {name}: expected shape {tuple(expected.shape)}, found {tuple(found.shape)}")
 
 
 def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path) -> list[str]:
@@ -127,15 +170,16 @@ def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path)
     fresh = [name for name in missing if name.startswith(HEADS)]
     if len(fresh) < len(missing):
         raise ValueError(f"{path}: has no tensor {next(n for n in missing if n not in fresh)}")
+    if model.args.tie_embeddings and "output.weight" in state:
+        if not torch.equal(state["output.weight"], state["tok_embeddings.weight"]):
+            raise ValueError(f"{path}: output.weight: expected that of tok_embeddings, as tie_embeddings says, "
+                             "found other numbers")
     for name, tensor in state.items():
         if name not in own:
             if name.startswith(HEADS) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
                 continue
             raise ValueError(f"{path}: holds a tensor that this model has not: {name}")
-        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
-        if not dense or tensor.shape != own[name].shape:
-            found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{path}: {name}: expected shape {tuple(own[name].shape)}, found {found}")
+        check_shape(tensor, own[name], name, path)
         own[name].copy_(tensor)
     return fresh
 
@@ -144,6 +188,9 @@ def model_of(checkpoint: dict, path: str | Path) -> Transformer:
     """The model that read_checkpoint found in `path`, future heads included, in eval mode on the CPU."""
     model = Transformer(model_args_of(checkpoint, path))
     load_weights(model, checkpoint["model"], path)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, found others: training has diverged")
     return model.eval()
 
 
@@ -157,13 +204,24 @@ def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: s
 
     Errors: ValueError naming where it was looked for, or a file of another vocabulary.
     """
-    if given or vocab_size == BYTE_VOCAB_SIZE:
-        return open_tokenizer(given or path, vocab_size)
+    if given:
+        return open_tokenizer(given, vocab_size)
+    if vocab_size == BYTE_VOCAB_SIZE:
+        return ByteTokenizer()
     config, places = checkpoint.get("config"), [Path(path) if Path(path).is_dir() else Path(path).parent]
     if isinstance(config, dict) and all(isinstance(config.get(name), str) for name in ("data_dir", "dataset")):
         places.insert(0, vocab_folder(Path(config["data_dir"]) / config["dataset"], vocab_size))
     for place in places:
-        if (place / "tokenizer.model").exists() or (place / "tokenizer.bin").exists():
+        if any(os.path.exists(place / f"tokenizer.{kind}") for kind in ("model", "bin")):
             return open_tokenizer(place, vocab_size)
     raise ValueError(f"{path}: no tokenizer.model or tokenizer.bin in {' or '.join(map(str, places))}; name one with "
                      "--tokenizer")
+
+
+def has_another_vocabulary(path: str | Path, checkpoint: dict, vocab_size: int, folder: Path) -> bool:
+    """Do the model and a data set's folder both tell their tokens, and do these differ? Then ids mean other texts."""
+    try:
+        ours, theirs = open_tokenizer(folder, vocab_size), find_tokenizer(path, checkpoint, vocab_size)
+    except ValueError:
+        return False
+    return [piece for piece, _ in ours.pieces()] != [piece for piece, _ in theirs.pieces()]

@@ -4,6 +4,7 @@
     python compare.py out/base-* out/mtp-* --baseline base --steps 500 1000
     python compare.py doc/runs/seeds4.jsonl --html out/report.html --plots out/plots
     python compare.py wandb wandb:me/lookahead            # wandb's offline runs, and those of a project
+    python compare.py out/little --along train_fraction --best    # lowest loss against a setting, each value by itself
 
 The first group of runs, or --baseline, is what the others are compared with, paired by seed. Intervals are
 Student's t at 95% over the seeds; a difference inside its interval is a tie. "At equal seconds" wants runs of the
@@ -31,6 +32,7 @@ from groups import (
     Figures,
     choose_baseline,
     deviation_interval,
+    families,
     figures,
     group_runs,
     seeds_needed,
@@ -54,14 +56,32 @@ def number(value: float | None, digits: int = 4, missing: str = "–") -> str:
     return missing if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def tables(found: list[Figures], last: int) -> list[Table]:
+def end_note(args: argparse.Namespace) -> str:
+    if args.best:
+        return " The end is each run's lowest evaluation."
+    return f" The end is the mean of the last {args.last} evaluations." if args.last > 1 else ""
+
+
+def table_along(found: dict[float, list[Figures]], args: argparse.Namespace) -> Table:
+    """What each set-up comes to at each value of a setting, and its difference to the baseline there."""
+    rows = [[f"{value:g}" if k == 0 else "", f.group.label, str(len(f.group.runs)), number(f.end), number(f.spread),
+             number(f.end_step, 0), *(["–"] * 3 if k == 0 else [str(f.difference), f.difference.verdict,
+                                                               str(f.difference.n)])]
+            for value, each in found.items() for k, f in enumerate(each)]
+    head = [args.along, "set-up", "seeds", "at the end", "between seeds", "at step", "difference", "verdict", "pairs"]
+    return Table(
+        f"Validation NTP against {args.along}", head, rows,
+        "Means over seeds. Differences are to the first set-up at the same value, paired by seed: mean ± half of the "
+        "95% interval (Student's t); negative is better, and inside the interval is a tie." + end_note(args))
+
+
+def tables(found: list[Figures], args: argparse.Namespace) -> list[Table]:
     """All that is told, of the baseline (the first) and the others."""
     base, others = found[0], found[1:]
     steps = [f"step {step:,}" for step in base.at]
     ntp = Table("Validation NTP, nats a token", ["set-up", "seeds", "at the end", "between seeds", *steps], [
         [f.group.label, str(len(f.group.runs)), number(f.end), number(f.spread), *(number(v) for v in f.at.values())]
-        for f in found], "Means over seeds; between seeds: their standard deviation at the end." + (
-            f" The end is the mean of the last {last} evaluations." if last > 1 else ""))
+        for f in found], "Means over seeds; between seeds: their standard deviation at the end." + end_note(args))
     shown = [ntp]
     if others:
         shown.append(Table(
@@ -126,20 +146,22 @@ def as_markdown(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows), "", table.note])
 
 
-def as_csv(found: list[Figures]) -> str:
-    """One row a set-up, every figure in full; empty where there is none."""
-    accuracies = sorted({key for f in found for key in f.accuracy})
-    rows = [{"set_up": f.group.label, "seeds": " ".join(map(str, f.group.runs)),
-             **{f"ntp_at_{step}": v for step, v in f.at.items()}, "ntp_end": f.end, "ntp_end_deviation": f.spread,
+def as_csv(found: dict[float, list[Figures]], along: str | None) -> str:
+    """One row a set-up (at each value of the setting `along`), every figure in full; empty where there is none."""
+    accuracies = sorted({key for each in found.values() for f in each for key in f.accuracy})
+    rows = [({along: value} if along else {}) | {"set_up": f.group.label, "seeds": " ".join(map(str, f.group.runs)),
+             **{f"ntp_at_{step}": v for step, v in f.at.items()}, "ntp_end": f.end, "ntp_end_step": f.end_step,
+             "ntp_end_deviation": f.spread,
              **{f"difference_at_{step}{suffix}": value for step, d in f.differences.items()
                 for suffix, value in (("", d.mean), ("_half_interval", d.half))},
              "difference_end": f.difference.mean, "difference_end_half_interval": f.difference.half,
              "pairs": f.difference.n, "steps_to_reach": f.steps_to_reach, "seconds_to_reach": f.seconds_to_reach,
              "seeds_that_reach": f.reached, "step_time_ratio": f.cost, "equal_seconds": f.equal_seconds.mean,
              "equal_seconds_half_interval": f.equal_seconds.half, "tokens_per_second": f.tokens_per_second,
-             "peak_mib": f.peak_mib, **{key: f.accuracy.get(key) for key in accuracies}} for f in found]
+             "peak_mib": f.peak_mib, **{key: f.accuracy.get(key) for key in accuracies}}
+            for value, each in found.items() for f in each]
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
@@ -176,7 +198,7 @@ def keep(runs: list[Run], path: Path) -> None:
         for run in runs:
             name, number = run.name, 2
             while name in names:
-                name, number = f"{number}.{run.name}", number + 1
+                name, number = f"{number}/{run.name}", number + 1  # as if in another folder: the name is what follows
             names.add(name)
             config = {key: value for key, value in run.config.items() if key not in ("out_dir", "data_dir")}
             f.write(json.dumps({"run": name, "iter": 0, "config": config, "facts": run.facts}) + "\n")
@@ -194,6 +216,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--baseline", metavar="LABEL", help="what the others are compared with; default: the first")
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="where val NTP is told; default: quarters")
     parser.add_argument("--last", type=int, default=1, metavar="K", help="the end is the mean of so many evaluations")
+    parser.add_argument("--best", action="store_true", help="the end is a run's lowest evaluation")
+    parser.add_argument("--along", metavar="SETTING", help="compare at each value of a setting by itself")
     parser.add_argument("--step_seconds", type=Path, metavar="FILE", help="step times measured apart (ablate.py); "
                         "default: those of the logs")
     parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE", help="tables in Markdown; PAGE#NAME puts "
@@ -206,6 +230,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.last < 1 or any(step < 1 for step in args.steps or ()):
         parser.error("--last and --steps: expected numbers from 1 up")
+    if args.best and args.last > 1:
+        parser.error("--best, --last: expected one of them")
     for option in ("markdown", "csv", "html"):  # --csv a.jsonl would take a run for the file to write
         if str(getattr(args, option)).endswith(".jsonl"):
             parser.error(f"--{option}: expected a file to write, found {getattr(args, option)}; name the runs first")
@@ -248,31 +274,34 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             unread.append(str(error))
     reader.problems += unread
-    groups = group_runs(reader.runs, reader.problems)
+    by_value = families(reader.runs, args.along, reader.problems) if args.along else {math.nan: reader.runs}
+    by_value = {value: group_runs(runs, reader.problems) for value, runs in by_value.items()}
     for problem in reader.problems:
         print(f"compare.py: {problem}", file=sys.stderr)
-    if not groups:
+    if not any(by_value.values()):
         raise ValueError("nothing to compare: no run with an evaluation was found")
-    groups = choose_baseline(groups, args.baseline)
-    steps = args.steps or quarters(groups[0].first)
+    by_value = {value: choose_baseline(groups, args.baseline) for value, groups in by_value.items()}
     if args.keep:
-        keep([run for group in groups for run in group.runs.values()], args.keep)
-    told = set_step_seconds(groups, read_step_seconds(args.step_seconds))
-    found = figures(groups, steps, args.last)
-    told += warnings(groups)
+        keep([run for groups in by_value.values() for group in groups for run in group.runs.values()], args.keep)
+    found, told = {}, []
+    for value, groups in by_value.items():
+        said = set_step_seconds(groups, read_step_seconds(args.step_seconds))
+        found[value] = figures(groups, args.steps or quarters(groups[0].first), args.last, args.best)
+        told += [f"{args.along}={value:g}: {warning}" if args.along else warning for warning in said + warnings(groups)]
     for warning in told:
         print(f"compare.py: {warning}", file=sys.stderr)
-    shown = tables(found, args.last)
+    everything = [f for each in found.values() for f in each]
+    shown = [table_along(found, args)] if args.along else tables(everything, args)
     if args.markdown != "-" and args.csv != "-":
         print("\n\n".join(map(as_text, shown)))
     if args.markdown:
         deliver("\n\n".join(map(as_markdown, shown)), args.markdown)
     if args.csv:
-        deliver(as_csv(found).rstrip("\n"), args.csv)
+        deliver(as_csv(found, args.along).rstrip("\n"), args.csv)
     if args.plots or args.html:
         import report  # late: matplotlib
 
-        panels = report.panels(found)
+        panels = report.panels_along(found, args.along) if args.along else report.panels(everything)
         if args.plots:
             report.write_plots(panels, args.plots)
         if args.html:

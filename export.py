@@ -14,15 +14,17 @@ What this leaves out on purpose: the formats (llama2c.py, huggingface.py, llamac
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+import huggingface
 from checkpoint import find_tokenizer, model_of, read_checkpoint
-from files import atomic_write
-from huggingface import write_folder
+from huggingface import need_safetensors, write_folder
 from llama2c import check_heads, write_heads, write_trunk
-from llamacpp import KINDS, kind_of, write_gguf
-from tokenizer import Tokenizer, bin_bytes
+from llamacpp import KINDS, kind_of, need_gguf, write_gguf
+from model import Transformer
+from tokenizer import Tokenizer, bin_bytes, write_bin
 
 
 def say(text: str) -> None:
@@ -34,14 +36,28 @@ def put_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
     One of another vocabulary that lies there is kept: other models in the folder need it.
     """
-    target, content = out.parent / "tokenizer.bin", bin_bytes(tokenizer)
+    target = out.parent / "tokenizer.bin"
     if not target.exists():
-        with atomic_write(target) as f:
-            f.write(content)
+        write_bin(tokenizer, target)
         say(f"wrote {target}")
-    elif target.read_bytes() != content:
+    elif target.read_bytes() != bin_bytes(tokenizer):
         say(f"{target}: of another vocabulary, left as it is; export into another folder, or give run the right one "
             "with -z")
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """ValueError where one file would be written over another, or over one that is read."""
+    beside = args.out.parent / "tokenizer.bin" if args.out else None  # written only where it is not there
+    folder = [args.hf, *(args.hf / name for name in huggingface.FILES)] if args.hf else []
+    written = [path for path in (args.out, args.heads, args.gguf, *folder) if path]
+    read = [args.checkpoint, *(args.checkpoint / name for name in huggingface.FILES)]
+    read += [args.tokenizer] if args.tokenizer else []
+    real = [os.path.realpath(path) for path in written]
+    for path, where in zip(written, real, strict=True):
+        if real.count(where) > 1 or where in map(os.path.realpath, (*read, *([beside] if beside else ()))):
+            raise ValueError(f"{path}: expected different files for all that is read and written")
+    if beside and beside.exists() and not beside.is_file():
+        raise ValueError(f"{beside}: expected a file, or nothing, where the tokenizer goes")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,16 +77,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.out or args.heads or args.hf or args.gguf):
         parser.error("nothing to write: expected a .bin file, --heads, --hf or --gguf")
-    beside = [args.out.parent / "tokenizer.bin"] if args.out else []
-    paths = [p for p in (args.checkpoint, args.out, *beside, args.heads, args.hf, args.gguf) if p]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError(f"{', '.join(map(str, paths))}: expected different files for checkpoint, model, tokenizer "
-                         "and heads")
+    check_paths(args)
     return args
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    if args.hf:
+        need_safetensors()
+    if args.gguf:
+        need_gguf()
     checkpoint = read_checkpoint(args.checkpoint)
     model = model_of(checkpoint, args.checkpoint)
     try:  # before anything is written
@@ -86,27 +102,31 @@ def main(argv: list[str]) -> None:
             raise
         tokenizer = None
         say(f"{error}; without one nothing but token ids goes in and out (run: -z)")
-    counts = model.parameter_counts()
+    write_all(args, model, tokenizer, sum(w.numel() for w in state.values()))
+
+
+def write_all(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None, parameters: int) -> None:
     if args.out:
         write_trunk(model, args.out, args.version)
-        say(f"wrote {args.out}: {args.out.stat().st_size:,} bytes, {counts['trunk']:,} parameters")
+        say(f"wrote {args.out}: {args.out.stat().st_size:,} bytes, {parameters:,} parameters")
         if tokenizer:
             put_tokenizer(tokenizer, args.out)
     if args.heads:
         write_heads(model, args.heads)
-        say(f"wrote {args.heads}: {args.heads.stat().st_size:,} bytes, {counts['future heads']:,} parameters")
+        say(f"wrote {args.heads}: {args.heads.stat().st_size:,} bytes, "
+            f"{model.parameter_counts()['future heads']:,} parameters")
     if args.hf:
         write_folder(model, tokenizer, args.hf)
         say(f"wrote {args.hf}: {', '.join(sorted(p.name for p in args.hf.iterdir()))}")
     if args.gguf:
         write_gguf(model, tokenizer, args.gguf, args.gguf_type)
         say(f"wrote {args.gguf}: {args.gguf.stat().st_size:,} bytes, {args.gguf_type}")
-        if any(kind_of(w.shape, args.gguf_type) == "f16" != args.gguf_type for w in state.values()):
+        if any(kind_of(w.shape, args.gguf_type) == "f16" != args.gguf_type for w in model.parameters()):
             say(f"{args.gguf}: matrices whose rows are no multiple of 32 are in f16")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"export.py: {error}")

@@ -6,10 +6,17 @@ the new one, never half of either: not after Ctrl-C, not after kill -9, not on a
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+
+def refuse_irregular(path: Path) -> None:
+    """ValueError for a folder, a pipe or a device: the former cannot be a file, the others never end, or begin."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a file, found a {'folder' if os.path.isdir(path) else 'pipe or device'}")
 
 
 @contextmanager
@@ -24,6 +31,8 @@ def atomic_write(path: str | Path, mode: str = "wb", **open_options) -> Iterator
             f.write(header)
     """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # root would put a file in the place of /dev/null
+        raise ValueError(f"cannot write {path}: it is there, and no file")
     temporary = path.with_name(f".{path.name}.tmp")  # always the same: what kill -9 leaves, the next write replaces
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,5 +44,35 @@ def atomic_write(path: str | Path, mode: str = "wb", **open_options) -> Iterator
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def atomic_folder(path: str | Path, files: Iterable[str]) -> Iterator[Path]:
+    """An empty folder that becomes `path` when the block ends without an exception.
+
+    A folder that is there and holds nothing but `files` gives way to it. (Between the two moves that this
+    takes, a kill -9 leaves it as `.<name>.old`.) Errors: ValueError if there is something else, or it cannot be
+    written; whatever the block raised otherwise, and then `path` is what it was.
+    """
+    path = Path(os.path.realpath(path))
+    new, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
+    try:
+        others = sorted({p.name for p in path.iterdir()} - set(files)) if path.exists() else []
+        if others:
+            raise ValueError(f"cannot write {path}: it holds other files: {', '.join(others[:3])}; expected a new "
+                             "folder, or one like it")
+        try:
+            shutil.rmtree(new, ignore_errors=True)  # what a kill left
+            new.mkdir(parents=True)
+            yield new
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+            os.replace(new, path)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

@@ -183,6 +183,18 @@ def of_other_length(groups: list[Group]) -> list[Group]:
     return groups[:1] + [g for g in groups[1:] if settings_alike(g.first, groups[0].first, length)]
 
 
+def families(runs: list[Run], setting: str, problems: list[str]) -> dict[float, list[Run]]:
+    """The runs by their value of a setting, smallest first. Runs whose log has no number for it are left out."""
+    found: dict[float, list[Run]] = {}
+    for run in runs:
+        value = run.config.get(setting)
+        if type(value) in (int, float):
+            found.setdefault(value, []).append(run)
+        else:
+            problems.append(f"{run.where}: {setting}: expected a number, found {value!r}; left out")
+    return dict(sorted(found.items()))
+
+
 def warnings(groups: list[Group]) -> list[str]:
     """What runs differ in beside the objective and the seed, and what seconds are worth."""
     found, base = [], groups[0]
@@ -229,6 +241,8 @@ class Figures:
     group: Group
     at: dict[int, float]  # step -> mean val NTP
     end: float
+    ends: list[float]  # of which it is the mean
+    end_step: float  # where that is
     spread: float  # standard deviation between seeds at the end; NaN with one seed
     differences: dict[int, Interval]  # step -> to the baseline
     difference: Interval  # at the end
@@ -263,10 +277,11 @@ def set_step_seconds(groups: list[Group], measured: dict[str, list[float]]) -> l
     return unmeasured
 
 
-def figures(groups: list[Group], steps: list[int], last: int = 1) -> list[Figures]:
+def figures(groups: list[Group], steps: list[int], last: int = 1, best: bool = False) -> list[Figures]:
     """Of each group; the first is the baseline.
 
     last: the end is the mean of so many evaluations of the baseline, of others as many steps before their own end.
+    best: it is each run's lowest evaluation instead, wherever that is.
     Errors: ValueError if the baseline has not so many behind its start.
     """
     base, lengths = groups[0], of_other_length(groups)
@@ -276,7 +291,11 @@ def figures(groups: list[Group], steps: list[int], last: int = 1) -> list[Figure
     back = base.first.length - evaluated[-last:]
 
     def end(run: Run) -> float:
-        return float(run.at("val/ntp", run.length - back).mean())
+        return float(run.points("val/ntp")[1].min() if best else run.at("val/ntp", run.length - back).mean())
+
+    def end_step(run: Run) -> float:
+        at, values = run.points("val/ntp")
+        return float(at[values.argmin()] if best else run.length)
 
     found = []
     for group in groups:
@@ -290,7 +309,7 @@ def figures(groups: list[Group], steps: list[int], last: int = 1) -> list[Figure
         keys = {key for run in runs for line in run.lines for key in line if re.fullmatch(r"val/(acc|agree)_\d+", key)}
         found.append(Figures(
             group, {step: group.mean(lambda run, step=step: float(run.at("val/ntp", step))) for step in steps},
-            statistics.fmean(ends), statistics.stdev(ends) if len(ends) > 1 else math.nan,
+            statistics.fmean(ends), ends, group.mean(end_step), statistics.stdev(ends) if len(ends) > 1 else math.nan,
             {step: interval([float(a.at("val/ntp", step) - b.at("val/ntp", step)) for a, b in pairs])
              for step in steps},
             interval(each), each, reach,

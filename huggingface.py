@@ -17,18 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import atomic_write
-from llama2c import SIZES as MOST
+import llama2c
+from files import atomic_folder, atomic_write
 from llama2c import layout, renamed
-from model import ModelArgs, Transformer
+from model import ROPE_THETA, ModelArgs, Transformer
 from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, UNK, Tokenizer
 
-NEEDED = "reading and writing Hugging Face folders needs safetensors: pip install -r requirements-export.txt"
+FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json",
+         "config.json")  # that write_folder writes
 SIZES = {"dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
          "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size",
          "max_seq_len": "max_position_embeddings"}  # ours -> config.json's
-ROPE_THETA = 10000.0
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # as model.py has it
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+         "rope_theta": ROPE_THETA, "bos_token_id": BOS, "eos_token_id": EOS}  # as model.py and tokenizer.py have it
 NAMES = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
          "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
          "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -54,31 +55,39 @@ def turned(name: str, w: Tensor, args: ModelArgs, how) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # out
 
-def write_folder(model: Transformer, tokenizer: Tokenizer | None, folder: str | Path) -> None:
-    """Write trunk and NTP head in float32, and the tokenizer if there is one. config.json comes last.
-
-    Errors: ValueError if the folder cannot hold what the model is, or a file cannot be written.
-    """
+def need_safetensors() -> None:
+    """ValueError with the line that installs what these folders need, where it is missing."""
     try:
-        from safetensors.torch import save
+        import safetensors.torch  # noqa: F401
     except ImportError:
-        raise ValueError(NEEDED) from None
-    folder, (args, state) = Path(folder), model.as_llama()
+        raise ValueError("Hugging Face folders need safetensors: pip install -r requirements-export.txt") from None
+
+
+def write_folder(model: Transformer, tokenizer: Tokenizer | None, folder: str | Path) -> None:
+    """Write trunk and NTP head in float32, and the tokenizer if there is one: the whole folder at once, or nothing.
+
+    A folder that was written before gives way. Errors: ValueError if the folder holds other files, or cannot be
+    written, or if the format cannot hold what the model is.
+    """
+    need_safetensors()
+    from safetensors.torch import save
+
+    args, state = model.as_llama()
     weights = {}
     for name, w in state.items():  # cloned: layers that recur share theirs, which the format refuses
         w = turned(name, w.detach().float().cpu(), args, halves)
         weights[renamed(name, NAMES, "model.layers.")] = w.clone(memory_format=torch.contiguous_format)
-    with atomic_write(folder / "model.safetensors") as f:
-        f.write(save(weights, metadata={"format": "pt"}))
-    if tokenizer:
-        write_tokenizer(tokenizer, args.max_seq_len, folder)
-    ids = {"bos_token_id": BOS, "eos_token_id": [EOS, BOS], "pad_token_id": EOS}  # a BOS begins the next story
-    write_json(folder / "generation_config.json", ids)
     config = FIXED | {there: getattr(args, ours) for ours, there in SIZES.items()} | {
         "architectures": ["LlamaForCausalLM"], "head_dim": args.dim // args.n_heads, "rms_norm_eps": args.norm_eps,
-        "rope_theta": ROPE_THETA, "tie_word_embeddings": args.tie_embeddings, "dtype": "float32",
-        "bos_token_id": BOS, "eos_token_id": EOS}
-    write_json(folder / "config.json", config)
+        "tie_word_embeddings": args.tie_embeddings, "dtype": "float32"}
+    ids = {"bos_token_id": BOS, "eos_token_id": [EOS, BOS], "pad_token_id": EOS}  # a BOS begins the next story
+    with atomic_folder(folder, FILES) as new:
+        with atomic_write(new / "model.safetensors") as f:
+            f.write(save(weights, metadata={"format": "pt"}))
+        if tokenizer:
+            write_tokenizer(tokenizer, args.max_seq_len, new)
+        write_json(new / "generation_config.json", ids)
+        write_json(new / "config.json", config)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -99,7 +108,8 @@ def write_tokenizer(tokenizer: Tokenizer, max_seq_len: int, folder: Path) -> Non
 
 
 def tokenizer_json(tokenizer: Tokenizer, special: dict[int, str]) -> dict:
-    """The same vocabulary in the words of the tokenizers library: same text, same tokens, and back.
+    """The same vocabulary in the words of the tokenizers library: same text, same tokens, and back; but for "<s>",
+    "</s>" and "<unk>" in a text, which are the special tokens there.
 
     Pieces become a BPE with ranked merges: all ways to make a piece of two others, pieces of a higher
     score first, which are those that SentencePiece merges first.
@@ -170,7 +180,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror or error}; a Hugging Face folder has one") from error
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; [[[[[...
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, found {type(content).__name__}")
@@ -179,20 +189,23 @@ def read_json(path: Path) -> dict:
 
 def read_config(path: Path) -> ModelArgs:
     """The shape in a config.json. Errors: ValueError for what model.py has not, by key."""
-    config = read_json(path)
+    config = {key: value for key, value in read_json(path).items() if value is not None}
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     for ours, there in SIZES.items():
-        if type(config.get(there)) is not int or not 1 <= config[there] <= MOST[ours]:
-            raise ValueError(f"{path}: {there}: expected a number from 1 to {MOST[ours]}, found {config.get(there)!r}")
+        most = llama2c.SIZES[ours]
+        if type(config.get(there)) is not int or not 1 <= config[there] <= most:
+            raise ValueError(f"{path}: {there}: expected a number from 1 to {most}, found {config.get(there)!r}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, 4
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{path}: rope_scaling: expected none, found {rope}")
     size = {ours: config[there] for ours, there in SIZES.items()}
-    wanted = FIXED | {"rope_theta": ROPE_THETA, "head_dim": size["dim"] // size["n_heads"]}
-    given = {"rope_theta": rope.get("rope_theta", ROPE_THETA)} | {k: v for k, v in config.items() if v is not None}
+    wanted = FIXED | {"head_dim": size["dim"] // size["n_heads"], "partial_rotary_factor": 1.0,
+                      "quantization_config": "none"}
+    given = {"model_type": None} | config | {key: rope[key] for key in ("rope_theta", "partial_rotary_factor")
+                                             if key in rope}
     for key, value in wanted.items():
-        if given.get(key, value) != value or key == "model_type" and key not in given:
-            raise ValueError(f"{path}: {key}: expected {value}, found {given.get(key)!r}")
+        if given.get(key, value) != value:
+            raise ValueError(f"{path}: {key}: expected {value}, found {given[key]!r}")
     eps, tied = config.get("rms_norm_eps", 1e-6), config.get("tie_word_embeddings", False)  # transformers' defaults
     if not isinstance(eps, float) or not 0 < eps < 1 or not isinstance(tied, bool):
         raise ValueError(f"{path}: rms_norm_eps, tie_word_embeddings: expected a small number and true or false, "
@@ -204,25 +217,24 @@ def read_config(path: Path) -> ModelArgs:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ValueError(NEEDED) from None
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / names[0]).exists() and index.exists():
+    """All tensors of model.safetensors, or those that model.safetensors.index.json names, each from its file."""
+    need_safetensors()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    parts, index = None, folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
         parts = read_json(index).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(n, str) and Path(n).name == n for n in parts.values()):
             raise ValueError(f"{index}: weight_map: expected tensors with names of files in this folder")
-        names = sorted(set(parts.values()))
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for name in sorted(set(parts.values())) if parts else ["model.safetensors"]:
         if not (folder / name).is_file():
             pickled = "; pickles are not read" if (folder / "pytorch_model.bin").exists() else ""
             raise ValueError(f"{folder / name}: no such file; expected the weights as safetensors{pickled}")
         try:
-            tensors |= load_file(folder / name)
+            found = load_file(folder / name)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder / name}: not safetensors, or broken: {error}") from error
-    return {name: w for name, w in tensors.items() if isinstance(w, torch.Tensor)}
+        tensors |= {key: w for key, w in found.items() if not parts or parts.get(key) == name}
+    return tensors

@@ -158,18 +158,6 @@ def wrong_size(sizes: tuple[int, ...]) -> str:
     return ""
 
 
-def is_trunk(start: bytes) -> bool:
-    """Can a file that begins so be a model.bin? Version 0 has no magic, only seven sizes that make sense."""
-    for order in "<>":
-        if start[:4] in (struct.pack(order + "I", MAGIC), struct.pack(order + "I", HEADS_MAGIC)):
-            return True
-        if len(start) >= 28:
-            sizes = struct.unpack(order + "7i", start[:28])
-            if not wrong_size((*sizes[:5], abs(sizes[5]), sizes[6])):
-                return True
-    return False
-
-
 def read_header(path: Path, start: bytes) -> tuple[int, ModelArgs, int, int]:
     """(version, shape, group size, bytes of the header) of a model.bin that begins with `start`."""
     magic, version = struct.unpack("<Ii", start[:8].ljust(8, b"\0"))
@@ -180,14 +168,16 @@ def read_header(path: Path, start: bytes) -> tuple[int, ModelArgs, int, int]:
         raise ValueError(f"{path}: version {version}: expected 0, 1 or 2")
     at, header = (8, HEADER_BYTES) if versioned else (0, 28)
     if len(start) < header:
-        raise ValueError(f"{path}: {len(start)} bytes: expected a header of {header} and more")
+        raise ValueError(f"{path}: no checkpoint, and too short for a model.bin: expected {header} bytes and more, "
+                         f"found {len(start)}")
     *sizes, tied, group = struct.unpack("<7iBi", start[at : at + 33].ljust(33, b"\0"))
     if not versioned:
         version, group, tied, sizes[5] = 0, 0, sizes[5] > 0, abs(sizes[5])
     if wrong := wrong_size(tuple(sizes)):
         swapped = struct.unpack(">i", struct.pack("<i", sizes[0]))[0]
         big = sizes[0] > SIZES["dim"] and 0 < swapped <= SIZES["dim"] or start[:4] == struct.pack(">I", MAGIC)
-        raise ValueError(f"{path}: {wrong}{' (a big-endian file? expected little-endian)' if big else ''}")
+        kind = "" if versioned else "no checkpoint, and as the header of a model.bin of version 0: "
+        raise ValueError(f"{path}: {kind}{wrong}{' (a big-endian file? expected little-endian)' if big else ''}")
     args = ModelArgs(**dict(zip(SIZES, sizes, strict=True)), tie_embeddings=bool(tied))
     if version == 2 and (group < 4 or group % 4 or args.dim % group or args.hidden_dim % group):
         raise ValueError(f"{path}: group size {group}: expected a multiple of 4 that divides dim {args.dim} and "
@@ -203,8 +193,10 @@ def read_trunk(path: str | Path) -> dict:
     path = Path(path)
     try:
         content = np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as error:  # the latter: an empty file
-        raise ValueError(f"{path}: cannot read this model: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read this model: {error.strerror or error}") from error
+    except ValueError:
+        raise ValueError(f"{path}: expected a model, found an empty file") from None
     version, args, group, at = read_header(path, content[:HEADER_BYTES].tobytes())
     tensors = layout(args, version)
     quantized = [version == 2 and len(shape) == 2 for _, shape in tensors]

@@ -9,15 +9,16 @@ are no multiple of that (the feed-forward of 260K models: 172) is kept in f16.
 What this leaves out on purpose: reading, and future heads, which llama.cpp has no place for in a Llama.
 """
 
+import math
 from pathlib import Path
 
 from files import atomic_write
 from llama2c import renamed
-from model import Transformer
+from model import ROPE_THETA, Transformer
 from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, FIRST_BYTE, UNK, Tokenizer
 
-NEEDED = "writing GGUF files needs gguf: pip install -r requirements-export.txt"
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours -> the format's name of such a file
+LARGEST = {"f32": math.inf, "f16": 65504.0, "q8_0": 127 * 65504.0}  # number that fits; q8_0 has scales in float16
 BLOCK = 32  # numbers of a row that share a scale in q8_0
 NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
          "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
@@ -48,16 +49,26 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[str
     return texts, scores, types
 
 
+def need_gguf() -> None:
+    """ValueError with the line that installs what these files need, where it is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ValueError("GGUF files need gguf: pip install -r requirements-export.txt") from None
+
+
 def write_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, kind: str = "f16") -> None:
     """Write trunk and NTP head as f32, f16 or q8_0.
 
     Errors: ValueError if the format cannot hold what the model is, or the file cannot be written.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(NEEDED) from None
+    need_gguf()
+    import gguf
+
     args, state = model.as_llama()
+    for name, w in state.items():
+        if not (largest := w.abs().max().item()) <= LARGEST[kind_of(w.shape, kind)]:
+            raise ValueError(f"{path}: {name}: {largest:g} does not fit {kind_of(w.shape, kind)}; expected f32")
     with atomic_write(path) as f:  # the writer opens the same file by its name
         writer = gguf.GGUFWriter(f.name, "llama")
         writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
@@ -70,7 +81,7 @@ def write_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, kind:
         writer.add_head_count_kv(args.n_kv_heads)
         writer.add_layer_norm_rms_eps(args.norm_eps)
         writer.add_rope_dimension_count(args.dim // args.n_heads)
-        writer.add_rope_freq_base(10000.0)
+        writer.add_rope_freq_base(ROPE_THETA)
         add_vocabulary(writer, tokenizer)
         for name, w in state.items():
             numbers = w.detach().float().cpu().numpy()

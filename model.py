@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROPE_THETA = 10000.0  # the base of RoPE's angles
+
 
 @dataclass
 class ModelArgs:
@@ -58,6 +60,9 @@ class ModelArgs:
             raise ValueError(f"dim={self.dim}: expected an even multiple of n_heads={self.n_heads} (RoPE turns pairs)")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads={self.n_kv_heads}: expected a divisor of n_heads={self.n_heads}")
+        if self.recurrence < 1 or self.prelude_layers < 0 or self.coda_layers < 0:
+            raise ValueError(f"recurrence={self.recurrence}, prelude_layers={self.prelude_layers}, coda_layers="
+                             f"{self.coda_layers}: expected at least 1, 0 and 0")
         if self.recurrence > 1 and self.prelude_layers + self.coda_layers >= self.n_layers:
             raise ValueError(f"recurrence={self.recurrence}: no layer is between prelude_layers={self.prelude_layers} "
                              f"and coda_layers={self.coda_layers} of n_layers={self.n_layers}")
@@ -99,7 +104,7 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * (self.weight if weight is None else weight)
 
 
-def rope_table(head_dim: int, length: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rope_table(head_dim: int, length: int, theta: float = ROPE_THETA) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (length, head_dim / 2), float32 (RoFormer, arXiv 2104.09864)."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)

@@ -73,6 +73,43 @@ def panels(found: list[Figures]) -> dict[str, tuple[str, Draw]]:
     return shown
 
 
+def panels_along(found: dict[float, list[Figures]], setting: str) -> dict[str, tuple[str, Draw]]:
+    """{name: (title, what draws it)}: where set-ups end, and how far from the baseline, against a setting."""
+    return {f"along_{setting}": (f"Validation NTP against {setting}", along(found, setting, relative=False)),
+            f"difference_along_{setting}": ("Difference to the first set-up, 95% interval",
+                                            along(found, setting, relative=True))}
+
+
+def along(found: dict[float, list[Figures]], setting: str, relative: bool) -> Draw:
+    """A line for each set-up; with bars between the lowest and highest seed, or the interval of the difference."""
+    def draw(axes: pyplot.Axes) -> None:
+        labels = list(dict.fromkeys(f.group.label for each in found.values() for f in each))
+        values = list(found)
+        for k, label in enumerate(labels):
+            at, mean, low, high = [], [], [], []
+            for value, each in found.items():
+                for f in each:
+                    d = f.difference
+                    if f.group.label != label or relative and not d.n:
+                        continue
+                    half = d.half if d.n > 1 else 0.0
+                    at.append(value)
+                    mean.append(d.mean if relative else f.end)
+                    low.append(half if relative else f.end - min(f.ends))
+                    high.append(half if relative else max(f.ends) - f.end)
+            if at:
+                axes.errorbar(at, mean, yerr=(low, high), label=label, linewidth=1.5, capsize=3, **look(k))
+        if relative:
+            axes.axhline(0.0, color=INK, linewidth=0.8)
+        if min(values) > 0 and max(values) > 4 * min(values):
+            axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.set_xlabel(setting)
+        axes.set_ylabel("nats; below 0 is better" if relative else "nats")
+    return draw
+
+
 def points(group: Group, key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
     """x and the values (seeds, x) of `key` there, where x is the seeds' mean of `axis` (iter, tokens, seconds)."""
     at, values = group.curve(key)

@@ -131,7 +131,7 @@ class Reader:
         if not runs:
             self.problems.append(f"{path}: empty")
         for own, rows in runs.items():
-            self._add(Run(own, str(path) if own == name else f"{path}, {own}"), rows)
+            self._add(Run(own.rpartition("/")[2], str(path) if own == name else f"{path}, {own}"), rows)
 
     def _read_offline(self, path: Path, resumed: dict[str, tuple[Run, list]]) -> None:
         """Put what a file has of a run into `resumed`, by the run's id."""

@@ -72,7 +72,7 @@ def picker(temperature: float, top_k: int, top_p: float, seed: int) -> Pick:
 
     def pick(logits: Tensor) -> int:
         if not logits.isfinite().all():
-            raise ValueError("--checkpoint: the model's logits are not finite: its training has diverged")
+            raise ValueError("--checkpoint: the model's logits are not finite")
         if temperature == 0.0:
             return int(logits.argmax())
         return int(torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator))
@@ -133,8 +133,8 @@ def walk(tree: Tree, tokens: list[int], logits: Tensor, pick: Pick) -> tuple[lis
 class Reader:
     """A model, the text that it has read, and what its first n heads guess to come next, k candidates each."""
 
-    def __init__(self, model: Transformer, n: int, k: int):
-        room = model.args.max_seq_len
+    def __init__(self, model: Transformer, n: int, k: int, room: int):
+        """room: the longest text, in tokens."""
         self.model, self.n, self.k = model, n, k
         self.device = model.output.weight.device
         # The heads read only what stays, so theirs is another: one of them attends to states, and never to guesses.
@@ -190,9 +190,9 @@ def generate(model: Transformer, prompt: list[int], max_new_tokens: int, pick: P
     decoding; k: candidates of each. Ends before BOS or EOS.
     """
     tally = Tally() if tally is None else tally
-    reader = Reader(model, n, k)
     length, end = len(prompt), model.args.max_seq_len + 1
     end = min(end, length + max_new_tokens) if max_new_tokens else end
+    reader = Reader(model, n, k, end)
     if length > 1:
         depths = torch.arange(length - 1)
         given = torch.tensor(prompt[:-1])
@@ -273,29 +273,33 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--tree={args.tree}: expected --speculative as well")
 
 
-def check_model(model: Transformer, speculative: bool) -> None:
+def check_model(model: Transformer, path: Path, speculative: bool) -> None:
     """Errors: ValueError where this program cannot decode with the model, or not with its heads."""
     args = model.args
     if args.trunk != "transformer":
-        raise ValueError(f"--checkpoint: expected a Transformer, found trunk={args.trunk}")
+        raise ValueError(f"{path}: expected a Transformer, found trunk={args.trunk}")
     if not speculative:
         return
     if args.n_future_heads < 1:
-        raise ValueError("--speculative: expected a checkpoint with future heads, found none")
+        raise ValueError(f"{path}: --speculative wants a checkpoint with future heads, found none")
     if args.head not in GUESSERS:
-        raise ValueError(f"--speculative: expected heads of type {', '.join(GUESSERS)}, found {args.head}")
+        raise ValueError(f"{path}: --speculative wants heads of type {', '.join(GUESSERS)}, found {args.head}")
 
 
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     checkpoint = read_checkpoint(args.checkpoint)
     model = model_of(checkpoint, args.checkpoint)
-    check_model(model, args.speculative)
+    check_model(model, args.checkpoint, args.speculative)
     tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.args.vocab_size, args.tokenizer)
     return model.to(find_machine(args.device).device), tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
     """BOS and the text's ids. Errors: ValueError if they do not fit into the context."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt: expected UTF-8, found {text!r}") from None
     ids = [BOS, *tokenizer.encode(text)]
     if len(ids) > context:
         raise ValueError(f"--prompt: {len(ids)} tokens with BOS; the model's max_seq_len is {context}")
@@ -371,3 +375,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # as of `| head`; Python would complain once more at its own end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"sample.py: cannot write the text: {error.strerror or error}")

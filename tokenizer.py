@@ -7,6 +7,8 @@ non-empty text gets a space in front (SentencePiece's dummy prefix); decoding ta
 What this leaves out on purpose: training (tinystories.py train_vocab) and any other tokenizer.
 """
 
+import math
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Protocol
 
 import sentencepiece
 
-from files import atomic_write
+from files import atomic_write, refuse_irregular
 
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # id of raw byte 0x00; the other 255 follow
@@ -46,12 +48,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | Path):
-        try:
-            self.file = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such tokenizer; `python tinystories.py train_vocab` makes one") from None
-        except OSError as error:
-            raise ValueError(f"{path}: cannot read this tokenizer: {error.strerror or error}") from error
+        self.file = read_file(path)
         self._open(path)
 
     @classmethod
@@ -116,16 +113,19 @@ def vocab_folder(dataset_folder: str | Path, vocab_size: int) -> Path:
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a `data/<dataset>/tok<V>` folder; V = 259 is the byte tokenizer, which needs no file."""
+    if vocab_size == BYTE_VOCAB_SIZE:
+        return ByteTokenizer()
     return open_tokenizer(Path(folder) / "tokenizer.model", vocab_size)
 
 
 def open_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a file, `.model` or `.bin`, or in a folder that has one of them; V = 259 needs none."""
+    """The tokenizer in a file, `.model` or `.bin`, or in a folder that has one of them."""
     path = Path(path)
-    if vocab_size == BYTE_VOCAB_SIZE:
-        return ByteTokenizer()
     if path.is_dir():
         path /= "tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.bin"
+    if path.suffix == ".bin" and vocab_size == BYTE_VOCAB_SIZE:
+        read_bin(path, vocab_size)
+        return ByteTokenizer()
     if path.suffix == ".bin":
         return SentencePieceTokenizer.from_bin(path, vocab_size)
     tokenizer = SentencePieceTokenizer(path)
@@ -134,34 +134,61 @@ def open_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def read_bin(path: str | Path, vocab_size: int) -> list[tuple[bytes, float]]:
-    """(bytes, merge score) of each token in a tokenizer.bin. Errors: ValueError if it has more or fewer than V."""
+def read_file(path: str | Path) -> bytes:
+    """A tokenizer's file, whole. Errors: ValueError."""
     try:
-        content = Path(path).read_bytes()
+        if not os.path.exists(path):
+            raise ValueError(f"{path}: no such tokenizer; `python tinystories.py train_vocab` makes one")
+        refuse_irregular(Path(path))
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot read this tokenizer: {error.strerror or error}") from error
+
+
+def read_bin(path: str | Path, vocab_size: int) -> list[tuple[bytes, float]]:
+    """(bytes, merge score) of each token in a tokenizer.bin.
+
+    Errors: ValueError if it has more or fewer than V, bytes elsewhere than at ids 3 to 258, or other flaws.
+    """
+    content = read_file(path)
     pieces, at = [], 4
     while at < len(content) and len(pieces) <= vocab_size:
         score, n = struct.unpack_from("<fi", content, at) if at + 8 <= len(content) else (0.0, -1)
         if not 0 <= n <= len(content) - at - 8:
-            raise ValueError(f"{path}: token {len(pieces)} does not end within the file: not a tokenizer.bin, or cut")
+            swapped = " (a big-endian file?)" if content[:2] == b"\0\0" and content[2:4] != b"\0\0" else ""
+            raise ValueError(f"{path}: token {len(pieces)} does not end within the file: not a tokenizer.bin, or cut"
+                             f"{swapped}")
         pieces.append((content[at + 8 : at + 8 + n], score))
         at += 8 + n
     if len(pieces) != vocab_size:
         more = "more" if at < len(content) or len(pieces) > vocab_size else str(len(pieces))
         raise ValueError(f"{path}: expected {vocab_size} tokens, found {more}")
+    for i, (piece, score) in enumerate(pieces):
+        if FIRST_BYTE <= i < BYTE_VOCAB_SIZE and piece not in (b"<0x%02X>" % (i - FIRST_BYTE), bytes([i - FIRST_BYTE])):
+            raise ValueError(f"{path}: token {i}: expected <0x{i - FIRST_BYTE:02X}>, as Llama numbers bytes, "
+                             f"found {piece!r}")
+        if not math.isfinite(score) or not is_utf8(piece):
+            raise ValueError(f"{path}: token {i}: expected UTF-8 and a score, found {piece!r} and {score}")
     return pieces
+
+
+def is_utf8(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def as_sentencepiece(pieces: list[tuple[bytes, float]]) -> bytes:
     """A SentencePiece model file of tokens as tokenizer.bin has them, which a Llama's are numbered like."""
-    from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which nothing else here does
+    from sentencepiece import sentencepiece_model_pb2 as proto  # late: it takes protobuf to do so
 
     kind = proto.ModelProto.SentencePiece
     model = proto.ModelProto()
     for i, (piece, score) in enumerate(pieces):
         kinds = {UNK: kind.UNKNOWN, BOS: kind.CONTROL, EOS: kind.CONTROL}
-        text = {UNK: "<unk>", BOS: "<s>", EOS: "</s>"}.get(i) or piece.decode("utf-8", "replace").replace(" ", "▁")
+        text = {UNK: "<unk>", BOS: "<s>", EOS: "</s>"}.get(i) or piece.decode("utf-8").replace(" ", "▁")
         if FIRST_BYTE <= i < BYTE_VOCAB_SIZE:
             text = f"<0x{i - FIRST_BYTE:02X}>"
         model.pieces.add(piece=text, score=score,

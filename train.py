@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import kernels
-from checkpoint import load_weights, model_args_of, read_checkpoint
+from checkpoint import has_another_vocabulary, load_weights, model_args_of, read_checkpoint
 from configurator import configure, help_text
 from files import atomic_write
 from letters import Letters, token_texts
@@ -129,6 +129,9 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
             setattr(s, name, then)
             if then != now:
                 note(f"{name}={then}, from {path}")
+        folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
+        if has_another_vocabulary(path, checkpoint, s.vocab_size, folder):
+            note(f"{path}: its {s.vocab_size} tokens are not those of {folder}: what it has learnt of them is lost")
     return checkpoint, path
 
 

@@ -13,6 +13,7 @@ import tinystories
 import toystories
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SHARED", ROOT.parent / "shared"))  # real stories, a published model: where they are
 SANITIZE = "-g -O1 -DSEPARATE_BUFFERS -fsanitize=address,undefined -fno-sanitize-recover=all"
 BUILDS = {"plain": "-O3", "fast": "-O3 -ffast-math -march=native", "sanitized": SANITIZE}
 SPECIAL_BUILDS = {"native": "-O3 -march=native", "avx2": "-O3 -mavx2 -mfma",

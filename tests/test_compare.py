@@ -229,7 +229,7 @@ def test_kept_runs_of_one_name_stay_two(tmp_path, capsys):
         write_log(tmp_path / folder / "nitp-1", NITP[1], 1, variant(weight))
     compare.main([str(tmp_path / "x"), str(tmp_path / "y"), "--keep", str(tmp_path / "kept.jsonl")])
     capsys.readouterr()
-    assert set(rows(capsys, tmp_path / "kept.jsonl")) == {"nitp", "2.nitp"}
+    assert set(rows(capsys, tmp_path / "kept.jsonl")) == {"nitp", "nitp (nitp_weight=0.2)"}
 
 
 def test_nothing_is_said_of_steps_that_a_run_has_not_come_to(runs, capsys):
@@ -660,3 +660,61 @@ def test_as_a_program(runs, tmp_path):
     done = call(tmp_path / "file")
     assert done.returncode == 1 and "nothing to compare" in done.stderr
     assert call(runs, "--last", 0).returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# along a setting
+
+@pytest.fixture
+def little(tmp_path):
+    """Runs of base and nitp at two fractions of the data, in folders of the same names; the lowest loss comes early."""
+    for fraction, shift in ((0.1, 0.5), (1.0, 0.0)):
+        for seed in (1, 2, 3):
+            for name, config, gain in (("base", {}, 0.0), ("nitp", variant(), 0.1 * fraction + 0.01 * seed)):
+                values = [6.0, 3.0 + shift, 2.0 + shift - gain, 2.5 + shift, 2.7 + shift]
+                folder = tmp_path / f"at{fraction}" / f"{name}-{seed}"
+                write_log(folder, values, seed, config | {"train_fraction": fraction})
+    return [str(tmp_path / "at1.0"), str(tmp_path / "at0.1")]
+
+
+def test_each_value_of_a_setting_is_compared_by_itself(little, tmp_path, capsys):
+    words = ["--along", "train_fraction", "--best", "--csv"]
+    assert compare.main([*little, *words, "--keep", str(tmp_path / "kept.jsonl")]) == 0
+    told = capsys.readouterr()
+    found = list(csv.DictReader(io.StringIO(told.out)))
+    assert [(row["train_fraction"], row["set_up"]) for row in found] == [
+        ("0.1", "base"), ("0.1", "nitp"), ("1.0", "base"), ("1.0", "nitp")]
+    assert [float(row["ntp_end"]) for row in found] == pytest.approx([2.5, 2.47, 2.0, 1.88])
+    assert [float(row["ntp_end_step"]) for row in found] == [200.0] * 4
+    assert [float(row["difference_end"] or 0) for row in found] == pytest.approx([0.0, -0.03, 0.0, -0.12])
+    assert [row["pairs"] for row in found] == ["3"] * 4
+    half = 4.302652729911275 * 0.01 / 3**0.5  # Student's t with two degrees of freedom
+    assert float(found[1]["difference_end_half_interval"]) == pytest.approx(half)
+    assert "train_fraction=" not in told.err  # within a value they do not differ in it
+    assert compare.main([str(tmp_path / "kept.jsonl"), *words]) == 0
+    assert capsys.readouterr().out == told.out
+
+
+def test_what_is_drawn_along_a_setting(little, tmp_path, capsys):
+    words = ["--along", "train_fraction", "--best", "--plots", str(tmp_path / "p"), "--html", str(tmp_path / "r.html")]
+    assert compare.main([*little, *words]) == 0
+    out = capsys.readouterr().out
+    assert "Validation NTP against train_fraction" in out and "lowest evaluation" in out
+    row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["nitp"])
+    assert row == ["nitp", "3", "2.4700", "0.0100", "200", "-0.0300", "±", "0.0248", "better", "3"]
+    assert {p.name for p in (tmp_path / "p").glob("*.svg")} == {"along_train_fraction.svg",
+                                                               "difference_along_train_fraction.svg"}
+    assert "against train_fraction" in (tmp_path / "r.html").read_text()
+    assert compare.main([*little, "--along", "train_fraction"]) == 0  # the end: as high for both
+    assert next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["nitp"]).count("3.2000")
+
+
+def test_a_setting_that_runs_do_not_have(little, tmp_path, capsys):
+    write_log(tmp_path / "at1.0" / "odd-1", BASE[1], 1, {"train_fraction": "all"})
+    assert compare.main([*little, "--along", "train_fraction"]) == 0
+    assert "odd-1: train_fraction: expected a number, found 'all'; left out" in capsys.readouterr().err.replace(
+        "/log.jsonl", "")
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare.main([*little, "--along", "head_decay"])
+    with pytest.raises(SystemExit):
+        compare.main([*little, "--best", "--last", "2"])

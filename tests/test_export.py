@@ -290,11 +290,12 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
 
     refused("No such file")
     whole = save(model, path).read_bytes()
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+    for length in (2, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refused("broken")
-    path.write_bytes(b"hello, this is a text" * 100)
-    refused("broken")
+    for byte in range(256):  # what a pickle's reader stumbles over is of many kinds
+        path.write_bytes(b"\x80" + bytes([byte]) + b". a text\n")
+        refused("not a checkpoint")
     torch.save(Evil(), path)
     refused("broken")
     assert not Path("evil-was-run").exists()
@@ -318,7 +319,26 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
     torch.save({"model": state | {"layers.0.bias": torch.zeros(3)}, "model_args": args}, path)
     refused("layers.0.bias")
     torch.save({"model": state | {"norm.weight": 3.0}, "model_args": args}, path)
-    refused("norm.weight: expected shape (32,), found float")
+    refused("norm.weight: expected a tensor of floats, found float")
+    for odd in (torch.zeros(32).to_sparse(), torch.zeros(32, device="meta"), torch.zeros(1).expand(32)):
+        torch.save({"model": state | {"norm.weight": odd}, "model_args": args}, path)
+        refused("norm.weight: expected a tensor of floats, found ")
+    for name, value in (("recurrence", 0), ("recurrence", 10**9), ("prelude_layers", -1), ("spelling_letters", -3),
+                        ("n_future_heads", -1), ("head", "foo"), ("trunk", "foo")):
+        torch.save({"model": state, "model_args": args | {name: value}}, path)
+        refused(name)
+    torch.save({"model": state, "model_args": args | {"head": "shared", "n_future_heads": 10**8}}, path)
+    refused("n_future_heads: expected an int from 0 to 1024")
+    torch.save({"model": state, "model_args": args | {"spelling_letters": 10**6, "alphabet_size": 10**6}}, path)
+    refused("has no tensor spelling_heads.weight")
+    torch.save({"model": state | {"output.weight": torch.zeros(512, 32)}, "model_args": args}, path)
+    refused("output.weight: expected that of tok_embeddings")
+    torch.save({"model": state | {"norm.weight": torch.full((32,), torch.nan)}, "model_args": args}, path)
+    refused("norm.weight: expected finite numbers")
+    heads = random_model(n_future_heads=2)
+    renamed = {name.replace("future_heads.1", "future_heads.9"): t for name, t in heads.state_dict().items()}
+    torch.save({"model": renamed, "model_args": heads.args.as_dict()}, path)
+    refused("has no tensor future_heads.1.weight")
     torch.save({"model": state | {"norm.weight": torch.zeros(32, dtype=torch.complex64)}, "model_args": args}, path)
     refused("complex64")
     torch.save({"model": state | {3: torch.zeros(3)}, "model_args": args}, path)
@@ -327,18 +347,26 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
     refused("norm_eps")
 
 
-def test_no_file_is_written_over_another(tmp_path):
-    path = save(random_model(n_future_heads=1), tmp_path / "ckpt.pt")
-    before = path.read_bytes()
-    model, tokenizer = tmp_path / "m.bin", tmp_path / "tokenizer.bin"
-    for words in ([path], [model, f"--heads={path}"], [model, f"--heads={model}"], [tokenizer],
-                  [model, f"--heads={tokenizer}"]):
+def test_no_file_is_written_over_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(random_model(n_future_heads=1), Path("ckpt.pt"))
+    Path("my.model").write_bytes(b"a tokenizer")
+    Path("link").symlink_to("ckpt.pt")
+    before = {p: p.read_bytes() for p in Path().iterdir()}
+    for words in ("ckpt.pt", "m.bin --heads=ckpt.pt", "m.bin --heads=m.bin", "tokenizer.bin", "m.bin --gguf=./m.bin",
+                  "m.bin --heads=tokenizer.bin", "--gguf=link", "my.model --tokenizer=my.model",
+                  "--gguf=my.model --tokenizer=my.model", "--hf=h --gguf=h/config.json", "h/tokenizer.json --hf=h",
+                  "m.bin --hf=m.bin"):
         with pytest.raises(ValueError, match="different files"):
-            export.main([str(path), *map(str, words)])
-    save(random_model(), tmp_path / "none.pt")
+            export.main(["ckpt.pt", *words.split()])
+    save(random_model(), Path("none.pt"))
     with pytest.raises(ValueError, match="found 0"):
-        export.main([str(tmp_path / "none.pt"), str(tmp_path / "m.bin"), f"--heads={tmp_path / 'h.bin'}"])
-    assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "none.pt"]
+        export.main(["none.pt", "m.bin", "--heads=h.bin"])
+    Path("new/tokenizer.bin").mkdir(parents=True)
+    with pytest.raises(ValueError, match="tokenizer.bin: expected a file, or nothing"):
+        export.main(["none.pt", "new/m.bin"])
+    assert not list(Path("new").glob("m.bin"))
+    assert {p: p.read_bytes() for p in Path().iterdir() if p.is_file() and p.name != "none.pt"} == before
 
 
 def test_errors_end_the_command_without_a_file(tmp_path, capsys):

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from test_export import random_model, save
 
 import export
 import huggingface
 import toystories
-from checkpoint import load_model, read_checkpoint
+from checkpoint import find_tokenizer, load_model, read_checkpoint
 from huggingface import halves, neighbours, write_folder
-from tokenizer import BOS, EOS, load_tokenizer, open_tokenizer, write_bin
+from tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer, open_tokenizer, write_bin
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "stories260K"
+PUBLISHED = SHARED / "stories260K"
 TEXTS = ["Once upon a time", "", " ", "  two  spaces and a  tab\t.\n\nA line. ", "naïve 漢字 😀 \x7f", "▁x",
          "1234567890", 'She said, "Look!" and ran.'] + [s for s, _ in zip(toystories.stories("val", 40), range(40))]
 
@@ -87,7 +88,7 @@ def test_the_tokenizer_makes_the_same_tokens_and_texts(transformers, data_dir, t
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == [BOS, *ids], text
         assert theirs.decode([BOS, *ids, EOS], skip_special_tokens=True) == ours.decode(ids), text
-    back = open_tokenizer(tmp_path, vocab_size)
+    back = find_tokenizer(tmp_path, {}, vocab_size)
     assert [back.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
 
@@ -177,12 +178,14 @@ def refused(folder: Path, *says: str) -> None:
     ("vocab_size", True, "vocab_size"), ("rope_theta", 5e5, "rope_theta: expected 10000.0, found 500000.0"),
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling"), ("rope_scaling", 3, "rope_scaling"),
     ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, "rope_theta"), ("head_dim", 16, "head_dim"),
+    ("num_key_value_heads", None, "(16, 32)"), ("bos_token_id", 0, "bos_token_id: expected 1, found 0"),
+    ("eos_token_id", [2, 7], "eos_token_id"), ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+    ("quantization_config", {"bits": 4}, "quantization_config"),
     ("hidden_act", "gelu", "hidden_act"), ("attention_bias", True, "attention_bias"),
     ("rms_norm_eps", "x", "rms_norm_eps"),
     ("tie_word_embeddings", False, "has no tensor lm_head.weight"), ("tie_word_embeddings", 1, "tie_word_embeddings")])
 def test_configs_of_other_models_are_refused_by_key(folder, key, value, says):
     config = json.loads((folder / "config.json").read_text())
-    config = {k: v for k, v in config.items() if k != "rope_theta"} if key.startswith("rope") else config
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     refused(folder, says)
 
@@ -211,7 +214,7 @@ def test_broken_folders_are_refused(folder):
                   '{"weight_map": {"x": "gone"}}'):
         (folder / "model.safetensors.index.json").write_text(index)
         refused(folder, "hf")
-    for broken in ("", "[1]", "{", config[:-9]):
+    for broken in ("", "[1]", "{", config[:-9], "[" * 100_000):
         (folder / "config.json").write_text(broken)
         refused(folder, "config.json")
     (folder / "config.json").unlink()
@@ -224,7 +227,9 @@ def test_without_safetensors_the_install_line_is_told(folder, monkeypatch, tmp_p
     for name in [m for m in sys.modules if m.split(".")[0] == "safetensors"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    for use in (lambda: read_checkpoint(folder), lambda: write_folder(random_model(), None, tmp_path / "new")):
+    path = save(random_model(), tmp_path / "ckpt.pt")
+    for use in (lambda: read_checkpoint(folder), lambda: write_folder(random_model(), None, tmp_path / "new"),
+                lambda: export.main([str(path), str(tmp_path / "new" / "m.bin"), f"--hf={tmp_path / 'hf2'}"])):
         with pytest.raises(ValueError, match="pip install -r requirements-export.txt"):
             use()
     assert not (tmp_path / "new").exists()
@@ -242,8 +247,43 @@ def test_the_folder_of_a_run_is_told_from_one_of_hugging_face(tmp_path):
         read_checkpoint(tmp_path)
 
 
-def test_something_must_be_written(tmp_path, capsys):
-    path = save(random_model(), tmp_path / "ckpt.pt")
-    with pytest.raises(SystemExit):
-        export.main([str(path)])
-    assert "nothing to write" in capsys.readouterr().err
+def test_a_folder_of_ours_gives_way_whole(data_dir, tmp_path):
+    """No file of the model before stays: its vocabulary would be another's."""
+    folder = tmp_path / "hf"
+    write_folder(random_model(), load_tokenizer(data_dir / "toy" / "tok512", 512), folder)
+    assert (folder / "tokenizer.model").exists()
+    write_folder(random_model(vocab_size=259), ByteTokenizer(), folder)
+    assert not (folder / "tokenizer.model").exists() and (folder / "tokenizer.json").exists()
+    write_folder(random_model(), None, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="cannot write .*hf: it holds other files: README.md"):
+        write_folder(random_model(), None, folder)
+
+
+def test_a_tensor_is_taken_from_the_file_that_the_index_names(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights, before = load_file(folder / "model.safetensors"), load_model(folder)
+    save_file(weights, folder / "a.safetensors")
+    save_file({name: w + 1 for name, w in weights.items()}, folder / "b.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
+        name: "b.safetensors" if name == "model.norm.weight" else "a.safetensors" for name in weights}}))
+    after = load_model(folder)
+    assert torch.equal(after.norm.weight, before.norm.weight + 1)
+    assert torch.equal(after.tok_embeddings.weight, before.tok_embeddings.weight)
+
+
+def test_training_on_from_another_vocabulary_is_told(data_dir, tmp_path, words, capsys):
+    import train
+
+    ours = load_tokenizer(data_dir / "toy" / "tok512", 512)
+    pieces = list(ours.pieces())
+    model = random_model(dim=16, n_layers=2, max_seq_len=32)
+    for name, mixed in (("same", pieces), ("other", pieces[:259] + pieces[259:][::-1])):
+        export.write_trunk(model, tmp_path / name / "m.bin")
+        (tmp_path / name / "tokenizer.bin").write_bytes(struct.pack("<i", 9) + b"".join(
+            struct.pack("<fi", score, len(piece)) + piece for piece, score in mixed))
+        train.main(words(init_from=tmp_path / name / "m.bin", out_dir=tmp_path / f"out_{name}", max_iters=1))
+        assert ("its 512 tokens are not those of" in capsys.readouterr().err) == (name == "other")

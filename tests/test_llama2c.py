@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from test_export import SHAPE, random_model, save
 
 import export
@@ -13,7 +14,7 @@ from checkpoint import load_model, read_checkpoint
 from llama2c import layout, read_trunk, write_trunk
 from model import ModelArgs
 
-PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "stories260K"
+PUBLISHED = SHARED / "stories260K"
 KINDS = [{}, {"n_kv_heads": 4}, {"tie_embeddings": False}, {"hidden_dim": 40, "max_seq_len": 17}]
 
 
@@ -86,19 +87,19 @@ def test_files_of_another_size_are_refused(tmp_path, files, version):
         refused(path, content, f"expected {len(whole):,} bytes", f"found {len(content):,}", f"version {version}")
     for length in (0, 3, 7, 27, 28, 100, 255):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="m.bin"):
+        with pytest.raises(ValueError, match="m.bin: (no checkpoint, and too short|expected)"):
             read_checkpoint(path)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [0, 1, 2])
 @pytest.mark.parametrize("field,value,says", [
     (0, 0, "dim: expected 1 to 65536, found 0"), (0, 36, "dim 36"), (0, 40, "bytes by its header"),
     (1, -1, "hidden_dim"),
     (2, 1 << 30, "n_layers"), (3, 5, "n_heads 5"), (4, 3, "n_kv_heads 3"), (5, 0, "vocab_size"),
-    (5, -512, "vocab_size"), (6, (1 << 24) + 1, "max_seq_len")])
+    (5, -(1 << 25), "vocab_size"), (6, (1 << 24) + 1, "max_seq_len")])
 def test_sizes_that_make_no_sense_are_refused(tmp_path, files, version, field, value, says):
     content = bytearray(files[version])
-    struct.pack_into("<i", content, 8 + 4 * field, value)
+    struct.pack_into("<i", content, (8 if version else 0) + 4 * field, value)
     refused(tmp_path / "m.bin", bytes(content), says)
 
 
@@ -106,6 +107,15 @@ def test_other_kinds_of_file_are_told(tmp_path, files):
     path = tmp_path / "m.bin"
     refused(path, files[1][:4] + struct.pack("<i", 3) + files[1][8:], "version 3", "0, 1 or 2")
     refused(path, b"GGUF" + files[0], "GGUF")
+    refused(path, b"a story, and another one " * 9, "no checkpoint, and as the header of a model.bin of version 0: dim")
+    long = bytearray(files[1])
+    struct.pack_into("<i", long, 32, 1 << 24)  # max_seq_len, which costs no byte in versions 1 and 2
+    path.write_bytes(long)
+    assert load_model(path).args.max_seq_len == 1 << 24  # heads of 8: half a gigabyte of tables
+    write_trunk(random_model(n_heads=1, n_kv_heads=1), path, 1)  # one head of 32
+    path.write_bytes(path.read_bytes()[:32] + struct.pack("<i", 1 << 24) + path.read_bytes()[36:])
+    with pytest.raises(ValueError, match="m.bin: max_seq_len: expected at most 8388608 with heads of 32"):
+        load_model(path)
     for version in (0, 1, 2):
         swapped = b"".join(files[version][k : k + 4][::-1] for k in range(0, 256, 4)) + files[version][256:]
         refused(path, swapped, "big-endian")

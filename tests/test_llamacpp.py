@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from test_export import greedy, random_model, save
 from test_huggingface import TEXTS
 
@@ -15,7 +16,7 @@ from checkpoint import load_model, read_checkpoint
 from llamacpp import write_gguf
 from tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer, open_tokenizer
 
-PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "stories260K"
+PUBLISHED = SHARED / "stories260K"
 WIDE = {"dim": 64, "hidden_dim": 96, "n_heads": 2, "n_kv_heads": 2}  # rows of 64 and 96: whole blocks
 
 
@@ -99,6 +100,16 @@ def test_what_cannot_be_written_leaves_nothing(tokenizer, tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
+def test_numbers_that_a_type_cannot_hold_are_refused(tokenizer, tmp_path):
+    for kind, value in (("f16", 7e4), ("q8_0", 1e7), ("f16", torch.nan)):
+        model = random_model(**WIDE)
+        with torch.no_grad():
+            model.layers[0].attention.wo.weight[3, 5] = value
+        with pytest.raises(ValueError, match=f"layers.0.attention.wo.weight: .* does not fit {kind}; expected f32"):
+            write_gguf(model, tokenizer, tmp_path / "m.gguf", kind)
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_gguf_files_are_not_read(tokenizer, tmp_path):
     write_gguf(random_model(), tokenizer, tmp_path / "m.gguf")
     with pytest.raises(ValueError, match="a GGUF file, which can be written, not read"):
@@ -169,5 +180,6 @@ def test_llama_cpp_tells_the_published_story(llama_cpp, tmp_path, kind):
     model, tokenizer = load_model(PUBLISHED / "stories260K.bin"), open_tokenizer(PUBLISHED / "tok512.bin", 512)
     n = 200 if kind == "f32" else 40  # rounded weights tell their own story after a while
     ids = continued(llama, [BOS], n)
+    assert len(ids) >= n
     assert ids == greedy(model, n)[: len(ids)]
     assert (PUBLISHED / "greedy.txt").read_text().startswith(tokenizer.decode(ids[1:])[: 400 if kind == "f32" else 80])

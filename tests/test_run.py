@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BUILDS
+from conftest import BUILDS, SHARED
 
 from tinystories import read_stories
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ROOT.parent / "shared" / "stories260K"
-STORIES = ROOT.parent / "shared" / "tinystories" / "TinyStories-valid.txt"
+PUBLISHED = SHARED / "stories260K"
+STORIES = SHARED / "tinystories" / "TinyStories-valid.txt"
 FIELDS = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len"]
 TINY = {"dim": 8, "hidden_dim": 12, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 300, "seq_len": 16}
 

@@ -3,10 +3,12 @@
 import itertools
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import start
+from conftest import ROOT, start
 
 import sample
 from model import KVCache, ModelArgs, Transformer
@@ -503,6 +505,21 @@ def test_errors_are_one_line_and_exit_code_1(tmp_path):
     done = start("sample.py", "--checkpoint", tmp_path / "nothing.pt")
     out, err = done.communicate(timeout=120)
     assert done.returncode == 1 and not out and re.fullmatch(r"sample.py: .*nothing.pt: cannot read.*\n", err)
+
+
+def test_a_prompt_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="--prompt: expected UTF-8, found 'caf"):
+        sample.encode_prompt(ByteTokenizer(), "caf\udce9", 99)
+
+
+def test_a_full_disk_is_told(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    model = lively(vocab_size=259)
+    torch.save({"model": model.state_dict(), "model_args": model.args.as_dict()}, path)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "sample.py", f"--checkpoint={path}"], cwd=ROOT, stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("sample.py: cannot write the text: No space left")
 
 
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(tmp_path):

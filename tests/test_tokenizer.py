@@ -93,11 +93,31 @@ def test_broken_tokenizer_bins_are_refused(data_dir, tmp_path):
     for wrong in (511, 513):
         with pytest.raises(ValueError, match=f"expected {wrong} tokens, found (more|512)"):
             open_tokenizer(path, wrong)
+    for content, says in ((whole.replace(b"<0x41>", b"<0x42>"), "token 68: expected <0x41>"),
+                          (whole.replace(b" the", b" t\xff\xfe"), "expected UTF-8 and a score, found b' t"),
+                          (whole[:4] + struct.pack("<f", float("nan")) + whole[8:], "token 0: .* and nan")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"tokenizer.bin: .*{says}"):
+            open_tokenizer(path, 512)
+    swapped = struct.pack(">i", 9) + b"".join(struct.pack(">fi", 0.0, 1) + b"x" for _ in range(512))
+    path.write_bytes(swapped)
+    with pytest.raises(ValueError, match="big-endian"):
+        open_tokenizer(path, 512)
     path.write_bytes(whole.replace(b" the", b" and"))  # two tokens of one text
     with pytest.raises(ValueError, match="tokenizer.bin: not a SentencePiece model"):
         open_tokenizer(path, 512)
-    with pytest.raises(ValueError, match="none.bin: cannot read"):
+    with pytest.raises(ValueError, match="none.bin: no such tokenizer"):
         open_tokenizer(tmp_path / "none.bin", 512)
+    with pytest.raises(ValueError, match="pipe or device"):
+        open_tokenizer("/dev/zero", 512)
+
+
+def test_a_tokenizer_that_is_named_is_opened_for_bytes_too(data_dir, tmp_path):
+    for path, says in ((tmp_path / "none.bin", "no such"), (data_dir / "toy" / "tok512", "expected 259 tokens"),
+                       (data_dir / "toy" / "tok512" / "tokenizer.bin", "expected 259 tokens, found more")):
+        with pytest.raises(ValueError, match=says):
+            find_tokenizer("x", {}, 259, path)
+    assert isinstance(find_tokenizer("x", {}, 259, data_dir / "toy" / "tok259"), ByteTokenizer)
 
 
 def test_the_tokenizer_is_looked_for_with_the_data_then_beside_the_model(data_dir, tmp_path):
