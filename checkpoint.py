@@ -99,45 +99,8 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
 
     Errors: ValueError naming key or tensor, found and expected, before anything is built of a size that a file states.
     """
-    known = {f.name: type(f.default) for f in fields(ModelArgs)}
-    args = {k: v for k, v in checkpoint["model_args"].items() if k in known and v is not None}
-    for name, value in args.items():
-        if type(value) is not known[name] and not (known[name] is float and type(value) is int):
-            raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
-    args.setdefault("n_kv_heads", args.get("n_heads"))
-    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
-        if type(args.get(name)) is not int or args[name] < 1:
-            raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)!r}")
-    for name, value in args.items():
-        if type(value) is int and not 0 <= value <= MOST.get(name, value):
-            wanted = f"an int from 0 to {MOST[name]}" if name in MOST else "an int >= 0"
-            raise ValueError(f"{path}: model_args: {name}: expected {wanted}, found {value}")
-    state = checkpoint["model"]
-    expected, is_rnn = {"tok_embeddings.weight": (args["vocab_size"], args["dim"])}, args.get("trunk") == "rnn"
-    if is_rnn:
-        expected[f"rnn.weight_hh_l{args['n_layers'] - 1}"] = (args["dim"], args["dim"])
-    else:
-        expected["layers.0.feed_forward.w1.weight"] = (args.get("hidden_dim") or None, args["dim"])
-    for name, shape in expected.items():
-        found = tuple(state[name].shape) if name in state else None
-        if found is None or len(found) != 2 or any(s not in (f, None) for s, f in zip(shape, found, strict=True)):
-            raise ValueError(f"{path}: {name}: expected shape {shape} by model_args, found {found}")
-    counts = {}
-    if not is_rnn:
-        counts["n_layers"] = len({n.split(".")[1] for n in state if n.startswith("layers.")})
-    if args.get("head") != "shared":  # which has no tensors
-        counts["n_future_heads"] = len({n.split(".")[1] for n in state if n.startswith("future_heads.")})
-    for name, found in counts.items():
-        if args.setdefault(name, 0) != found:
-            raise ValueError(f"{path}: model_args: {name}={args[name]!r}, but there are tensors for {found}")
-    if args["max_seq_len"] * (args["dim"] // args["n_heads"]) > MOST_ROPE:
-        raise ValueError(f"{path}: max_seq_len: expected at most {MOST_ROPE // (args['dim'] // args['n_heads'])} with "
-                         f"heads of {args['dim'] // args['n_heads']}, found {args['max_seq_len']}")
-    if not is_rnn:
-        args["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
-    if "tie_embeddings" not in args:
-        output = state.get("output.weight")
-        args["tie_embeddings"] = output is None or torch.equal(output, state["tok_embeddings.weight"])
+    state, args = checkpoint["model"], stated(checkpoint["model_args"], path)
+    complete(args, state, path)
     try:
         found = ModelArgs(**args)
         with torch.device("meta"):  # shapes alone
@@ -150,6 +113,44 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
         elif name != "output.weight" or not found.tie_embeddings:
             raise ValueError(f"{path}: has no tensor {name}")
     return found
+
+
+def stated(model_args: dict, path: str | Path) -> dict:
+    """What `model_args` says of a ModelArgs, types and ranges checked."""
+    known = {f.name: type(f.default) for f in fields(ModelArgs)}
+    args = {k: v for k, v in model_args.items() if k in known and v is not None}
+    args.setdefault("n_kv_heads", args.get("n_heads"))
+    for name, value in args.items():
+        if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+            raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
+        if type(value) is int and not 0 <= value <= MOST.get(name, value):
+            wanted = f"an int from 0 to {MOST[name]}" if name in MOST else "an int >= 0"
+            raise ValueError(f"{path}: model_args: {name}: expected {wanted}, found {value}")
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+        if args.get(name, 0) < 1:
+            raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)}")
+    head_dim = args["dim"] // args["n_heads"]
+    if args["max_seq_len"] * head_dim > MOST_ROPE:
+        raise ValueError(f"{path}: max_seq_len: expected at most {MOST_ROPE // head_dim} with heads of {head_dim}, "
+                         f"found {args['max_seq_len']}")
+    return args
+
+
+def complete(args: dict, state: dict[str, Tensor], path: str | Path) -> None:
+    """Read off the tensors what `args` does not say, and hold against them how many of a kind there are."""
+    layers = "rnn.weight_hh_l" if args.get("trunk") == "rnn" else "layers."
+    counts = {"n_layers": len({name.removeprefix(layers).split(".")[0] for name in state if name.startswith(layers)})}
+    if args.get("head") != "shared":  # which has no tensors
+        counts["n_future_heads"] = len({n.split(".")[1] for n in state if n.startswith("future_heads.")})
+    for name, found in counts.items():
+        if args.setdefault(name, 0) != found:
+            raise ValueError(f"{path}: model_args: {name}={args[name]}, but there are tensors for {found}")
+    w1, embedding, output = (state.get(f"{name}.weight") for name in ("layers.0.feed_forward.w1", "tok_embeddings",
+                                                                      "output"))
+    if not args.get("hidden_dim") and w1 is not None and w1.dim():
+        args["hidden_dim"] = len(w1)
+    if "tie_embeddings" not in args:
+        args["tie_embeddings"] = output is None or embedding is not None and torch.equal(output, embedding)
 
 
 def check_shape(found: Tensor, expected: Tensor, name: str, path: str | Path) -> None:

@@ -308,7 +308,7 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
     torch.save({"model": state, "model_args": args | {"n_heads": 7}}, path)
     refused("n_heads=7")
     torch.save({"model": state, "model_args": args | {"vocab_size": 500}}, path)
-    refused("tok_embeddings.weight: expected shape (500, 32) by model_args, found (512, 32)")
+    refused("tok_embeddings.weight: expected shape (500, 32), found (512, 32)")
     for name, value in (("n_layers", 10**9), ("n_future_heads", 10**9), ("max_seq_len", 10**12), ("hidden_dim", 10**9)):
         torch.save({"model": state, "model_args": args | {name: value}}, path)
         refused(name if name != "hidden_dim" else "w1.weight")
