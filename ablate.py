@@ -2,7 +2,7 @@
 
     python ablate.py seeds4                                # config/seeds4/*.py, five seeds each
     python ablate.py objectives --seeds 1337 1338          # config/objectives/*.py
-    python ablate.py seeds4 config/control/uncorrected.py --longer 1.25 --max_iters=500 --out=out/short
+    python ablate.py seeds4 config/variants/uncorrected.py --longer 1.25 --max_iters=500 --out=out/short
     python ablate.py seeds4 --no_runs                      # compare what is there
 
 A set is a folder of configs; the first config called base, else the first, is what the others are compared with.

@@ -1,5 +1,5 @@
-"""260K parameters on TinyStories. One head predicts one token further, with a weight of 0 from 60% of the run on."""
-out_dir = "out/fading/nitp"
+"""260K parameters on TinyStories. A negative control: consistency with z[t], which predicts another token."""
+out_dir = "out/variants/uncorrected"
 # data
 dataset = "tinystories"
 vocab_size = 512
@@ -12,9 +12,8 @@ n_heads = 8
 n_kv_heads = 4
 # objective
 n_future_heads = 1
-nitp_weight = 0.1
-aux_schedule = "linear"
-aux_end = 0.6
+consistency_weight = 0.01
+consistency_teacher = "same"  # the product has "later"
 # optimisation
 learning_rate = 2e-3
 max_iters = 1500
