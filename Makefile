@@ -22,7 +22,7 @@ demo: run $(DEMO)/model.bin ## stories, vocabulary, a 260K model trained for thr
 test: .venv/test-ready ## the whole test suite
 	$(PY) -m pytest
 
-test-interop: .venv/interop-ready ## the same stories by llama.cpp, which is built first (20 minutes on two cores)
+test-interop: .venv/interop-ready ## the same stories by llama.cpp, which is built first (20 to 40 minutes on two cores)
 	$(PY) -m pytest tests/test_llamacpp.py
 
 lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
