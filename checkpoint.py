@@ -1,12 +1,12 @@
 """Models from files, whoever wrote them: the one way in for training, export and sampling.
 
     model = load_model("out/stories260k_mtp/ckpt.pt")
-    tokenizer = find_tokenizer("stories15M.bin", 32000)
+    tokenizer = find_tokenizer("stories15M.bin", read_checkpoint("stories15M.bin"), 32000)
 
 | what                                   | how it is known                                            |
 |----------------------------------------|------------------------------------------------------------|
 | checkpoint, ours or llama2.c's         | torch.save wrote it; tensors and plain values only         |
-| llama2.c's model.bin, versions 0, 1, 2 | its magic; version 0: seven sizes that make sense          |
+| llama2.c's model.bin, versions 0, 1, 2 | any other file; its header must ask for the file's size    |
 | Hugging Face folder of a Llama         | it is a folder, with config.json and safetensors           |
 
 Nothing in a file is executed, and nothing is built before its sizes are known to agree with the file's.

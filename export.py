@@ -20,6 +20,7 @@ from pathlib import Path
 
 import huggingface
 from checkpoint import find_tokenizer, model_of, read_checkpoint
+from files import is_irregular
 from huggingface import need_safetensors, write_folder
 from llama2c import check_heads, write_heads, write_trunk
 from llamacpp import KINDS, kind_of, need_gguf, write_gguf
@@ -56,7 +57,7 @@ def check_paths(args: argparse.Namespace) -> None:
     for path, where in zip(written, real, strict=True):
         if real.count(where) > 1 or where in map(os.path.realpath, (*read, *([beside] if beside else ()))):
             raise ValueError(f"{path}: expected different files for all that is read and written")
-    if beside and beside.exists() and not beside.is_file():
+    if beside and is_irregular(beside):
         raise ValueError(f"{beside}: expected a file, or nothing, where the tokenizer goes")
 
 

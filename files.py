@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import IO
 
 
+def is_irregular(path: Path) -> bool:
+    """Is something there that is no file: a folder, a pipe, a device?"""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def refuse_irregular(path: Path) -> None:
     """ValueError for a folder, a pipe or a device: the former cannot be a file, the others never end, or begin."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if is_irregular(path):
         raise ValueError(f"{path}: expected a file, found a {'folder' if os.path.isdir(path) else 'pipe or device'}")
 
 
@@ -31,7 +36,7 @@ def atomic_write(path: str | Path, mode: str = "wb", **open_options) -> Iterator
             f.write(header)
     """
     path = Path(path)
-    if os.path.exists(path) and not os.path.isfile(path):  # root would put a file in the place of /dev/null
+    if is_irregular(path):  # root would put a file in the place of /dev/null
         raise ValueError(f"cannot write {path}: it is there, and no file")
     temporary = path.with_name(f".{path.name}.tmp")  # always the same: what kill -9 leaves, the next write replaces
     try:

@@ -21,7 +21,7 @@ import llama2c
 from files import atomic_folder, atomic_write
 from llama2c import layout, renamed
 from model import ROPE_THETA, ModelArgs, Transformer
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, UNK, Tokenizer
+from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, SPECIAL, UNK, Tokenizer
 
 FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json",
          "config.json")  # that write_folder writes
@@ -97,17 +97,16 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_tokenizer(tokenizer: Tokenizer, max_seq_len: int, folder: Path) -> None:
     """tokenizer.json, which AutoTokenizer reads; tokenizer.model where there is such a thing."""
-    special = {UNK: "<unk>", BOS: "<s>", EOS: "</s>"}
-    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer, special))
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len, "unk_token": special[UNK],
-        "bos_token": special[BOS], "eos_token": special[EOS], "clean_up_tokenization_spaces": False})
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len, "unk_token": SPECIAL[UNK],
+        "bos_token": SPECIAL[BOS], "eos_token": SPECIAL[EOS], "clean_up_tokenization_spaces": False})
     if tokenizer.vocab_size != BYTE_VOCAB_SIZE:
         with atomic_write(folder / "tokenizer.model") as f:
             f.write(tokenizer.file)
 
 
-def tokenizer_json(tokenizer: Tokenizer, special: dict[int, str]) -> dict:
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """The same vocabulary in the words of the tokenizers library: same text, same tokens, and back; but for "<s>",
     "</s>" and "<unk>" in a text, which are the special tokens there.
 
@@ -115,7 +114,7 @@ def tokenizer_json(tokenizer: Tokenizer, special: dict[int, str]) -> dict:
     score first, which are those that SentencePiece merges first.
     """
     space = " " if tokenizer.vocab_size == BYTE_VOCAB_SIZE else "▁"
-    names = list(special.values()) + [f"<0x{b:02X}>" for b in range(256)]
+    names = list(SPECIAL.values()) + [f"<0x{b:02X}>" for b in range(256)]
     scores = [score for _, score in tokenizer.pieces()]
     names += [piece.decode("utf-8").replace(" ", space) for piece, _ in tokenizer.pieces()][BYTE_VOCAB_SIZE:]
     ids = {name: i for i, name in enumerate(names)}
@@ -129,19 +128,19 @@ def tokenizer_json(tokenizer: Tokenizer, special: dict[int, str]) -> dict:
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for i, name in special.items()],
+                          "normalized": False, "special": True} for i, name in SPECIAL.items()],
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": space}, *spaced]},
         "pre_tokenizer": None,
         "post_processor": {"type": "TemplateProcessing",
-                           "single": [{"SpecialToken": {"id": special[BOS], "type_id": 0}},
+                           "single": [{"SpecialToken": {"id": SPECIAL[BOS], "type_id": 0}},
                                       {"Sequence": {"id": "A", "type_id": 0}}],
-                           "pair": [{"SpecialToken": {"id": special[BOS], "type_id": 0}},
+                           "pair": [{"SpecialToken": {"id": SPECIAL[BOS], "type_id": 0}},
                                     {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-                           "special_tokens": {special[BOS]: {"id": special[BOS], "ids": [BOS],
-                                                             "tokens": [special[BOS]]}}},
+                           "special_tokens": {SPECIAL[BOS]: {"id": SPECIAL[BOS], "ids": [BOS],
+                                                             "tokens": [SPECIAL[BOS]]}}},
         "decoder": {"type": "Sequence", "decoders": [*unspaced, {"type": "ByteFallback"}, {"type": "Fuse"},
                                                      {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": special[UNK], "continuing_subword_prefix": None,
+        "model": {"type": "BPE", "dropout": None, "unk_token": SPECIAL[UNK], "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
                   "vocab": ids, "merges": merges},
     }

@@ -29,7 +29,6 @@ HEADS_MAGIC, MAX_HEADS = 0x64616568, 31  # a heads file begins with "head"; run.
 HEAD_TYPES = {"linear": 1}  # as heads files number them
 SIZES = {"dim": 1 << 16, "hidden_dim": 1 << 20, "n_layers": 1 << 10, "n_heads": 1 << 16, "n_kv_heads": 1 << 16,
          "vocab_size": 1 << 24, "max_seq_len": 1 << 24}  # of a header, in its order, and the most that run.c takes
-ATTENTION, FFN = ("wq", "wk", "wv", "wo"), ("w1", "w2", "w3")
 
 
 def layout(args: ModelArgs, version: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -41,11 +40,11 @@ def layout(args: ModelArgs, version: int) -> list[tuple[str, tuple[int, ...]]]:
     output = [] if args.tie_embeddings else [("output.weight", (V, D))]
     rope = [("rope_cos", (S, half)), ("rope_sin", (S, half))]  # readers skip these, but count on their space
 
-    def each(names: str | tuple[str, ...], part: str = "") -> list[tuple[str, tuple[int, ...]]]:
-        names = (names,) if isinstance(names, str) else names
+    def each(*names: str, part: str = "") -> list[tuple[str, tuple[int, ...]]]:
         return [(f"layers.{k}.{part}{w}.weight", shapes.get(w, (D,))) for w in names for k in range(args.n_layers)]
 
-    attention, ffn = each(ATTENTION, "attention."), each(FFN, "feed_forward.")
+    attention = each("wq", "wk", "wv", "wo", part="attention.")
+    ffn = each("w1", "w2", "w3", part="feed_forward.")
     if version == 0:
         return [*embedding, *each("attention_norm"), *attention, *each("ffn_norm"), *ffn, *last, *rope, *output]
     return [*each("attention_norm"), *each("ffn_norm"), *last, *embedding, *attention, *ffn, *output]

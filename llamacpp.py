@@ -15,7 +15,7 @@ from pathlib import Path
 from files import atomic_write
 from llama2c import renamed
 from model import ROPE_THETA, Transformer
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, FIRST_BYTE, UNK, Tokenizer
+from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, FIRST_BYTE, SPECIAL, UNK, Tokenizer
 
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours -> the format's name of such a file
 LARGEST = {"f32": math.inf, "f16": 65504.0, "q8_0": 127 * 65504.0}  # number that fits; q8_0 has scales in float16
@@ -39,13 +39,12 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[str
     In a byte vocabulary the byte 0x20 is a token "▁": llama.cpp turns spaces into that before it looks for bytes.
     """
     texts, scores, types = [], [], []
-    special = {UNK: (b"<unk>", "UNKNOWN"), BOS: (b"<s>", "CONTROL"), EOS: (b"</s>", "CONTROL")}
+    kinds = {UNK: "UNKNOWN", BOS: "CONTROL", EOS: "CONTROL"}
     for i, (piece, score) in enumerate(tokenizer.pieces()):
         is_byte = FIRST_BYTE <= i < BYTE_VOCAB_SIZE and piece != b" "
-        text, kind = special.get(i) or (piece.replace(b" ", "▁".encode()), "BYTE" if is_byte else "NORMAL")
-        texts.append(text)
+        texts.append(SPECIAL[i].encode() if i in SPECIAL else piece.replace(b" ", "▁".encode()))
         scores.append(score)
-        types.append(kind)
+        types.append(kinds.get(i) or ("BYTE" if is_byte else "NORMAL"))
     return texts, scores, types
 
 

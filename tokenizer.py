@@ -21,6 +21,7 @@ from files import atomic_write, refuse_irregular
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # id of raw byte 0x00; the other 255 follow
 BYTE_VOCAB_SIZE = FIRST_BYTE + 256
+SPECIAL = {UNK: "<unk>", BOS: "<s>", EOS: "</s>"}  # in all files but tokenizer.bin
 SPELT = {BOS: "\n<s>\n", EOS: "\n</s>\n"}  # in tokenizer.bin, as llama2.c does; never matched by text
 MAX_VOCAB_SIZE = 1 << 20
 
@@ -100,7 +101,8 @@ class ByteTokenizer:
         return text.removeprefix(" ")
 
     def pieces(self) -> Iterator[tuple[bytes, float]]:
-        yield from ((b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0))
+        for i, name in SPECIAL.items():
+            yield SPELT.get(i, name).encode("utf-8"), 0.0
         for b in range(256):
             # Readers look the dummy prefix up as the string " ", so that byte is spelled out.
             yield (b" " if b == ord(" ") else b"<0x%02X>" % b), 0.0
@@ -123,10 +125,10 @@ def open_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         path /= "tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.bin"
-    if path.suffix == ".bin" and vocab_size == BYTE_VOCAB_SIZE:
-        read_bin(path, vocab_size)
-        return ByteTokenizer()
     if path.suffix == ".bin":
+        if vocab_size == BYTE_VOCAB_SIZE:
+            read_bin(path, vocab_size)  # for its errors
+            return ByteTokenizer()
         return SentencePieceTokenizer.from_bin(path, vocab_size)
     tokenizer = SentencePieceTokenizer(path)
     if tokenizer.vocab_size != vocab_size:
@@ -188,7 +190,7 @@ def as_sentencepiece(pieces: list[tuple[bytes, float]]) -> bytes:
     model = proto.ModelProto()
     for i, (piece, score) in enumerate(pieces):
         kinds = {UNK: kind.UNKNOWN, BOS: kind.CONTROL, EOS: kind.CONTROL}
-        text = {UNK: "<unk>", BOS: "<s>", EOS: "</s>"}.get(i) or piece.decode("utf-8").replace(" ", "▁")
+        text = SPECIAL.get(i) or piece.decode("utf-8").replace(" ", "▁")
         if FIRST_BYTE <= i < BYTE_VOCAB_SIZE:
             text = f"<0x{i - FIRST_BYTE:02X}>"
         model.pieces.add(piece=text, score=score,
