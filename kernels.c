@@ -11,7 +11,7 @@
 //
 // B batch, T positions, N = B T rows, D dim, H query heads, G key/value heads, hd head dim, V vocabulary.
 //
-// What this leaves out on purpose: matrix products, dropout, devices that are not CPUs.
+// What this leaves out on purpose: matrix products, dropout but that of attention, devices that are not CPUs.
 
 #include <math.h>
 #include <stdint.h>
@@ -41,6 +41,7 @@ enum { KEYS = 8 };         // keys that attention looks at together
 enum { ROW_BLOCK = 256 };  // rows that share a partial sum of a weight's gradient
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
 static const float LOG2E = 1.44269504088896341f, LOWEST = -1e30f;  // the latter: less than any score, and finite
@@ -154,14 +155,26 @@ void keep_freed_memory(void) {
 // cos, sin: (T, hd / 2). A register holds one number of LANES queries; keys and values come one number at a time, for all
 // queries at once. So a head of 8 numbers fills the registers as well as one of 64. Scores are in units of log2, so that
 // their exponential is 2^x.
+//
+// dropout, in [0, 1): the share of probabilities that are set to 0, the others growing by 1 / (1 - dropout). Which ones, a
+// hash of `seed` and their place says: so no mask is kept, and backward finds the same.
 
 typedef struct {
     const void *qkv;
     const float *cos, *sin;
     int64_t T, H, G, hd;
     int bf16;
-    float scale;  // of queries, for scores in units of log2
+    uint64_t seed;
+    uint32_t dropped;  // hashes below it are: dropout * 2^32
+    float kept;        // 1 / (1 - dropout)
+    float scale;       // of queries, for scores in units of log2
 } Attention;
+
+static Attention attention_of(const void *qkv, const float *cos, const float *sin, int64_t T, int64_t H, int64_t G,
+                              int64_t hd, int64_t bf16, int64_t seed, double dropout) {
+    return (Attention){qkv, cos, sin, T, H, G, hd, (int)bf16, (uint64_t)seed, (uint32_t)(dropout * 0x1p32),
+                       (float)(1.0 / (1.0 - dropout)), LOG2E / sqrtf((float)hd)};
+}
 
 static int64_t row_of(const Attention *a, int64_t b, int64_t t, int64_t head) {  // head: q 0..H-1, then k, then v
     return ((b * a->T + t) * (a->H + 2 * a->G) + head) * a->hd;
@@ -230,9 +243,29 @@ static inline Ints sees(int64_t t0, int64_t key) {
     return first >= (int32_t)(key - t0);
 }
 
-int attention_forward(const void *qkv, const float *cos, const float *sin, void *y, float *log_sum,
-                      int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int64_t bf16) {
-    const Attention a = {qkv, cos, sin, T, H, G, hd, (int)bf16, LOG2E / sqrtf((float)hd)};
+// Bits that look random for any x: lowbias32 (Wellons, "Prospecting for hash functions").
+static inline Bits hashed(Bits x) {
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+// The hash of query t0 + r of head h, for all r.
+static inline Bits hash_of_queries(const Attention *a, int64_t b, int64_t h, int64_t t0) {
+    Bits row;
+    for (int r = 0; r < LANES; r++) row[r] = (uint32_t)((b * a->H + h) * a->T + t0 + r);
+    return hashed(row + (uint32_t)a->seed) ^ (uint32_t)(a->seed >> 32);
+}
+
+// x where the probability of `key` is kept, grown; 0 where it is dropped.
+static inline Floats drop(const Attention *a, Bits queries, int64_t key, Floats x) {
+    Bits bits = hashed(queries ^ (uint32_t)key * 0x9e3779b9u);  // an odd number, so no two keys of a row are one
+    return either((Ints)(bits >= a->dropped), x * a->kept, all(0.0f));
+}
+
+int attention_forward(const void *qkv, const float *cos, const float *sin, void *y, float *log_sum, int64_t B, int64_t T,
+                      int64_t H, int64_t G, int64_t hd, int64_t bf16, int64_t seed, double dropout) {
+    const Attention a = attention_of(qkv, cos, sin, T, H, G, hd, bf16, seed, dropout);
     const int64_t stride = (hd + 7) / 8 * 8, keys = padded(T + KEYS), tasks = B * G;  // rows of zeros follow the keys
     const int64_t size = 2 * keys * stride + (2 * LANES + 1) * stride;
     float *all_threads = scratch(1, size);
@@ -254,6 +287,7 @@ int attention_forward(const void *qkv, const float *cos, const float *sin, void 
                         for (int64_t d = 0; d < hd; d++) Q[d][r] = row[d];
                     }
                     Floats max = all(LOWEST), sum = all(0.0f);
+                    const Bits queries = hash_of_queries(&a, b, h, t0);
                     for (int64_t k = 0; k < t0 + rows; k += KEYS) {
                         Floats p[KEYS] = {{0}}, new_max = max;
                         products(p, Q, K + k * stride, hd, stride);
@@ -268,6 +302,8 @@ int attention_forward(const void *qkv, const float *cos, const float *sin, void 
                         if (k + KEYS > t0 + 1)  // nothing, where 2^LOWEST is next to nothing
                             for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
                         for (int j = 0; j < KEYS; j++) sum += p[j];
+                        if (a.dropped)  // after the sum: what is left of the probabilities need not add up to 1
+                            for (int j = 0; j < KEYS; j++) p[j] = drop(&a, queries, k + j, p[j]);
                         add_weighted(Y, p, V + k * stride, hd, stride);
                     }
                     for (int r = 0; r < rows; r++) {
@@ -284,8 +320,9 @@ int attention_forward(const void *qkv, const float *cos, const float *sin, void 
 
 // dqkv from dy; the probabilities are computed again from log_sum.
 int attention_backward(const void *qkv, const float *cos, const float *sin, const void *y, const float *log_sum,
-                       const void *dy, void *dqkv, int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int64_t bf16) {
-    const Attention a = {qkv, cos, sin, T, H, G, hd, (int)bf16, LOG2E / sqrtf((float)hd)};
+                       const void *dy, void *dqkv, int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int64_t bf16,
+                       int64_t seed, double dropout) {
+    const Attention a = attention_of(qkv, cos, sin, T, H, G, hd, bf16, seed, dropout);
     const int64_t stride = (hd + 7) / 8 * 8, keys = padded(T + KEYS), tasks = B * G;
     const int64_t size = 4 * keys * stride + (5 * LANES + 1) * stride;
     float *all_threads = scratch(1, size);
@@ -306,6 +343,7 @@ int attention_backward(const void *qkv, const float *cos, const float *sin, cons
                     memset(q, 0, (size_t)(2 * LANES * stride) * 4);
                     memset(Q, 0, (size_t)(3 * stride) * sizeof *Q);
                     Floats delta = all(0.0f), lse = all(0.0f);  // delta: of dy with y, what softmax takes off each score
+                    const Bits queries = hash_of_queries(&a, b, h, t0);
                     for (int r = 0; r < rows; r++) {
                         const int64_t i = ((b * T + t0 + r) * H + h) * hd;
                         float *q_r = q + r * stride, *o_r = o + r * stride, sum = 0.0f;
@@ -327,7 +365,11 @@ int attention_backward(const void *qkv, const float *cos, const float *sin, cons
                         for (int j = 0; j < KEYS; j++) p[j] = exp2_of(p[j] - lse);
                         if (k + KEYS > t0 + 1)
                             for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
+                        if (a.dropped)
+                            for (int j = 0; j < KEYS; j++) ds[j] = drop(&a, queries, k + j, ds[j]);
                         for (int j = 0; j < KEYS; j++) ds[j] = p[j] * (ds[j] - delta);
+                        if (a.dropped)
+                            for (int j = 0; j < KEYS; j++) p[j] = drop(&a, queries, k + j, p[j]);
                         add_weighted(dQ, ds, K + k * stride, hd, stride);
                         add_over_queries(dV + k * stride, p, o, stride);
                         add_over_queries(dK + k * stride, ds, q, stride);

@@ -6,7 +6,7 @@
 
 kernels.c is compiled once, by the C compiler that also builds run.c, and kept in build/ (`library`).
 
-What this leaves out on purpose: dropout, float16 and devices that are not CPUs; those take model.Transformer.
+What this leaves out on purpose: float16 and devices that are not CPUs; those take model.Transformer.
 """
 
 import ctypes
@@ -31,11 +31,11 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
 # In order of preference. OpenMP is the one that PyTorch has loaded, so both share their threads.
 MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"], [])
-SIGNATURES = {  # p: pointer, i: int64, f: float
-    "attention_forward": "pppppiiiiii", "attention_backward": "pppppppiiiiii", "norm_forward": "pppppiifi",
+SIGNATURES = {  # p: pointer, i: int64, f: float, d: double
+    "attention_forward": "pppppiiiiiiid", "attention_backward": "pppppppiiiiiiid", "norm_forward": "pppppiifi",
     "norm_backward": "pppppppiifi", "swiglu_forward": "ppiii", "swiglu_backward": "pppiii",
     "head_losses": "ppppppp" "f" "pppp" "iiii"}
-TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
 @functools.cache
@@ -121,15 +121,20 @@ def _activation_dtype() -> torch.dtype:
 # the trunk
 
 class CausalAttention(Function):
-    """qkv: (B, T, (n_heads + 2 n_kv_heads) hd), not rotated; cos, sin: (T, hd / 2) -> (B, T, n_heads hd)."""
+    """qkv: (B, T, (n_heads + 2 n_kv_heads) hd), not rotated; cos, sin: (T, hd / 2) -> (B, T, n_heads hd).
+
+    dropout: the share of attention's probabilities that are set to 0; torch's generator says which.
+    """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, dropout: float = 0.0
+                ) -> Tensor:
         B, T, width = qkv.shape
         head_dim = width // (n_heads + 2 * n_kv_heads)
         y = qkv.new_empty(B, T, n_heads * head_dim)
         log_sum = torch.empty(B, n_heads, T)
-        ctx.sizes = (B, T, n_heads, n_kv_heads, head_dim, _is_bf16(qkv))
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        ctx.sizes = (B, T, n_heads, n_kv_heads, head_dim, _is_bf16(qkv), seed, dropout)
         _call("attention_forward", qkv, cos, sin, y, log_sum, *ctx.sizes)
         ctx.save_for_backward(qkv, cos, sin, y, log_sum)
         return y
@@ -139,7 +144,7 @@ class CausalAttention(Function):
         qkv, cos, sin, y, log_sum = ctx.saved_tensors
         dqkv = torch.empty_like(qkv)
         _call("attention_backward", qkv, cos, sin, y, log_sum, dy.contiguous(), dqkv, *ctx.sizes)
-        return dqkv, None, None, None, None
+        return dqkv, None, None, None, None, None
 
 
 class Norm(Function):
@@ -216,20 +221,19 @@ class KernelBlock(TransformerBlock):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         a, f = self.attention, self.feed_forward
+        dropout = a.dropout if self.training else 0.0
         qkv = F.linear(self.attention_norm(x), torch.cat((a.wq.weight, a.wk.weight, a.wv.weight)))
-        y = a.wo(CausalAttention.apply(qkv, cos, sin, a.n_heads, a.n_kv_heads))
-        h, normed = AddNorm.apply(x, y, self.ffn_norm.weight, self.ffn_norm.eps)
-        return h + f.w2(SwiGLU.apply(F.linear(normed, torch.cat((f.w1.weight, f.w3.weight)))))
+        y = a.wo(CausalAttention.apply(qkv, cos, sin, a.n_heads, a.n_kv_heads, dropout))
+        h, normed = AddNorm.apply(x, F.dropout(y, dropout), self.ffn_norm.weight, self.ffn_norm.eps)
+        return h + F.dropout(f.w2(SwiGLU.apply(F.linear(normed, torch.cat((f.w1.weight, f.w3.weight))))), dropout)
 
 
 class KernelTransformer(Transformer):
-    """model.Transformer on the CPU by way of kernels.c; without dropout. Errors: ValueError where it cannot be."""
+    """model.Transformer on the CPU by way of kernels.c. Errors: ValueError where it cannot be."""
 
     Block = KernelBlock
 
     def __init__(self, args):
-        if args.dropout:
-            raise ValueError(f"dropout={args.dropout}: kernels.c has none")
         library()  # an error now, not in the first step
         super().__init__(args)
 

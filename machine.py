@@ -137,7 +137,7 @@ class StepPath:
 
 
 def choose_path(s, device: torch.device) -> StepPath:
-    """The one place that decides; s has path, dtype, compile, dropout. Errors: ValueError if path=fast cannot be."""
+    """The one place that decides; s has path, dtype, compile. Errors: ValueError if path=fast cannot be."""
     dtype = getattr(torch, s.dtype) if s.dtype != "auto" else torch.bfloat16 if has_bfloat16(device) else torch.float32
     otherwise = "compiled" if s.compile else "plain"
     if s.path == "plain":
@@ -145,7 +145,6 @@ def choose_path(s, device: torch.device) -> StepPath:
     if s.path == "fast" and s.compile:
         raise ValueError("path=fast: is not compiled; take away compile, or path")
     obstacle = (f"kernels.c is for the CPU, this is {device.type}" if device.type != "cpu" else
-                f"kernels.c has no dropout, found {s.dropout}" if s.dropout else
                 "kernels.c has no float16" if dtype == torch.float16 else "")
     if not obstacle:
         try:

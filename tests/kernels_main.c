@@ -32,13 +32,13 @@ static void check(void *x, int64_t n, int bf16) {
     free(x);
 }
 
-static void attention(int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int bf16) {
+static void attention(int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int bf16, double dropout) {
     int64_t N = B * T, width = (H + 2 * G) * hd;
     void *qkv = activations(N * width, bf16), *y = activations(N * H * hd, bf16), *dy = activations(N * H * hd, bf16);
     void *dqkv = activations(N * width, bf16), *log_sum = activations(N * H, 0);
     void *cos = activations(T * hd / 2, 0), *sin = activations(T * hd / 2, 0);
-    bad |= attention_forward(qkv, cos, sin, y, log_sum, B, T, H, G, hd, bf16);
-    bad |= attention_backward(qkv, cos, sin, y, log_sum, dy, dqkv, B, T, H, G, hd, bf16);
+    bad |= attention_forward(qkv, cos, sin, y, log_sum, B, T, H, G, hd, bf16, 7, dropout);
+    bad |= attention_backward(qkv, cos, sin, y, log_sum, dy, dqkv, B, T, H, G, hd, bf16, 7, dropout);
     check(qkv, N * width, bf16), check(y, N * H * hd, bf16), check(dy, N * H * hd, bf16), check(dqkv, N * width, bf16);
     check(log_sum, N * H, 0), check(cos, T * hd / 2, 0), check(sin, T * hd / 2, 0);
 }
@@ -85,7 +85,7 @@ int main(void) {
     const int64_t shapes[][5] = {{1, 1, 1, 1, 2}, {2, 7, 2, 1, 6}, {1, 8, 4, 4, 8}, {1, 17, 3, 3, 10}, {1, 33, 4, 2, 48}};
     for (int bf16 = 0; bf16 < 2; bf16++) {
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-            attention(shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3], shapes[i][4], bf16);
+            attention(shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3], shapes[i][4], bf16, i % 2 ? 0.3 : 0.0);
         for (int64_t D = 1; D < 40; D++) rows(D % 7 + 1, D, bf16);
         rows(2 * ROW_BLOCK + 1, 16, bf16);
     }

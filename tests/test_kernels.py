@@ -32,17 +32,33 @@ def leaf(*shape, dtype, seed=0, scale=1.0):
 # ---------------------------------------------------------------------------------------------
 # the trunk's functions
 
+def dropout_of(B, T, H, dropout, seed=0):
+    """(B, H, T, T): what the next attention after torch.manual_seed(seed) multiplies probabilities by.
+
+    No query or key differs from another, so position t weighs the keys up to it with 1 / (t + 1) each; and value j
+    is 1 in place j alone, so what comes out are the weights after dropout.
+    """
+    qkv = torch.zeros(B, T, 3 * H, T)
+    qkv[:, :, 2 * H :] = torch.eye(T)[:, None]
+    torch.manual_seed(seed)
+    y = kernels.CausalAttention.apply(qkv.flatten(2), torch.ones(T, T // 2), torch.zeros(T, T // 2), H, H, dropout)
+    return y.unflatten(-1, (H, T)).transpose(1, 2) * torch.arange(1.0, T + 1)[:, None]
+
+
 @dtypes
-@pytest.mark.parametrize("B,T,H,G,hd", [(2, 37, 8, 4, 8), (1, 1, 2, 1, 2), (3, 16, 4, 4, 6), (1, 65, 6, 2, 48),
-                                        (2, 8, 2, 2, 10), (1, 300, 3, 1, 16)])
-def test_attention(B, T, H, G, hd, dtype):
+@pytest.mark.parametrize("B,T,H,G,hd,dropout", [
+    (2, 37, 8, 4, 8, 0.0), (1, 1, 2, 1, 2, 0.0), (3, 16, 4, 4, 6, 0.0), (1, 65, 6, 2, 48, 0.0), (2, 8, 2, 2, 10, 0.0),
+    (1, 300, 3, 1, 16, 0.0), (2, 38, 8, 4, 8, 0.3), (1, 66, 6, 2, 48, 0.5), (2, 30, 1, 1, 16, 0.9)])
+def test_attention(B, T, H, G, hd, dropout, dtype):
+    kept = dropout_of(B, T, H, dropout).double() if dropout else 1.0
+    torch.manual_seed(0)
     qkv, wide = leaf(B, T, (H + 2 * G) * hd, dtype=dtype, scale=2.0)
     up, wide_up = leaf(B, T, H * hd, dtype=dtype, seed=1)
     cos, sin = rope_table(hd, T)
-    y = kernels.CausalAttention.apply(qkv, cos, sin, H, G)
+    y = kernels.CausalAttention.apply(qkv, cos, sin, H, G, dropout)
     y.backward(up.detach())
 
-    # straight from the definition: rotate, score, mask, softmax, mix
+    # straight from the definition: rotate, score, mask, softmax, drop, mix
     q, k, v = (t.unflatten(-1, (-1, hd)) for t in wide.split([H * hd, G * hd, G * hd], -1))
     angles = torch.complex(cos.double(), sin.double())[:, None]
     q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) * angles).flatten(-2)
@@ -50,11 +66,38 @@ def test_attention(B, T, H, G, hd, dtype):
     k, v = (t.repeat_interleave(H // G, 2) for t in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) / hd**0.5
     scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
-    want = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2)
+    want = torch.einsum("bhts,bshd->bthd", scores.softmax(-1) * kept, v).flatten(2)
     want.backward(wide_up.detach())
 
     compare(y, want, dtype, scale=4)
     compare(qkv.grad, wide.grad, dtype, scale=wide.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 1 - 2**-53])
+def test_dropout_drops_its_share_and_grows_the_rest(dropout):
+    B, T, H = 8, 64, 4
+    past = torch.ones(T, T).tril().bool()
+    factors = dropout_of(B, T, H, dropout)
+    kept = factors[..., past] > 0
+    assert torch.isclose(factors[..., past][kept], torch.tensor(1 / (1 - dropout))).all()
+    assert not factors[..., ~past].any()
+    # as often as by chance, over all, by key, by query and by head: 5 deviations of a binomial distribution
+    kept = torch.where(past, (factors > 0).double() - (1 - dropout), 0.0)
+    for axes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)):
+        counts = past.expand(B, H, T, T).sum(axes)
+        assert (kept.sum(axes).abs() <= 5 * (counts * dropout * (1 - dropout)).sqrt() + 1e-6).all()
+
+
+def test_dropout_of_one_place_says_nothing_of_another():
+    """Masks of neighbouring rows, heads, queries and keys, and of another seed: as alike as chance makes them."""
+    B, T, H = 8, 64, 4
+    signs = torch.where(dropout_of(B, T, H, 0.5) > 0, 1.0, -1.0)
+    other_seed = torch.where(dropout_of(B, T, H, 0.5, seed=1) > 0, 1.0, -1.0)
+    past = torch.ones(T, T).tril()
+    both = past * past.roll(1, 0) * past.roll(1, 1) * past.roll((5, 5), (0, 1))  # seen by all that are compared
+    for other in (other_seed, *(signs.roll(1, axis) for axis in range(4)), signs.roll((5, 5), (2, 3))):
+        assert abs((signs * other * both).sum()) < 5 * (B * H * both.sum()) ** 0.5
+    assert torch.equal(dropout_of(B, T, H, 0.5), dropout_of(B, T, H, 0.5))
 
 
 def test_attention_of_scores_that_overflow_an_exponential():
@@ -257,6 +300,40 @@ def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
         assert error < (1e-4 if dtype == torch.float32 else 0.05), (name, error)
 
 
+def test_dropout_falls_on_what_it_falls_on_in_the_plain_model(monkeypatch):
+    """Embeddings, attention's probabilities and both branches of a block, in training alone.
+
+    With masks that are no longer random: F.dropout doubles the even numbers of a row, and of attention's
+    probabilities none is dropped here; that both paths ask for it is counted.
+    """
+    asked = []
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        asked.append(p if training else 0.0)
+        return x * torch.arange(x.shape[-1]).remainder(2).sub(2) if asked[-1] else x
+
+    attend, apply = F.scaled_dot_product_attention, kernels.CausalAttention.apply
+    of_attention = {"plain": [], "fast": []}
+
+    def plain(*args, dropout_p, **more):
+        of_attention["plain"].append(dropout_p)
+        return attend(*args, **more)
+
+    def fast(*args):
+        of_attention["fast"].append(args[5])
+        return apply(*args[:5])
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
+    monkeypatch.setattr(kernels.CausalAttention, "apply", fast)
+    x = torch.randint(2, 100, (3, 40), generator=torch.Generator().manual_seed(2))
+    for training in (True, False):
+        want, got = (model.train(training)(x) for model in twins(dropout=0.2))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert of_attention["plain"] == of_attention["fast"] == [0.2, 0.2, 0.0, 0.0]
+    assert asked == 2 * (5 * [0.2]) + 2 * (5 * [0.0])
+
+
 def test_blocks_and_norms_are_told_apart_from_the_plain_ones():
     """What stands in must be what the fast model runs, and its block not the plain one by accident."""
     plain, fast = twins()
@@ -273,7 +350,8 @@ def test_the_number_of_threads_changes_no_bit():
         torch.set_num_threads(threads)
         try:
             qkv, _ = leaf(3, 50, 16 * 8, dtype=torch.float32)
-            kernels.CausalAttention.apply(qkv, *rope_table(8, 50), 8, 4).square().sum().backward()
+            torch.manual_seed(0)
+            kernels.CausalAttention.apply(qkv, *rope_table(8, 50), 8, 4, 0.1).square().sum().backward()
             h, _ = leaf(2000, 64, dtype=torch.float32)
             branch, _ = leaf(2000, 64, dtype=torch.float32, seed=1)
             weight, _ = leaf(64, dtype=torch.float32)

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def wanted(**changes):
-    return SimpleNamespace(**{"path": "auto", "dtype": "float32", "compile": False, "dropout": 0.0} | changes)
+    return SimpleNamespace(**{"path": "auto", "dtype": "float32", "compile": False} | changes)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def no_compiler(monkeypatch):
 @pytest.mark.parametrize("changes,device,kind,why", [
     ({}, CPU, "fast", "kernels.c"), ({"compile": True}, CPU, "fast", "kernels.c, in place of compile"),
     ({"path": "plain"}, CPU, "plain", "asked for"), ({"path": "plain", "compile": True}, CPU, "compiled", "asked for"),
-    ({"dropout": 0.1}, CPU, "plain", "dropout, found 0.1"), ({"dtype": "float16"}, CPU, "plain", "no float16"),
+    ({"dtype": "float16"}, CPU, "plain", "no float16"),
     ({}, torch.device("cuda"), "plain", "this is cuda"), ({"compile": True}, torch.device("mps"), "compiled", "is mps"),
 ])
 def test_choice(changes, device, kind, why):
@@ -38,7 +38,6 @@ def test_choice(changes, device, kind, why):
 
 @pytest.mark.parametrize("changes,device,says", [
     ({"compile": True}, CPU, "path=fast: is not compiled"),
-    ({"dropout": 0.1}, CPU, "path=fast: kernels.c has no dropout, found 0.1"),
     ({"dtype": "float16"}, CPU, "path=fast: kernels.c has no float16"),
     ({}, torch.device("cuda"), "path=fast: kernels.c is for the CPU, this is cuda"),
 ])
