@@ -1,0 +1,20 @@
+"""2.1M parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Next-token prediction alone."""
+out_dir = "out/little2m/base"
+# data
+dataset = "tinystories"
+vocab_size = 512
+max_seq_len = 256
+batch_size = 32  # 8,192 tokens a step
+# model
+dim = 192
+n_layers = 5
+n_heads = 6
+n_kv_heads = 3
+# optimisation
+learning_rate = 2e-3
+max_iters = 500
+warmup_iters = 50
+beta2 = 0.99
+weight_decay = 0.1
+eval_interval = 50
+log_interval = 10

@@ -1,0 +1,24 @@
+"""2.1M parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Four heads look further ahead."""
+out_dir = "out/little2m/mtp"
+# data
+dataset = "tinystories"
+vocab_size = 512
+max_seq_len = 256
+batch_size = 32  # 8,192 tokens a step
+# model
+dim = 192
+n_layers = 5
+n_heads = 6
+n_kv_heads = 3
+# objective
+n_future_heads = 4
+nitp_weight = 0.3
+head_decay = 0.8
+# optimisation
+learning_rate = 2e-3
+max_iters = 500
+warmup_iters = 50
+beta2 = 0.99
+weight_decay = 0.1
+eval_interval = 50
+log_interval = 10
