@@ -1,4 +1,4 @@
-"""260K parameters, 500 steps: the best that the search of heads without parameters (`shared`) found, in round numbers."""
+"""260K parameters, 500 steps: the best that the search of `shared` heads, which have no parameters, found, rounded."""
 out_dir = "out/confirm/shared"
 # data
 dataset = "tinystories"
