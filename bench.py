@@ -216,6 +216,16 @@ def cases_by_length(n_threads: int) -> dict[str, Case]:
     return cases
 
 
+def cases_by_dropout(n_threads: int) -> dict[str, Case]:
+    """All compared with the fast path that drops nothing."""
+    cases = {}
+    for share in (0, 0.1):
+        shape, name = MODELS["260K, T 256"] | {"dropout": share}, f"dropout = {share}"
+        cases |= {name: Case(Settings(**shape), n_threads, "dropout = 0"),
+                  f"{name}, plain": Case(Settings(**shape, **PATHS["plain"]), n_threads, "dropout = 0")}
+    return cases
+
+
 # ---------------------------------------------------------------------------------------------
 # telling
 
@@ -250,6 +260,8 @@ def bench(models: list[str], threads: list[int], rounds: int, folder: Path) -> N
     heads, vocabularies, lengths = cases_by_heads(most), cases_by_vocabulary(most), cases_by_length(most)
     by_heads = measure(heads, 5 * rounds)  # small differences
     by_vocabulary, by_length = measure(vocabularies, rounds), measure(lengths, rounds)
+    dropout = cases_by_dropout(most)
+    by_dropout = measure(dropout, rounds)
     path_head = ("model", "path", "threads", "tokens/s", "x plain", "GFLOP/s, of the machine's", "share", "peak MiB")
     text = f"""# Training: speed and memory
 
@@ -281,6 +293,12 @@ optimizer state, activations. GFLOP/s are those of matrix products and attention
 260K, V 512, 8,192 tokens a step, {most} threads.
 
 {table_of("length", lengths, by_length)}
+
+## By dropout
+
+260K, V 512, T 256, 8,192 tokens a step, {most} threads.
+
+{table_of("dropout", dropout, by_dropout)}
 
 ![tokens a second by path; step time and memory by heads, vocabulary and length](training.svg)
 """

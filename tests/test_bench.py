@@ -35,6 +35,9 @@ def test_a_table_and_a_plot(tiny, tmp_path, capsys):
     assert all((float(row[2]) > 0 or not known) and row[3] == "n = 0" for row in cells(table, "n = "))
     assert [row[0] for row in cells(table, "V = ")] == ["V = 512, plain", "V = 512", "V = 512, n = 4, both losses"]
     assert [row[0] for row in cells(table, "T = ")] == ["T = 16, plain", "T = 16"]
+    dropout = cells(table, "dropout = ")
+    assert [row[0] for row in dropout] == ["dropout = 0", "dropout = 0, plain", "dropout = 0.1", "dropout = 0.1, plain"]
+    assert {row[3] for row in dropout} == {"dropout = 0"}
     assert "<svg" in (tmp_path / "training.svg").read_text()
 
 
