@@ -81,7 +81,10 @@ def panels_along(found: dict[float, list[Figures]], setting: str) -> dict[str, t
 
 
 def along(found: dict[float, list[Figures]], setting: str, relative: bool) -> Draw:
-    """A line for each set-up; with bars between the lowest and highest seed, or the interval of the difference."""
+    """A line for each set-up; with bars between the lowest and highest seed, or the interval of the difference.
+
+    A single seed has no bar.
+    """
     def draw(axes: pyplot.Axes) -> None:
         labels = list(dict.fromkeys(f.group.label for each in found.values() for f in each))
         values = list(found)
@@ -92,13 +95,16 @@ def along(found: dict[float, list[Figures]], setting: str, relative: bool) -> Dr
                     d = f.difference
                     if f.group.label != label or relative and not d.n:
                         continue
-                    half = d.half if d.n > 1 else 0.0
                     at.append(value)
                     mean.append(d.mean if relative else f.end)
-                    low.append(half if relative else f.end - min(f.ends))
-                    high.append(half if relative else max(f.ends) - f.end)
+                    if (d.n if relative else len(f.ends)) < 2:
+                        bar = math.nan, math.nan
+                    else:
+                        bar = (d.half, d.half) if relative else (f.end - min(f.ends), max(f.ends) - f.end)
+                    low.append(bar[0])
+                    high.append(bar[1])
             if at:
-                axes.errorbar(at, mean, yerr=(low, high), label=label, linewidth=1.5, capsize=3, **look(k))
+                axes.errorbar(at, mean, yerr=(low, high), label=label, linewidth=1.5, marker=".", capsize=3, **look(k))
         if relative:
             axes.axhline(0.0, color=INK, linewidth=0.8)
         if min(values) > 0 and max(values) > 4 * min(values):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from scipy import stats
 
 import compare
@@ -707,6 +709,24 @@ def test_what_is_drawn_along_a_setting(little, tmp_path, capsys):
     assert "against train_fraction" in (tmp_path / "r.html").read_text()
     assert compare.main([*little, "--along", "train_fraction"]) == 0  # the end: as high for both
     assert next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["nitp"]).count("3.2000")
+
+
+def test_a_single_seed_has_no_bar(little, tmp_path, monkeypatch):
+    """A bar of no length would say that it is known to the last digit."""
+    drawn, errorbar = [], Axes.errorbar
+
+    def note(self, at, mean, yerr, **more):
+        drawn.append((more["label"], list(at), [list(map(math.isnan, side)) for side in yerr]))
+        return errorbar(self, at, mean, yerr, **more)
+
+    monkeypatch.setattr(Axes, "errorbar", note)
+    for name in ("base", "nitp"):
+        for seed in (2, 3):
+            shutil.rmtree(tmp_path / "at0.1" / f"{name}-{seed}")
+    assert compare.main([*little, "--along", "train_fraction", "--best", "--plots", str(tmp_path / "p")]) == 0
+    alone = [[True, False]] * 2
+    assert drawn[:2] == [("base", [0.1, 1.0], alone), ("nitp", [0.1, 1.0], alone)]
+    assert ("nitp", [0.1, 1.0], alone) in drawn[2:]  # of differences
 
 
 def test_a_setting_that_runs_do_not_have(little, tmp_path, capsys):
