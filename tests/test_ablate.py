@@ -148,5 +148,5 @@ def test_every_set_of_the_project_differs_from_its_baseline_in_the_objective_alo
         for path in folder.glob("*.py"):
             other = asdict(configure(Settings, [str(path)]))
             differ = {key for key in base if base[key] != other[key]} - {"out_dir"}
-            of_a_search = {"learning_rate"} if folder.name == "confirm" else set()  # to each the rate that its own found
+            of_a_search = {"learning_rate"} if folder.name == "confirm" else set()  # each its own
             assert differ <= OBJECTIVE | {"recurrence"} | of_a_search, path
