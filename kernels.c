@@ -257,10 +257,10 @@ static inline Bits hash_of_queries(const Attention *a, int64_t b, int64_t h, int
     return hashed(row + (uint32_t)a->seed) ^ (uint32_t)(a->seed >> 32);
 }
 
-// x where the probability of `key` is kept, grown; 0 where it is dropped.
-static inline Floats drop(const Attention *a, Bits queries, int64_t key, Floats x) {
+// What the probability of `key` is multiplied by: 0 where it is dropped.
+static inline Floats dropout_of(const Attention *a, Bits queries, int64_t key) {
     Bits bits = hashed(queries ^ (uint32_t)key * 0x9e3779b9u);  // an odd number, so no two keys of a row are one
-    return either((Ints)(bits >= a->dropped), x * a->kept, all(0.0f));
+    return either((Ints)(bits >= a->dropped), all(a->kept), all(0.0f));
 }
 
 int attention_forward(const void *qkv, const float *cos, const float *sin, void *y, float *log_sum, int64_t B, int64_t T,
@@ -303,7 +303,7 @@ int attention_forward(const void *qkv, const float *cos, const float *sin, void 
                             for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
                         for (int j = 0; j < KEYS; j++) sum += p[j];
                         if (a.dropped)  // after the sum: what is left of the probabilities need not add up to 1
-                            for (int j = 0; j < KEYS; j++) p[j] = drop(&a, queries, k + j, p[j]);
+                            for (int j = 0; j < KEYS; j++) p[j] *= dropout_of(&a, queries, k + j);
                         add_weighted(Y, p, V + k * stride, hd, stride);
                     }
                     for (int r = 0; r < rows; r++) {
@@ -365,11 +365,11 @@ int attention_backward(const void *qkv, const float *cos, const float *sin, cons
                         for (int j = 0; j < KEYS; j++) p[j] = exp2_of(p[j] - lse);
                         if (k + KEYS > t0 + 1)
                             for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
-                        if (a.dropped)
-                            for (int j = 0; j < KEYS; j++) ds[j] = drop(&a, queries, k + j, ds[j]);
-                        for (int j = 0; j < KEYS; j++) ds[j] = p[j] * (ds[j] - delta);
-                        if (a.dropped)
-                            for (int j = 0; j < KEYS; j++) p[j] = drop(&a, queries, k + j, p[j]);
+                        for (int j = 0; j < KEYS; j++) {
+                            const Floats factor = a.dropped ? dropout_of(&a, queries, k + j) : all(1.0f);
+                            ds[j] = p[j] * (ds[j] * factor - delta);
+                            p[j] *= factor;
+                        }
                         add_weighted(dQ, ds, K + k * stride, hd, stride);
                         add_over_queries(dV + k * stride, p, o, stride);
                         add_over_queries(dK + k * stride, ds, q, stride);
