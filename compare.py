@@ -19,6 +19,7 @@ import csv
 import io
 import json
 import math
+import os
 import shlex
 import statistics
 import sys
@@ -313,10 +314,15 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # ± on a terminal that has none
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()  # here, where it can be told that it failed
+        sys.exit(status)
     except ValueError as error:
         sys.exit(f"compare.py: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"compare.py: needs {error.name}: pip install -r requirements-compare.txt")
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of the terminal or pipe; files' are told where they are read and written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its own end
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"compare.py: cannot write: {error.strerror}")

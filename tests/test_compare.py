@@ -324,6 +324,20 @@ def test_settings_of_the_objective_are_those_of_settings_py():
 # ---------------------------------------------------------------------------------------------
 # what is broken
 
+@pytest.mark.parametrize("rows", [1, 3000])  # less and more than Python holds back before it writes
+def test_a_full_disk_is_told_and_a_closed_pipe_is_not(rows, runs):
+    words = [sys.executable, "compare.py", str(runs), "--steps", *map(str, range(1, rows + 1))]
+    cwd = Path(compare.__file__).parent
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=cwd, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "compare.py: cannot write: No space left" in done.stderr.splitlines()[-1]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, cwd=cwd, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and "Error" not in done.stderr
+
+
 def test_a_broken_log_is_told_by_run_and_line_and_the_rest_is_compared(runs, tmp_path, capsys):
     (runs / "empty").mkdir()
     (runs / "empty" / "log.jsonl").write_text("")
