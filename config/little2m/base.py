@@ -12,9 +12,9 @@ n_heads = 6
 n_kv_heads = 3
 # optimisation
 learning_rate = 2e-3
-max_iters = 500
-warmup_iters = 50
+max_iters = 1500
+warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.1
-eval_interval = 50
+eval_interval = 100
 log_interval = 10

@@ -16,9 +16,9 @@ nitp_weight = 0.3
 head_decay = 0.8
 # optimisation
 learning_rate = 2e-3
-max_iters = 500
-warmup_iters = 50
+max_iters = 1500
+warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.1
-eval_interval = 50
+eval_interval = 100
 log_interval = 10
