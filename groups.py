@@ -23,6 +23,7 @@ OBJECTIVE = {  # settings that set-ups are meant to differ in: those under "look
     "freeze_embeddings", "curriculum", "spelling_letters", "spelling_weight", "spelling_case", "order_window",
     "order_weight", "soft_weight", "soft_neighbours", "soft_temperature", "soft_refresh", "superposition",
     "superposition_end", "mask_document_ends", "aux_schedule", "aux_start", "aux_end"}
+COMPUTED = {"device", "path", "dtype"}  # facts of a run's arithmetic
 MANY = 1000  # seeds; more are not counted
 
 
@@ -140,15 +141,25 @@ def split_name(run: Run) -> tuple[str, int | None]:
     return (found[1], int(found[2])) if found else (run.name, run.seed)
 
 
+def computed_alike(a: Run, b: Run) -> bool:
+    """Have both runs gone through the same arithmetic, as far as both logs tell?"""
+    return all(a.facts[key] == b.facts[key] for key in COMPUTED & a.facts.keys() & b.facts.keys())
+
+
 def group_runs(runs: list[Run], problems: list[str]) -> list[Group]:
-    """In the order of their first runs; labels are names without seeds, and with settings where these are alike."""
+    """In the order of their first runs; labels are names without seeds, and with settings where these are alike.
+
+    Runs of one seed that went through other arithmetic are in two groups; of two seeds in one, with a warning.
+    """
     groups: list[Group] = []
     for run in runs:
-        group = next((g for g in groups if settings_alike(run, g.first)), None)
         name, seed = split_name(run)
+        key = run.where if seed is None else seed
+        alike = [g for g in groups if settings_alike(run, g.first)]
+        group = next((g for g in alike if computed_alike(run, g.first)),
+                     next((g for g in alike if key not in g.runs), None))
         if group is None:
             groups.append(group := Group(name))
-        key = run.where if seed is None else seed
         if key in group.runs:
             problems.append(f"{run.where}: the same settings and seed as {group.runs[key].where}; left out")
         else:
@@ -163,6 +174,8 @@ def group_runs(runs: list[Run], problems: list[str]) -> list[Group]:
         for number, group in enumerate(alike[1:], 2):
             first, config = alike[0].first.config, group.first.config
             differ = [f"{k}={v}" for k, v in config.items() if k not in HARMLESS and first.get(k, v) != v]
+            differ += [f"{k}={v}" for k, v in group.first.facts.items()
+                       if k in COMPUTED and alike[0].first.facts.get(k, v) != v]
             group.label += f" ({', '.join(differ) or number})"
     return groups
 
