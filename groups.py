@@ -155,9 +155,9 @@ def group_runs(runs: list[Run], problems: list[str]) -> list[Group]:
     for run in runs:
         name, seed = split_name(run)
         key = run.where if seed is None else seed
-        alike = [g for g in groups if settings_alike(run, g.first)]
-        group = next((g for g in alike if computed_alike(run, g.first)),
-                     next((g for g in alike if key not in g.runs), None))
+        same = [g for g in groups if settings_alike(run, g.first)]
+        group = next((g for g in same if computed_alike(run, g.first)),
+                     next((g for g in same if key not in g.runs), None))
         if group is None:
             groups.append(group := Group(name))
         if key in group.runs:
