@@ -19,7 +19,6 @@ import csv
 import io
 import json
 import math
-import os
 import shlex
 import statistics
 import sys
@@ -27,7 +26,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from files import atomic_write
+from files import atomic_write, give_up_stdout
 from groups import (
     MANY,
     Figures,
@@ -324,5 +323,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # of the terminal or pipe; files' are told where they are read and written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its own end
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"compare.py: cannot write: {error.strerror}")
+        give_up_stdout("compare.py: cannot write", error)

@@ -24,7 +24,6 @@ import argparse
 import functools
 import heapq
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -37,6 +36,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import find_tokenizer, model_of, read_checkpoint
+from files import give_up_stdout
 from machine import find_machine
 from model import KVCache, Transformer
 from tokenizer import BOS, EOS, Tokenizer
@@ -372,9 +372,5 @@ if __name__ == "__main__":
         sys.exit(f"sample.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # as of `| head`; Python would complain once more at its own end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"sample.py: cannot write the text: {error.strerror or error}")
+        give_up_stdout("sample.py: cannot write the text", error)
