@@ -89,7 +89,7 @@ def along(found: dict[float, list[Figures]], setting: str, relative: bool) -> Dr
         labels = list(dict.fromkeys(f.group.label for each in found.values() for f in each))
         values = list(found)
         for k, label in enumerate(labels):
-            at, mean, low, high = [], [], [], []
+            at, mean, bars = [], [], []
             for value, each in found.items():
                 for f in each:
                     d = f.difference
@@ -97,14 +97,13 @@ def along(found: dict[float, list[Figures]], setting: str, relative: bool) -> Dr
                         continue
                     at.append(value)
                     mean.append(d.mean if relative else f.end)
-                    if (d.n if relative else len(f.ends)) < 2:
-                        bar = math.nan, math.nan
+                    if relative:
+                        bars.append((d.half, d.half))  # NaN with one pair
                     else:
-                        bar = (d.half, d.half) if relative else (f.end - min(f.ends), max(f.ends) - f.end)
-                    low.append(bar[0])
-                    high.append(bar[1])
+                        bars.append((f.end - min(f.ends), max(f.ends) - f.end) if len(f.ends) > 1 else (math.nan,) * 2)
             if at:
-                axes.errorbar(at, mean, yerr=(low, high), label=label, linewidth=1.5, marker=".", capsize=3, **look(k))
+                axes.errorbar(at, mean, yerr=np.transpose(bars), label=label, linewidth=1.5, marker=".", capsize=3,
+                              **look(k))
         if relative:
             axes.axhline(0.0, color=INK, linewidth=0.8)
         if min(values) > 0 and max(values) > 4 * min(values):
