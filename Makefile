@@ -23,13 +23,13 @@ test: .venv/test-ready ## the whole test suite
 	$(PY) -m pytest
 
 test-interop: .venv/interop-ready ## the same stories by llama.cpp, which is built first (20 to 40 minutes on two cores)
-	$(PY) -m pytest tests/test_llamacpp.py
+	$(PY) -m pytest tests/test_gguf.py
 
 lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
 	$(PY) -m ruff check
 	for flags in -O2 "-O3 -march=native" "-O2 -DSCALAR"; do \
 	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror $$flags -pthread -o /dev/null run.c -lm || exit 1; \
-	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas $$flags -c -o /dev/null kernels.c || exit 1; done
+	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas $$flags -c -o /dev/null step/kernels.c || exit 1; done
 
 run: run.c ## build run: inference in C
 	$(CC) -O3 -pthread -o run run.c -lm
@@ -46,15 +46,15 @@ fuzz: ## fuzz run.c's readers for FUZZ_SECONDS (60) with clang's libFuzzer
 	@printf 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | clang -x c -fsanitize=fuzzer,address -o /dev/null - 2>/dev/null \
 	|| { echo "make fuzz needs clang with libFuzzer (Debian: apt-get install clang libclang-rt-dev)"; exit 1; }
 	mkdir -p build/corpus
-	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o build/fuzz tests/fuzz.c -lm
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -o build/fuzz tests/c/fuzz.c -lm
 	build/fuzz -max_total_time=$${FUZZ_SECONDS:-60} -max_len=20000 -close_fd_mask=3 -detect_leaks=0 -rss_limit_mb=2000 \
-	    -artifact_prefix=build/ build/corpus tests/corpus
+	    -artifact_prefix=build/ build/corpus tests/c/corpus
 
 bench: .venv/test-ready ## speed and memory of training steps by path, heads, vocabulary and length, into doc/training.md (15 minutes)
-	$(PY) bench.py
+	$(PY) -m bench.training
 
 bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md (20 minutes, 1 GB in out/bench)
-	$(PY) bench_c.py decode
+	$(PY) -m bench.decoding decode
 
 ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds and compare: hours; goes on where it stopped
 	$(PY) ablate.py $(SET)
@@ -69,7 +69,7 @@ results: .venv/test-ready ## draw the tables and plots of doc/results.md and doc
 	$(PY) compare.py doc/runs/objectives.jsonl --step_seconds doc/runs/objectives_seconds.json --markdown "doc/objectives.md#map" --plots doc/objectives > /dev/null
 
 clean: ## remove what was built; data, runs and .venv stay
-	rm -rf run build __pycache__ tests/__pycache__ config/__pycache__ .pytest_cache .ruff_cache
+	rm -rf run build .pytest_cache .ruff_cache $$(find . -name __pycache__ -not -path "./.venv/*")
 
 # --- what the above are made of; each is made once ---
 

@@ -28,15 +28,16 @@ import torch
 from tqdm import tqdm
 
 import compare
-from bench import machine, make_step, positive
-from checkpoint import read_checkpoint
+from bench.training import make_step
 from configurator import configure
-from files import atomic_write
-from letters import token_texts
-from machine import find_machine
-from processes import POLL, complaint, evaluations, free_cores, how_to_begin, lock, settings_in, start, stop
+from formats.checkpoint import read_checkpoint
 from settings import Settings, check
-from tokenizer import load_tokenizer, vocab_folder
+from step.machine import describe, find_machine
+from study.processes import POLL, complaint, evaluations, free_cores, how_to_begin, lock, settings_in, start, stop
+from system.files import atomic_write
+from system.program import positive
+from text.letters import token_texts
+from text.tokenizer import load_tokenizer, vocab_folder
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "config"
@@ -197,7 +198,7 @@ def train_and_compare(args: argparse.Namespace, runs: list[Settings], rounds: in
     if rounds and on_cpu:
         found = step_seconds(setups, rounds)
         with atomic_write(measured, "w") as f:
-            json.dump({"machine": machine(), "threads": 1, "seconds": found}, f)
+            json.dump({"machine": describe(), "threads": 1, "seconds": found}, f)
     folders = [s.out_dir for s in runs if progress(s) >= 0]
     if not folders:
         raise ValueError(f"{out}: no run there yet; leave out --no_runs")

@@ -1,6 +1,6 @@
 """Compare runs by validation NTP: tables, plots, one page.
 
-    python compare.py out/seeds4                          # all runs in a folder; or any folders and files (runs.py)
+    python compare.py out/seeds4                          # all runs in a folder; or any folders and files
     python compare.py out/base-* out/mtp-* --baseline base --steps 500 1000
     python compare.py doc/runs/seeds4.jsonl --html out/report.html --plots out/plots
     python compare.py wandb wandb:me/lookahead            # wandb's offline runs, and those of a project
@@ -26,8 +26,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from files import atomic_write, give_up_stdout
-from groups import (
+from study.groups import (
     MANY,
     Figures,
     choose_baseline,
@@ -39,7 +38,9 @@ from groups import (
     set_step_seconds,
     warnings,
 )
-from runs import Reader, Run
+from study.runs import Reader, Run
+from system.files import atomic_write
+from system.program import give_up_stdout
 
 EFFECTS = (0.005, 0.01, 0.02)  # nats, for which the number of seeds is told
 KEPT_DIGITS = 7  # significant ones, of figures in logs that are kept
@@ -299,7 +300,7 @@ def main(argv: list[str]) -> int:
     if args.csv:
         deliver(as_csv(found, args.along).rstrip("\n"), args.csv)
     if args.plots or args.html:
-        import report  # late: matplotlib
+        from study import report  # late: matplotlib
 
         panels = report.panels_along(found, args.along) if args.along else report.panels(everything)
         if args.plots:

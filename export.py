@@ -6,11 +6,11 @@
     python export.py out/ckpt.pt --hf=out/stories                          # a Hugging Face folder
     python export.py out/ckpt.pt --gguf=out/stories.gguf --gguf_type=q8_0  # for llama.cpp
 
-The model may be whatever checkpoint.py reads: our checkpoints and llama2.c's, model.bin, Hugging Face
+The model may be whatever formats/checkpoint.py reads: our checkpoints and llama2.c's, model.bin, Hugging Face
 folders. Trunk and NTP head are written, never a future head: those go into a file of their own. The tokenizer goes
 along: for run.c as `tokenizer.bin` beside the model, else inside.
 
-What this leaves out on purpose: the formats (llama2c.py, huggingface.py, llamacpp.py), reading (checkpoint.py).
+What this leaves out on purpose: the formats, and reading them (formats/).
 """
 
 import argparse
@@ -18,14 +18,14 @@ import os
 import sys
 from pathlib import Path
 
-import huggingface
-from checkpoint import find_tokenizer, model_of, read_checkpoint
-from files import is_irregular
-from huggingface import need_safetensors, write_folder
-from llama2c import check_heads, write_heads, write_trunk
-from llamacpp import KINDS, kind_of, need_gguf, write_gguf
+from formats import huggingface
+from formats.checkpoint import find_tokenizer, model_of, read_checkpoint
+from formats.gguf import KINDS, kind_of, need_gguf, write_gguf
+from formats.huggingface import need_safetensors, write_folder
+from formats.llama2c import check_heads, write_heads, write_trunk
 from model import Transformer
-from tokenizer import Tokenizer, bin_bytes, write_bin
+from system.files import is_irregular
+from text.tokenizer import Tokenizer, bin_bytes, write_bin
 
 
 def say(text: str) -> None:

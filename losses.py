@@ -13,7 +13,7 @@ its next token; z are the NTP head's logits and a_i those of future head i, all 
     superposition   in place of ntp: CE(z[p], all tokens of the next bag), where p has read bags
     total           ntp + sum of weight(step) * loss
 
-All but consistency are cross-entropies of one head's logits against a few classes with shares (engine.Aim).
+All but consistency are cross-entropies of one head's logits against a few classes with shares (step/chunks.py, Aim).
 Each loss is a mean over its own valid positions: row ends have no target i tokens further on, and
 with mask_document_ends neither has a position whose target lies behind the next BOS. Only val ntp
 judges a run; the others are means to that end. Formulas, sources and costs: doc/objectives.md.
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import Aim, Part, chunk_rows, plain_engine
+from step.chunks import Aim, Part, chunk_rows, plain_engine
 
 
 class Loss(NamedTuple):
@@ -137,7 +137,7 @@ class Objective(nn.Module):
     kernels: the module of that name, if it is to take the logits; or None.
     consistency: direction and temperature of the consistency losses (`divergence`).
     teacher: "later", z[t+i]; or "same", z[t], which predicts another token than head i (a negative control).
-    letters: letters.Letters, and how many of them ahead the model's spelling heads are asked for; or None.
+    letters: text.letters.Letters, and how many of them ahead the model's spelling heads are asked for; or None.
     order_window: tokens ahead that the order head ranks. bag: tokens in a bag of superposition.
     neighbours: how many tokens share a soft target, and the temperature between them, once
         refresh_neighbours has looked for them; or None.

@@ -202,7 +202,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    Norm = RMSNorm  # kernels.py puts a faster one with the same parameters in its place
+    Norm = RMSNorm  # step/kernels.py puts a faster one with the same parameters in its place
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -314,7 +314,7 @@ HEADS = ("future_heads.", "spelling_heads.", "order_head.")  # what names of par
 class Transformer(nn.Module):
     """Trunk, NTP head, `n_future_heads` future heads, and heads for letters and order where ModelArgs has them."""
 
-    Block = TransformerBlock  # kernels.py puts a faster one with the same parameters in its place
+    Block = TransformerBlock  # step/kernels.py puts a faster one with the same parameters in its place
 
     def __init__(self, args: ModelArgs):
         super().__init__()

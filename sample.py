@@ -35,11 +35,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import find_tokenizer, model_of, read_checkpoint
-from files import give_up_stdout
-from machine import find_machine
+from formats.checkpoint import find_tokenizer, model_of, read_checkpoint
 from model import KVCache, Transformer
-from tokenizer import BOS, EOS, Tokenizer
+from step.machine import find_machine
+from system.program import give_up_stdout
+from text.tokenizer import BOS, EOS, Tokenizer
 
 ENDS = (BOS, EOS)  # where a text stops; neither is part of it
 GUESSERS = ("linear", "residual", "block", "shared")  # types of heads that see no later token

@@ -19,9 +19,9 @@ from configurator import (
     Positive,
     Range,
 )
-from letters import alphabet_size
 from model import FUTURE_HEADS, ModelArgs
-from tokenizer import MAX_VOCAB_SIZE
+from text.letters import alphabet_size
+from text.tokenizer import MAX_VOCAB_SIZE
 
 MOST_NEIGHBOURS = 1 << 24  # entries of the table of soft targets; 12 bytes each, in every checkpoint
 

@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bench import markdown, positive
 from configurator import checked, configure, kind_of
-from files import atomic_write
-from processes import METRIC, POLL, complaint, evaluations, free_cores, how_to_begin, lock, start, stop
 from settings import Settings
+from study.processes import METRIC, POLL, complaint, evaluations, free_cores, how_to_begin, lock, start, stop
+from study.tables import markdown
+from system.files import atomic_write
+from system.program import positive
 
 if TYPE_CHECKING:
     import optuna

@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from files import atomic_write
-from letters import token_texts
+from system.files import atomic_write
+from text.letters import token_texts
+from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, Tokenizer, load_tokenizer, vocab_folder
 from tinystories import how_to_make, read_stories
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, Tokenizer, load_tokenizer, vocab_folder
 
 FIRST_ID = 3  # ids below are <unk>, BOS, EOS, as in every vocabulary of this project
 Row = tuple[list[int], list[int]]  # tokens from BOS on, and the group of each: 0 is not scored
@@ -208,7 +208,7 @@ def polynomial(operations: int, beyond: int, sequences: int, val_sequences: int,
 # ---------------------------------------------------------------------------------------------
 # induction
 
-NAMES = frozenset((  # frequent first names of TinyStories and of toystories.py
+NAMES = frozenset((  # frequent first names of TinyStories and of text/toystories.py
     "Abby Adam Alex Alice Amy Andy Anna Annie Barbara Bella Ben Benny Billy Bob Bobby Buddy Charlie Cindy Clara "
     "Daisy Dan Danny Dave David Ella Ellie Emily Emma Eva Fin Finn Fluffy Fred Freddy George Harry Jack Jake "
     "James Jane Jen Jenny Jerry Jill Jim Jimmy Joe John Johnny Josh Julie Kate Katie Ken Kevin Kim Kitty Lana "

@@ -36,9 +36,9 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-import toystories
-from files import atomic_write
-from tokenizer import (
+from system.files import atomic_write
+from text import toystories
+from text.tokenizer import (
     BOS,
     BYTE_VOCAB_SIZE,
     MAX_VOCAB_SIZE,
@@ -149,7 +149,7 @@ def write_texts(folder: Path, train: Iterable[str], val: Iterable[str]) -> None:
 
 
 def make_toy(folder: Path) -> None:
-    """Write the generated stories of toystories.py."""
+    """Write the generated stories of text/toystories.py."""
     write_texts(folder, toystories.stories("train", toystories.TRAIN_STORIES),
                 toystories.stories("val", toystories.VAL_STORIES))
 

@@ -29,20 +29,20 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import kernels
-from checkpoint import has_another_vocabulary, load_weights, model_args_of, read_checkpoint
 from configurator import configure, help_text
-from files import atomic_write
-from letters import Letters, token_texts
-from log import Log
+from formats.checkpoint import has_another_vocabulary, load_weights, model_args_of, read_checkpoint
 from losses import Objective, all_losses, loss_weights, scales
-from machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note, out_of_memory
 from model import ModelArgs, Transformer
-from optimizer import make_optimizer
 from settings import Settings, check, shape_of
+from step import kernels
+from step.machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note, out_of_memory
+from step.optimizer import make_optimizer
+from study.log import Log
 from synthetic import Answers
+from system.files import atomic_write
+from text.letters import Letters, token_texts
+from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from tinystories import TrainBatches, Windows, eval_batches, eval_windows
-from tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 
 
 def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None) -> Objective:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tinystories
-import toystories
+from text import toystories
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SHARED", ROOT.parent / "shared"))  # real stories, a published model: where they are

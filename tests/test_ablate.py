@@ -9,9 +9,9 @@ import pytest
 import ablate
 from ablate import find_configs, settings_of
 from configurator import configure
-from groups import OBJECTIVE
-from processes import lock
 from settings import Settings
+from study.groups import OBJECTIVE
+from study.processes import lock
 
 
 @pytest.fixture

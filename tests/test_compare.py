@@ -23,11 +23,11 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 import compare
-import groups
 import settings
 import train
-from groups import at_length, crossing, group_runs, interval, seeds_needed
-from runs import Reader, leveldb_records
+from study import groups
+from study.groups import at_length, crossing, group_runs, interval, seeds_needed
+from study.runs import Reader, leveldb_records
 
 CONFIG = {"max_iters": 400, "batch_size": 32, "nitp_weight": 0.0, "n_future_heads": 0, "learning_rate": 0.002}
 FACTS = {"device": "cpu", "threads": 1, "cores": [0], "path": "fast", "val_crc32": "aa", "vocabulary_crc32": "bb"}
@@ -663,7 +663,7 @@ def test_plots_and_a_page_that_needs_nothing_else(runs, tmp_path, capsys):
 
 
 def test_the_band_holds_all_seeds_and_the_line_is_their_mean(runs):
-    import report
+    from study import report
 
     reader = Reader()
     reader.read(str(runs))

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import export
-import llama2c
-from checkpoint import load_model
-from llama2c import write_trunk
+from formats import llama2c
+from formats.checkpoint import load_model
+from formats.llama2c import write_trunk
 from model import FUTURE_HEADS, ModelArgs, Transformer
-from tokenizer import BOS, load_tokenizer, write_bin
+from text.tokenizer import BOS, load_tokenizer, write_bin
 
 SHAPE = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "max_seq_len": 256}
 TEXT = "Once upon a time, there was a kind girl named Mia.\nShe had a red ball. " * 4

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from files import atomic_folder, atomic_write, refuse_irregular
+from system.files import atomic_folder, atomic_write, refuse_irregular
 
 
 def test_new_content_replaces_old(tmp_path):

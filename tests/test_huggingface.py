@@ -11,11 +11,11 @@ from conftest import SHARED
 from test_export import random_model, save
 
 import export
-import huggingface
-import toystories
-from checkpoint import find_tokenizer, load_model, read_checkpoint
-from huggingface import halves, neighbours, write_folder
-from tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer, open_tokenizer, write_bin
+from formats import huggingface
+from formats.checkpoint import find_tokenizer, load_model, read_checkpoint
+from formats.huggingface import halves, neighbours, write_folder
+from text import toystories
+from text.tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer, open_tokenizer, write_bin
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PUBLISHED = SHARED / "stories260K"

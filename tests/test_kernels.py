@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-from letters import Letters, alphabet_size
 from losses import Objective, all_losses, scales
 from model import FUTURE_HEADS, FeedForward, ModelArgs, RMSNorm, Transformer, TransformerBlock, rope_table, rotate
+from step import kernels
+from text.letters import Letters, alphabet_size
 
 # A product of float32 kernels is as good as float32 can be; one of bfloat16 has 8 bits, and sums of hundreds of those.
 TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
@@ -412,7 +412,8 @@ def test_rotation_is_the_models():
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """kernels.library() as in a fresh process, with its build folder in tmp_path."""
-    source = tmp_path / "kernels.c"
+    source = tmp_path / "step" / "kernels.c"
+    source.parent.mkdir()
     source.write_bytes(kernels.SOURCE.read_bytes())
     monkeypatch.setattr(kernels, "SOURCE", source)
     kernels.library.cache_clear()
@@ -423,7 +424,7 @@ def anew(monkeypatch, tmp_path):
 
 def test_a_build_is_kept_and_used_again(anew, monkeypatch):
     assert isinstance(kernels.library(), ctypes.CDLL)
-    (built,) = (anew.parent / "build").iterdir()  # and nothing half-made beside it
+    (built,) = (anew.parent.parent / "build").iterdir()  # and nothing half-made beside it
     stamp = built.stat().st_mtime_ns
     kernels.library.cache_clear()
     kernels.library()
@@ -431,7 +432,7 @@ def test_a_build_is_kept_and_used_again(anew, monkeypatch):
     anew.write_text(anew.read_text() + "\n")
     kernels.library.cache_clear()
     kernels.library()
-    assert len(list((anew.parent / "build").iterdir())) == 2
+    assert len(list((anew.parent.parent / "build").iterdir())) == 2
 
 
 @pytest.mark.parametrize("compiler,says", [("no-such-cc", "no C compiler: no-such-cc"), ("false", "false could not")])
@@ -451,12 +452,13 @@ def test_what_is_no_compiler_is_told(anew, monkeypatch, compiler, says):
 
 def test_a_broken_build_is_named(anew, monkeypatch):
     kernels.library()
-    (name,) = (path.name for path in (anew.parent / "build").iterdir())
-    elsewhere = anew.parent / "elsewhere"
-    (elsewhere / "build").mkdir(parents=True)
-    (elsewhere / "build" / name).write_bytes(b"junk")
-    (elsewhere / "kernels.c").write_bytes(anew.read_bytes())
-    monkeypatch.setattr(kernels, "SOURCE", elsewhere / "kernels.c")
+    (name,) = (path.name for path in (anew.parent.parent / "build").iterdir())
+    source = anew.parent.parent / "elsewhere" / "step" / "kernels.c"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(anew.read_bytes())
+    (source.parent.parent / "build").mkdir()
+    (source.parent.parent / "build" / name).write_bytes(b"junk")
+    monkeypatch.setattr(kernels, "SOURCE", source)
     kernels.library.cache_clear()
     with pytest.raises(ValueError, match=f"{name}: cannot be loaded .*; delete it"):
         kernels.library()
@@ -469,13 +471,13 @@ def test_a_source_that_does_not_compile_is_named(anew):
 
 
 def test_a_project_that_cannot_be_written_to_still_has_kernels(anew):
-    (anew.parent / "build").write_text("a file where the folder should be")
+    (anew.parent.parent / "build").write_text("a file where the folder should be")
     assert isinstance(kernels.library(), ctypes.CDLL)
 
 
 @pytest.mark.parametrize("kind", ["sanitized", "sanitized threads", "plain"])
 def test_no_kernel_touches_memory_that_is_not_its_own(build, kind):
     """Odd sizes in buffers that end where they end, under address and undefined-behaviour sanitizers."""
-    done = subprocess.run([build(kind, "tests/kernels_main.c")], capture_output=True, text=True, check=False)
+    done = subprocess.run([build(kind, "tests/c/kernels_main.c")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ok" in done.stdout

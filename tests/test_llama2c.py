@@ -9,9 +9,9 @@ from conftest import SHARED
 from test_export import SHAPE, random_model, save
 
 import export
-import llama2c
-from checkpoint import load_model, read_checkpoint
-from llama2c import layout, read_trunk, write_trunk
+from formats import llama2c
+from formats.checkpoint import load_model, read_checkpoint
+from formats.llama2c import layout, read_trunk, write_trunk
 from model import ModelArgs
 
 PUBLISHED = SHARED / "stories260K"

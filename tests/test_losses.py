@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-import engine
-import kernels
 import losses
-from letters import ALPHABETS, Letters, alphabet_size
 from losses import Objective, all_losses, heads_in_curriculum, loss_weights, scales, schedule, valid_positions
 from model import ModelArgs, Readout, Transformer
 from settings import Settings
+from step import chunks, kernels
+from text.letters import ALPHABETS, Letters, alphabet_size
 
 BOS = 1
 
@@ -510,14 +509,14 @@ def test_a_large_vocabulary_never_has_all_its_logits(with_kernels):
                     self.numel = max(self.numel, t.numel())
             return out
 
-    assert B * T * V > engine.WHOLE
+    assert B * T * V > chunks.WHOLE
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=V, n_future_heads=1))
     objective = Objective(model, None, with_kernels)
     x, y = torch.randint(0, V, (2, B, T))
     with Largest() as seen:
         objective.evaluate(x, y, all_losses(1), 1)[0]
         learn(objective, x, y, dict.fromkeys(all_losses(1), 1.0))
-    assert 0 < seen.numel == engine.FEWEST * V < B * T * V / 4
+    assert 0 < seen.numel == chunks.FEWEST * V < B * T * V / 4
 
 
 class SimpleRows(torch.nn.Module):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
 import train
-from machine import choose_path, has_bfloat16
+from step import kernels
+from step.machine import choose_path, has_bfloat16
 
 CPU = torch.device("cpu")
 

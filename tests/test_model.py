@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from letters import Letters, alphabet_size
 from losses import Objective, all_losses
 from model import FUTURE_HEADS, HEADS, ModelArgs, Transformer, rope_table, rotate
+from text.letters import Letters, alphabet_size
 
 ARGS = {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 31, "max_seq_len": 12}
 

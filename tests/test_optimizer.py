@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import ModelArgs, Transformer
-from optimizer import make_optimizer
+from step.optimizer import make_optimizer
 
 SETTINGS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
 

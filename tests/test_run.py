@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from conftest import BUILDS, SHARED
 
+from text.tokenizer import load_tokenizer
 from tinystories import read_stories
-from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = SHARED / "stories260K"
@@ -377,7 +377,7 @@ def test_tokens_together_equal_one_at_a_time(build, tmp_path, kind, version):
     """Bit for bit, for every batch size; dimensions that are no multiples of a panel, several panels of positions."""
     write_model(tmp_path / "m.bin", seed=2, dim=24, n_heads=4, n_kv_heads=2, n_layers=2, hidden_dim=72, vocab_size=131,
                 seq_len=150, version=version, group=8)
-    succeeds(build(kind, "tests/batch_main.c"), tmp_path / "m.bin")
+    succeeds(build(kind, "tests/c/batch_main.c"), tmp_path / "m.bin")
 
 
 @pytest.mark.parametrize("kind", BUILDS)
@@ -586,7 +586,7 @@ def test_drafting_gives_the_same_logits(build, tmp_path, kind, version):
                            version=version, change=endless)
         heads = write_heads(tmp_path / "m.heads.bin", c, w, np.random.default_rng(seed).normal(size=(5, 9, 16)))
         for draft in (heads, "ngram"):
-            hits = succeeds(build(kind, "tests/draft_main.c"), tmp_path / "m.bin", draft).split()
+            hits = succeeds(build(kind, "tests/c/draft_main.c"), tmp_path / "m.bin", draft).split()
             assert int(hits[0]) > 5 and int(hits[1]) > 0, hits
 
 
@@ -689,7 +689,7 @@ def test_encode_equals_sentencepiece(build, tmp_path, kind):
     alphabet = sorted(set("".join(lines))) + list("\n\u2581<>0x") + ["\u00fc", "\u4e2d", "  "]
     count = 10_000 if kind == "plain" else 500
     texts = AWKWARD + lines + ["".join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(count)]
-    got = encode_all(build(kind, "tests/encode_main.c"), tmp_path / "tok.bin", 400, [t.encode() for t in texts])
+    got = encode_all(build(kind, "tests/c/encode_main.c"), tmp_path / "tok.bin", 400, [t.encode() for t in texts])
     for text, ids in zip(texts, got, strict=True):
         assert ids == [1] + oracle.encode(text), text
 
@@ -700,7 +700,7 @@ def test_encoding_equals_sentencepiece_on_real_stories(build, data_dir):
     folder = data_dir / "toy" / "tok512"
     oracle = load_tokenizer(folder, 512)
     stories = list(read_stories(STORIES.with_name("TinyStories-train.txt")))[:2000]
-    binary, texts = build("plain", "tests/encode_main.c"), [story.encode() for story in stories]
+    binary, texts = build("plain", "tests/c/encode_main.c"), [story.encode() for story in stories]
     got = encode_all(binary, folder / "tokenizer.bin", 512, texts)
     for story, ids in zip(stories, got, strict=True):
         assert ids == [1, *oracle.encode(story)]
@@ -721,7 +721,7 @@ def test_invalid_utf8_falls_back_to_bytes(build, tmp_path, kind):
     write_tokenizer(tmp_path / "tok.bin", pieces)
     _, scores = read_tokenizer(tmp_path / "tok.bin")
     texts = byte_strings(random.Random(2), 10_000 if kind == "plain" else 2000)
-    got = encode_all(build(kind, "tests/encode_main.c"), tmp_path / "tok.bin", 300, texts)
+    got = encode_all(build(kind, "tests/c/encode_main.c"), tmp_path / "tok.bin", 300, texts)
     for text, ids in zip(texts, got, strict=True):
         assert ids == slow_encode(pieces, scores, text), text
 
@@ -733,7 +733,7 @@ def test_ties_merge_leftmost_first(build, tmp_path, longest):
     pieces, scores = SPECIAL + BYTES + words, [0.0] * 259 + [-1.0] * len(words)
     write_tokenizer(tmp_path / "tok.bin", pieces, scores)
     texts = [bytes(random.Random(i).choices(b"ab", k=i % 40)) for i in range(200)]
-    got = encode_all(build("sanitized", "tests/encode_main.c"), tmp_path / "tok.bin", len(pieces), texts)
+    got = encode_all(build("sanitized", "tests/c/encode_main.c"), tmp_path / "tok.bin", len(pieces), texts)
     assert got == [slow_encode(pieces, scores, t) for t in texts]  # no " " in the vocabulary: no prefix either
 
 
@@ -743,7 +743,7 @@ def test_more_candidates_than_characters(build, tmp_path):
     scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -1.0, -2.0, -3.0, -4.0, -5.0]
     write_tokenizer(tmp_path / "tok.bin", pieces, scores)
     texts = [b"xab" * n for n in (1, 2, 5, 50)]
-    got = encode_all(build("sanitized", "tests/encode_main.c"), tmp_path / "tok.bin", len(pieces), texts)
+    got = encode_all(build("sanitized", "tests/c/encode_main.c"), tmp_path / "tok.bin", len(pieces), texts)
     assert got == [slow_encode(pieces, scores, t) for t in texts]
 
 
@@ -755,12 +755,12 @@ def test_names_of_special_tokens_cannot_be_typed(build, tmp_path):
     write_tokenizer(tmp_path / "tok.bin", pieces)
     _, scores = read_tokenizer(tmp_path / "tok.bin")
     texts = [*names, b"".join(names)]
-    got = encode_all(build("plain", "tests/encode_main.c"), tmp_path / "tok.bin", len(pieces), texts)
+    got = encode_all(build("plain", "tests/c/encode_main.c"), tmp_path / "tok.bin", len(pieces), texts)
     assert got == [slow_encode(pieces, scores, t) for t in texts]
     assert all(min(ids[1:]) > 2 for ids in got) and got[3] == [1, pieces.index(b"<0x41"), pieces.index(b">")]
     pieces = SPECIAL + pieces[259:]  # without byte tokens the same must hold
     write_tokenizer(tmp_path / "tok.bin", pieces)
-    got = encode_all(build("plain", "tests/encode_main.c"), tmp_path / "tok.bin", len(pieces), [b"<unk>"])
+    got = encode_all(build("plain", "tests/c/encode_main.c"), tmp_path / "tok.bin", len(pieces), [b"<unk>"])
     assert got == [[1, pieces.index(b"<unk"), pieces.index(b">")]]
 
 
@@ -769,7 +769,7 @@ def test_byte_level_vocabulary(build, tmp_path):
     pieces = SPECIAL + [b" " if b == 32 else p for b, p in enumerate(BYTES)]
     write_tokenizer(tmp_path / "tok.bin", pieces)
     texts = byte_strings(random.Random(3), 200) + [b"Hello there", b"<0x20>", b" "]
-    got = encode_all(build("sanitized", "tests/encode_main.c"), tmp_path / "tok.bin", 259, texts)
+    got = encode_all(build("sanitized", "tests/c/encode_main.c"), tmp_path / "tok.bin", 259, texts)
     assert got == [[1] + [b + 3 for b in (b" " + t if t else b"").replace(b"\xe2\x96\x81", b" ")] for t in texts]
     write_model(tmp_path / "m.bin", vocab_size=259)
     told = succeeds(build("plain"), tmp_path / "m.bin", "-z", tmp_path / "tok.bin", "-i", "Hi you", "-n", "7")
@@ -783,7 +783,7 @@ def test_real_stories_equal_slow_reference(build):
     stories = STORIES.read_bytes().split(b"<|endoftext|>\n")[:330]
     # whole stories would take the quadratic reference a minute, a stretch of each takes seconds (and cuts characters)
     texts = stories[:3] + [s[40 * i % 300:][:160] for i, s in enumerate(stories[3:])]
-    got = encode_all(build("plain", "tests/encode_main.c"), PUBLISHED / "tok512.bin", 512, texts)
+    got = encode_all(build("plain", "tests/c/encode_main.c"), PUBLISHED / "tok512.bin", 512, texts)
     assert len(got) >= 300
     for text, ids in zip(texts, got, strict=True):
         assert ids == slow_encode(pieces, scores, text), text
@@ -793,7 +793,7 @@ def test_long_text_is_encoded_quickly(build, tmp_path):
     """A megabyte without one space: quadratic time would take hours."""
     pieces = SPECIAL + BYTES + [b"a" * 2**i for i in range(12)]
     write_tokenizer(tmp_path / "tok.bin", pieces)
-    got = encode_all(build("plain", "tests/encode_main.c"), tmp_path / "tok.bin", len(pieces), [b"a" * 2**20])
+    got = encode_all(build("plain", "tests/c/encode_main.c"), tmp_path / "tok.bin", len(pieces), [b"a" * 2**20])
     assert got == [[1] + [259 + 11] * 2**9]
 
 

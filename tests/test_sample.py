@@ -13,7 +13,7 @@ from conftest import ROOT, start
 import sample
 from model import KVCache, ModelArgs, Transformer
 from sample import Printer, Tally, compare, generate, main, picker, probabilities, static_tree
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, ByteTokenizer
+from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, ByteTokenizer
 
 V, D, S = 12, 16, 32
 ARGS = {"dim": D, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": V, "max_seq_len": S, "hidden_dim": D}

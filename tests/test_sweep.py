@@ -16,11 +16,11 @@ import pytest
 import yaml
 from conftest import ROOT, start
 
-import processes
 import sweep
 import train
 from configurator import configure
 from settings import Settings, check
+from study import processes
 
 FILES = sorted((ROOT / "config" / "sweep").glob("*.yaml"))
 # Trains nothing: writes the log that plan.json has for the trial, and stops or fails where it is told to.

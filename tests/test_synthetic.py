@@ -12,13 +12,13 @@ import torch
 from conftest import ROOT
 
 import synthetic
-import synthetic_plots
 import tinystories
-from checkpoint import load_model
+from bench.training import arithmetic
+from formats.checkpoint import load_model
 from model import ModelArgs, Transformer
 from synthetic import Answers, Name, Spelling
+from text.tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer
 from tinystories import Windows
-from tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer
 
 
 def make(data_dir, *words):
@@ -413,12 +413,12 @@ def run_folder(tmp_path):
 
 def test_accuracy_by_position_and_distance(run_folder, tmp_path):
     folder = run_folder("mtp", 2)
-    model, shares = load_model(folder / "ckpt.pt"), synthetic_plots.accuracy_map(folder)
+    model, shares = load_model(folder / "ckpt.pt"), arithmetic.accuracy_map(folder)
     assert shares.shape == (3, 8) and shares.isnan().tolist() == [[t + i >= 8 for t in range(8)] for i in range(3)]
     tokens = np.fromfile(tmp_path / "arithmetic" / "tok16" / "val.bin", dtype=np.uint16).tolist()
     right = torch.zeros(3, 8)
     for j in range(15):
-        best = synthetic_plots.predictions(model, torch.tensor([tokens[j * 8 : j * 8 + 8]]))
+        best = arithmetic.predictions(model, torch.tensor([tokens[j * 8 : j * 8 + 8]]))
         for i in range(3):
             for t in range(8 - i):
                 right[i, t] += best[i][0, t].item() == tokens[j * 8 + t + 1 + i]
@@ -428,22 +428,22 @@ def test_accuracy_by_position_and_distance(run_folder, tmp_path):
 def test_the_figure_is_the_same_each_time(run_folder, tmp_path):
     base, mtp = run_folder("base", 0), run_folder("mtp", 1)
     for name in "ab":
-        synthetic_plots.main([f"--base={base}", f"--mtp={mtp}", f"--folder={tmp_path / name}",
+        arithmetic.main([f"--base={base}", f"--mtp={mtp}", f"--folder={tmp_path / name}",
                               "--by_sequences", f"9={base}", f"9={mtp}", f"20={mtp}"])
     assert (tmp_path / "a" / "arithmetic.svg").read_bytes() == (tmp_path / "b" / "arithmetic.svg").read_bytes()
-    assert synthetic_plots.lowest_losses([(20, mtp), (9, mtp), (9, base)]) == {
+    assert arithmetic.lowest_losses([(20, mtp), (9, mtp), (9, base)]) == {
         False: [(9, 1.0)], True: [(9, 1.0), (20, 1.0)]}
 
 
 def test_a_folder_without_a_run_is_refused(run_folder, tmp_path):
     mtp = run_folder("mtp", 1)
     with pytest.raises(ValueError, match="nothing/log.jsonl: cannot read: .* out_dir of a run"):
-        synthetic_plots.main([f"--base={tmp_path}/nothing", f"--mtp={mtp}", f"--folder={tmp_path}"])
+        arithmetic.main([f"--base={tmp_path}/nothing", f"--mtp={mtp}", f"--folder={tmp_path}"])
     (mtp / "log.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="log.jsonl: holds no val/ntp"):
-        synthetic_plots.evaluations(mtp)
+        arithmetic.evaluations(mtp)
     (mtp / "log.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match="log.jsonl: expected a log"):
-        synthetic_plots.evaluations(mtp)
+        arithmetic.evaluations(mtp)
     with pytest.raises(SystemExit):
-        synthetic_plots.main([f"--base={mtp}", f"--mtp={mtp}", "--by_sequences", "many=x"])
+        arithmetic.main([f"--base={mtp}", f"--mtp={mtp}", "--by_sequences", "many=x"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import tinystories
+from text.tokenizer import BOS, load_tokenizer
 from tinystories import END, TrainBatches, Windows, eval_batches, read_stories
-from tokenizer import BOS, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------
 # text

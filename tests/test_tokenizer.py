@@ -5,9 +5,9 @@ import struct
 import pytest
 import sentencepiece
 
-import tokenizer
-from checkpoint import find_tokenizer
-from tokenizer import BOS, EOS, ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_tokenizer, write_bin
+from formats.checkpoint import find_tokenizer
+from text import tokenizer
+from text.tokenizer import BOS, EOS, ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_tokenizer, write_bin
 
 TEXTS = ["Once upon a time, a dog.", " two  spaces \n\nand lines\n", "café €5 😀", "12345", "", " ", "\t<s></s>"]
 

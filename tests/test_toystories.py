@@ -8,8 +8,8 @@ import zlib
 
 import pytest
 
-import toystories
-from toystories import PLOTS, WORDS, a, scene, some, stories, story, tell, up
+from text import toystories
+from text.toystories import PLOTS, WORDS, a, scene, some, stories, story, tell, up
 
 SAMPLE = list(stories("train", 1500)) + list(stories("val", 100))
 

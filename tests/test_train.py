@@ -22,10 +22,10 @@ from configurator import configure
 from losses import Objective, all_losses
 from model import FUTURE_HEADS, ModelArgs, Transformer
 from model import HEADS as HEAD_NAMES
-from runs import leveldb_records
 from settings import Settings, check
+from study.runs import leveldb_records
+from text.tokenizer import BOS, load_tokenizer
 from tinystories import Windows
-from tokenizer import BOS, load_tokenizer
 from train import learning_rate
 
 HEADS = {"n_future_heads": 2, "nitp_weight": 0.3, "consistency_weight": 0.1}

@@ -1,10 +1,10 @@
-"""bench.py does what it says; no speed is asserted."""
+"""bench/training.py does what it says; no speed is asserted."""
 
 import pytest
 import torch
 
-import bench
-import machine
+from bench import training
+from step import machine
 from train import Settings
 
 
@@ -16,15 +16,15 @@ def cells(table: str, first: str) -> list[list[str]]:
 @pytest.fixture
 def tiny(monkeypatch):
     shape = {"max_seq_len": 16, "batch_size": 2, "dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
-    monkeypatch.setattr(bench, "MODELS", {"260K, T 256": shape})
-    monkeypatch.setattr(bench, "PATHS", {name: bench.PATHS[name] for name in ("plain", "fast")})
-    monkeypatch.setattr(bench, "VOCABULARIES", (512,))
-    monkeypatch.setattr(bench, "LENGTHS", (16,))
-    monkeypatch.setattr(bench, "HEADS", (0, 2))
+    monkeypatch.setattr(training, "MODELS", {"260K, T 256": shape})
+    monkeypatch.setattr(training, "PATHS", {name: training.PATHS[name] for name in ("plain", "fast")})
+    monkeypatch.setattr(training, "VOCABULARIES", (512,))
+    monkeypatch.setattr(training, "LENGTHS", (16,))
+    monkeypatch.setattr(training, "HEADS", (0, 2))
 
 
 def test_a_table_and_a_plot(tiny, tmp_path, capsys):
-    bench.main(["--threads", "1", "--rounds", "2", "--folder", str(tmp_path)])
+    training.main(["--threads", "1", "--rounds", "2", "--folder", str(tmp_path)])
     table = (tmp_path / "training.md").read_text()
     assert table in capsys.readouterr().out
     rows = cells(table, "260K, T 256")
@@ -42,18 +42,18 @@ def test_a_table_and_a_plot(tiny, tmp_path, capsys):
 
 
 def test_a_step_that_cannot_be_taken_is_told(tmp_path):
-    case = bench.Case(Settings(path="fast", dtype="float16"), 1, "x")
+    case = training.Case(Settings(path="fast", dtype="float16"), 1, "x")
     with pytest.raises(ValueError, match="x: its process ended with exit code 1"):
-        bench.measure({"x": case}, 1)
+        training.measure({"x": case}, 1)
 
 
 def test_flops_of_a_step():
     """One layer, one head, by hand: 6 for each weight and token, and for each layer, dim and key."""
     s = Settings(dim=4, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=300, hidden_dim=8, max_seq_len=10, batch_size=3)
     weights = 300 * 4 + 4 * 4 * 4 + 3 * 4 * 8 + 3 * 4  # embedding, attention, feed-forward, norms
-    assert bench.flops(s) == 30 * (6 * weights + 6 * 1 * 4 * 10)
-    assert bench.flops(Settings(**vars(s) | {"n_future_heads": 2})) == bench.flops(s) + 30 * 6 * 2 * 300 * 4
+    assert training.flops(s) == 30 * (6 * weights + 6 * 1 * 4 * 10)
+    assert training.flops(Settings(**vars(s) | {"n_future_heads": 2})) == training.flops(s) + 30 * 6 * 2 * 300 * 4
 
 
 def test_a_peak_is_positive():
-    assert bench.peak_rate(torch.float32, 1) > 0
+    assert training.peak_rate(torch.float32, 1) > 0

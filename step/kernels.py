@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from engine import Found, Part, chunk_rows, plain_engine, rows_of
 from model import RMSNorm, Transformer, TransformerBlock
+from step.chunks import Found, Part, chunk_rows, plain_engine, rows_of
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
         if macros.returncode == 0:
             break
     text = repr((macros.stdout, SOURCE.read_bytes(), FLAGS, flags)).encode()
-    built = SOURCE.parent / "build" / f"kernels-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    built = SOURCE.parent.parent / "build" / f"kernels-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not built.exists():
         try:
             built.parent.mkdir(exist_ok=True)
@@ -260,7 +260,7 @@ def head_losses(logits: Tensor, classes: Tensor, scales: Tensor, gradient: Tenso
 
 
 class Ask(NamedTuple):
-    """What is asked of a head, by row in the frame of its targets (engine.Part)."""
+    """What is asked of a head, by row in the frame of its targets (chunks.Part)."""
 
     shift: int
     classes: Tensor  # (N, K)
@@ -342,7 +342,7 @@ def ask_of(part: Part, usual: set[str], scales: dict[str, float], N: int) -> Ask
 
 def engine(parts: list[Part], rows: int, kinds: dict[str, tuple], scales: dict[str, Tensor], wants_best: bool
            ) -> tuple[Tensor, list[Found]]:
-    """engine.plain_engine by way of HeadLosses.
+    """chunks.plain_engine by way of HeadLosses.
 
     Of losses that compare with part 0, KL from it without a temperature is taken here, any other by
     plain_engine. Autocast is left aside: features have the type that products are to have.

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend comes first)
 from matplotlib.ticker import EngFormatter  # noqa: E402
 
-from files import atomic_write  # noqa: E402
-from groups import Figures, Group, interval  # noqa: E402
+from study.groups import Figures, Group, interval  # noqa: E402
+from system.files import atomic_write  # noqa: E402
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's bright; fine on dark as well
 STROKES = ("-", "--", ":", "-.")

@@ -12,10 +12,10 @@ What this leaves out on purpose: reading, and future heads, which llama.cpp has 
 import math
 from pathlib import Path
 
-from files import atomic_write
-from llama2c import renamed
+from formats.llama2c import renamed
 from model import ROPE_THETA, Transformer
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, FIRST_BYTE, SPECIAL, UNK, Tokenizer
+from system.files import atomic_write
+from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, FIRST_BYTE, SPECIAL, UNK, Tokenizer
 
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours -> the format's name of such a file
 LARGEST = {"f32": math.inf, "f16": 65504.0, "q8_0": 127 * 65504.0}  # number that fits; q8_0 has scales in float16

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import sentencepiece
 
-from files import atomic_write, refuse_irregular
+from system.files import atomic_write, refuse_irregular
 
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # id of raw byte 0x00; the other 255 follow

@@ -1,19 +1,19 @@
-"""bench_c.py does what it says; no speed is asserted."""
+"""bench/decoding.py does what it says; no speed is asserted."""
 
 import re
 import shutil
 
 import pytest
 
-import bench_c
+from bench import decoding
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_decode_writes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_c, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(bench_c, "MODELS", tmp_path / "models")
-    monkeypatch.setattr(bench_c, "SIZES", {"260K": (16, 24, 2, 4, 2, 64)})
-    bench_c.main(["decode", "--sizes", "260K", "--rounds", "2", "--threads", "1", "2", "--folder", str(tmp_path)])
+    monkeypatch.setattr(decoding, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(decoding, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(decoding, "SIZES", {"260K": (16, 24, 2, 4, 2, 64)})
+    decoding.main(["decode", "--sizes", "260K", "--rounds", "2", "--threads", "1", "2", "--folder", str(tmp_path)])
     table = (tmp_path / "decode.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("| 260K")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -22,7 +22,7 @@ def test_decode_writes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     assert rows[0][5] == "1.0" and all(float(row[3].replace(",", "")) > 0 for row in rows)
     assert "<svg" in (tmp_path / "decode.svg").read_text() and table in capsys.readouterr().out
     with pytest.raises(ValueError, match="no.bin: cannot open"):
-        bench_c.told([bench_c.BUILD / "run", tmp_path / "no.bin"])
+        decoding.told([decoding.BUILD / "run", tmp_path / "no.bin"])
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
@@ -30,8 +30,8 @@ def test_draft_compares_on_prompts(tmp_path, monkeypatch, capsys, data_dir):
     import torch
     from test_export import random_model
 
-    from llama2c import write_heads, write_trunk
-    monkeypatch.setattr(bench_c, "BUILD", tmp_path / "build")
+    from formats.llama2c import write_heads, write_trunk
+    monkeypatch.setattr(decoding, "BUILD", tmp_path / "build")
     model = random_model(n_future_heads=2)
     with torch.no_grad():
         model.tok_embeddings.weight[1] = 0
@@ -39,7 +39,7 @@ def test_draft_compares_on_prompts(tmp_path, monkeypatch, capsys, data_dir):
     write_heads(model, tmp_path / "h.bin")
     shutil.copy(data_dir / "toy" / "tok512" / "tokenizer.bin", tmp_path)
     stories = data_dir / "toy" / "val.txt"
-    bench_c.main(["draft", *map(str, (tmp_path / "m.bin", tmp_path / "h.bin", stories)), "--prompts", "3"])
+    decoding.main(["draft", *map(str, (tmp_path / "m.bin", tmp_path / "h.bin", stories)), "--prompts", "3"])
     out = capsys.readouterr().out
     assert "temperature 0.0, 3 prompts" in out
     assert re.search(r"^\| heads \| [\d,]+ \| [\d.]+ \| [\d.]+ \| (\d+% of \d+|-), (\d+% of \d+|-) \|$", out, re.M)

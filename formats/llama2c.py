@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import atomic_write
 from model import ModelArgs, Transformer
+from system.files import atomic_write
 
 NORM_EPS = 1e-5  # what readers of every version assume; the file has no place for it
 MAGIC, HEADER_BYTES = 0x616B3432, 256  # versions 1 and 2 begin so: "ak42"

@@ -23,11 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import huggingface
-import llama2c
-from files import refuse_irregular
+from formats import huggingface, llama2c
 from model import HEADS, ModelArgs, Transformer
-from tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, open_tokenizer, vocab_folder
+from system.files import refuse_irregular
+from text.tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, open_tokenizer, vocab_folder
 
 MOST = {"max_seq_len": llama2c.SIZES["max_seq_len"], "recurrence": 1 << 10, "n_future_heads": 1 << 10}
 MOST_ROPE = 1 << 28  # max_seq_len * head dim: tables of a gigabyte

@@ -27,7 +27,7 @@ static void untrack(void *p);
 #define open(path, flags) (file = (open)(path, flags))
 #define close(fd) (file = -1, (close)(fd))
 #define RUN_NO_MAIN
-#include "../run.c"
+#include "../../run.c"
 #undef exit
 #undef calloc
 #undef realloc

@@ -1,19 +1,17 @@
 """How fast is a training step, and what does it hold in memory?
 
-    python bench.py     # make bench: writes doc/training.md and doc/training.svg, in fifteen minutes
-    python bench.py --rounds=2 --models "260K, T 256" --threads 2 --folder out/bench    # a look, in five
+    python -m bench.training     # make bench: writes doc/training.md and doc/training.svg, in fifteen minutes
+    python -m bench.training --rounds=2 --models "260K, T 256" --threads 2 --folder out/bench    # a look, in five
 
 Times are medians over rounds in which all variants take turns, so that a machine that slows down slows
 all of them; ratios are taken within a round. Each variant has a process of its own, so that memory can
 be told apart. Close other programs first.
 
-What this leaves out on purpose: what is learned (compare runs of train.py for that), run.c (bench_c.py).
+What this leaves out on purpose: what is learned (compare runs of train.py for that), run.c (decoding.py).
 """
 
 import argparse
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,16 +22,18 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import engine
-from files import atomic_write
 from losses import loss_weights, scales
-from machine import choose_path, memory, processor
 from model import Transformer
-from optimizer import make_optimizer
 from settings import Settings, shape_of
+from step import chunks
+from step.machine import choose_path, describe, memory
+from step.optimizer import make_optimizer
+from study.tables import markdown
+from system.files import atomic_write
+from system.program import positive
 from train import freeze, make_objective
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 PATHS = {"plain": {"path": "plain", "dtype": "float32"}, "plain, bfloat16": {"path": "plain", "dtype": "bfloat16"},
          "compiled, bfloat16": {"path": "plain", "dtype": "bfloat16", "compile": True},
          "fast, float32": {"path": "fast", "dtype": "float32"}, "fast": {"path": "fast", "dtype": "auto"}}
@@ -100,7 +100,7 @@ def work(pipe, case: Case) -> None:
     """In a process of its own: a step, its seconds and the memory it needed, each time the pipe asks for one."""
     torch.set_num_threads(case.threads)
     if case.whole:
-        engine.WHOLE = 1 << 62
+        chunks.WHOLE = 1 << 62
     torch.zeros(8).sum()
     before = memory("VmRSS")
     step = make_step(case.settings)
@@ -265,7 +265,7 @@ def bench(models: list[str], threads: list[int], rounds: int, folder: Path) -> N
     path_head = ("model", "path", "threads", "tokens/s", "x plain", "GFLOP/s, of the machine's", "share", "peak MiB")
     text = f"""# Training: speed and memory
 
-`make bench` on {machine()}, PyTorch {torch.__version__}. Whole steps - losses, gradients, clipping, AdamW - on random
+`make bench` on {describe()}, PyTorch {torch.__version__}. Whole steps - losses, gradients, clipping, AdamW - on random
 tokens; medians of {rounds} rounds in which the variants take turns, each in a process of its own; ratios are taken
 within a round. *plain* is PyTorch as it comes, in float32; *fast* is kernels.c with the products' type that
 `dtype=auto` finds here. Memory is the most that the process held beyond what it held with PyTorch loaded: weights,
@@ -339,24 +339,6 @@ def plot(speeds: dict, series: dict[str, dict[str, Figures]], path: Path) -> Non
         figure.savefig(f, format="svg", metadata={"Date": None})
 
 
-# ---------------------------------------------------------------------------------------------
-# what bench_c.py needs too
-
-def positive(text: str) -> int:
-    """A number of the command line that must be at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1 up, found {text!r}")
-    return int(text)
-
-
-def machine() -> str:
-    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
-
-
-def markdown(head: tuple, rows: list[tuple]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
@@ -370,4 +352,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"bench.py: {error}")
+        sys.exit(f"bench.training: {error}")

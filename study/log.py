@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from files import atomic_write
+from system.files import atomic_write
 
 
 class Log:

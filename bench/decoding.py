@@ -1,7 +1,7 @@
 """How fast is run.c? Decoding at four sizes, and drafting on real prompts.
 
-    python bench_c.py decode                                  # make bench-c: writes doc/decode.md and doc/decode.svg
-    python bench_c.py draft MODEL.bin HEADS.bin STORIES.txt   # plain, n-grams and heads on the stories' beginnings
+    python -m bench.decoding decode                           # make bench-c: writes doc/decode.md and doc/decode.svg
+    python -m bench.decoding draft MODEL.bin HEADS.bin STORIES.txt   # plain, n-grams, heads on beginnings of stories
 
 Times are medians over rounds in which all variants take turns, so that a machine that slows down
 slows all of them; ratios are taken within a round. Close other programs first.
@@ -23,13 +23,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import machine, markdown, positive
-from files import atomic_write
-from llama2c import write_trunk
+from formats.llama2c import write_trunk
 from model import ModelArgs, Transformer
+from step.machine import describe
+from study.tables import markdown
+from system.files import atomic_write
+from system.program import positive
 from tinystories import read_stories
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 BUILD, MODELS = ROOT / "build", ROOT / "out" / "bench"
 STEPS = 256
 SIZES = {  # dim, hidden_dim, layers, heads, kv heads, vocabulary: stories260K's shape, and llama2.c's three larger ones
@@ -82,7 +84,7 @@ def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> N
     """Tokens a second of each size, precision and number of threads; a table and a plot in `folder`."""
     for name, flags in BUILDS.items():
         compile_c(name, flags)
-    read = compile_c("read", BUILDS["run"], "tests/read_main.c")
+    read = compile_c("read", BUILDS["run"], "bench/read_main.c")
     rows, speeds = [], {}
     for size in tqdm(sizes, desc="sizes", file=sys.stderr):
         models = MODELS / size
@@ -112,10 +114,10 @@ def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> N
             "GB/s, of what can be read", "share")
     text = f"""# Decoding speed of run.c
 
-`make bench-c` on {machine()}; greedy, {STEPS} tokens, random weights, medians of {rounds} rounds in which
+`make bench-c` on {describe()}; greedy, {STEPS} tokens, random weights, medians of {rounds} rounds in which
 the variants take turns. *scalar* is the same file built with `{BUILDS["scalar"].split(" -DSCREEN")[0]}`;
 ratios to it are taken within a round. What can be read is measured over as many bytes, with as many threads
-(tests/read_main.c).
+(bench/read_main.c).
 
 {markdown(head, rows)}
 
@@ -168,7 +170,7 @@ def draft(model: Path, heads: Path, stories: Path, prompts: int, temperature: fl
                 hits[kind].append([[int(n) for n in pair.split("/")] for pair in report.group(2).split()])
         if len(texts) > 1:
             raise ValueError(f"drafting changed the story that begins with {prompt!r}")
-    print(f"{model}, temperature {temperature}, {len(beginnings)} prompts, {machine()}\n")
+    print(f"{model}, temperature {temperature}, {len(beginnings)} prompts, {describe()}\n")
     print("| drafts | tokens/s | x plain | tokens a pass | guesses that came true, by distance |")
     print("|---|---|---|---|---|")
     for kind in kinds:
@@ -203,4 +205,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"bench_c.py: {error}")
+        sys.exit(f"bench.decoding: {error}")

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all; and what to do when standard output cannot be written.
+"""Write a file whole or not at all.
 
 A file that matters is written under a temporary name in the same folder, flushed to the disk, and
 moved into place in one step (POSIX rename), so whoever looks at its name sees the old content or
@@ -7,11 +7,10 @@ the new one, never half of either: not after Ctrl-C, not after kill -9, not on a
 
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 
 def is_irregular(path: Path) -> bool:
@@ -82,9 +81,3 @@ def atomic_folder(path: str | Path, files: Iterable[str]) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def give_up_stdout(complaint: str, error: OSError) -> NoReturn:
-    """End a program that could not write to standard output: exit code 1; quietly if its reader is gone (`| head`)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its own end
-    sys.exit(1 if isinstance(error, BrokenPipeError) else f"{complaint}: {error.strerror or error}")

@@ -1,6 +1,6 @@
 // Runs every function of kernels.c on odd sizes, each buffer an allocation of its own, for the sanitizers to watch.
 
-#include "../kernels.c"
+#include "../../step/kernels.c"
 #include <stdio.h>
 
 static uint64_t state = 1;

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runs import HARMLESS, OWN_FACTS, Run
+from study.runs import HARMLESS, OWN_FACTS, Run
 
 OBJECTIVE = {  # settings that set-ups are meant to differ in: those under "looking ahead" in settings.py
     "n_future_heads", "head", "nitp_weight", "consistency_weight", "consistency_direction", "consistency_teacher",

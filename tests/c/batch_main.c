@@ -1,7 +1,7 @@
 // Do tokens that go through run.c's layers together get the same logits, bit for bit, as one at a time?
 // batch_main MODEL.bin: exit code 0 if so, for every batch size from 2 to BATCH and every position.
 #define RUN_NO_MAIN
-#include "../run.c"
+#include "../../run.c"
 
 int main(int argc, char **argv) {
     if (argc != 2) return 2;

@@ -11,10 +11,10 @@ from test_export import greedy, random_model, save
 from test_huggingface import TEXTS
 
 import export
-import llamacpp
-from checkpoint import load_model, read_checkpoint
-from llamacpp import write_gguf
-from tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer, open_tokenizer
+from formats import gguf
+from formats.checkpoint import load_model, read_checkpoint
+from formats.gguf import write_gguf
+from text.tokenizer import BOS, EOS, ByteTokenizer, load_tokenizer, open_tokenizer
 
 PUBLISHED = SHARED / "stories260K"
 WIDE = {"dim": 64, "hidden_dim": 96, "n_heads": 2, "n_kv_heads": 2}  # rows of 64 and 96: whole blocks
@@ -27,10 +27,11 @@ def tokenizer(data_dir):
 
 def contents(path: Path) -> tuple[dict, dict]:
     """(settings, tensors: name -> (type, numbers in float32))."""
-    import gguf
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
 
-    reader = gguf.GGUFReader(path)
-    tensors = {t.name: (t.tensor_type.name, gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    reader = GGUFReader(path)
+    tensors = {t.name: (t.tensor_type.name, dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     return {key: field.contents() for key, field in reader.fields.items()}, tensors
 
 
@@ -51,7 +52,7 @@ def test_the_file_holds_the_model(tokenizer, tmp_path, kind, error, changes):
     assert settings["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(args.norm_eps)
     assert len(tensors) == len(state) and ("output.weight" in tensors) != args.tie_embeddings
     for name, w in state.items():
-        found, numbers = tensors[llamacpp.renamed(name, llamacpp.NAMES, "blk.")]
+        found, numbers = tensors[gguf.renamed(name, gguf.NAMES, "blk.")]
         assert found.lower() == ("f32" if w.dim() == 1 else kind)
         blocks = w.detach().reshape(-1, 32).abs()
         bound = 0.0 if w.dim() == 1 else error * (blocks.amax(1, keepdim=True) if kind == "q8_0" else blocks)
@@ -83,7 +84,7 @@ def test_the_vocabulary_is_inside(tokenizer, tmp_path):
 
 
 def test_a_byte_vocabulary_has_its_space_where_llama_cpp_looks(tmp_path):
-    texts, _, types = llamacpp.vocabulary(ByteTokenizer())
+    texts, _, types = gguf.vocabulary(ByteTokenizer())
     assert texts[3 + 32].decode() == "▁" and types[3 + 32] == "NORMAL"
     assert texts[3 + 65] == b"<0x41>" and types[3 + 65] == "BYTE" and types.count("BYTE") == 255
 

@@ -1,7 +1,7 @@
 // The tokenizer of run.c alone: encode_main TOKENIZER.bin VOCAB_SIZE < records
 // A record is a uint32 length and that many bytes; each gives one line with the text's token ids, BOS first.
 #define RUN_NO_MAIN
-#include "../run.c"
+#include "../../run.c"
 
 int main(int argc, char **argv) {
     if (argc != 3) return 2;

@@ -14,7 +14,7 @@ import string
 import torch
 from torch import Tensor, nn
 
-from tokenizer import FIRST_BYTE, Tokenizer
+from text.tokenizer import FIRST_BYTE, Tokenizer
 
 OTHER, END = 0, 1  # classes of every alphabet
 COMMON = " \n.,!?;:'\"-" + string.digits

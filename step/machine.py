@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import kernels
+from step import kernels
 
 
 def note(text: str) -> None:
@@ -80,6 +80,11 @@ def processor() -> str:
     cpu = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe() -> str:
+    """This machine in a line, for tables of measurements."""
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def find_machine(wanted: str) -> Machine:

@@ -2,7 +2,7 @@
 // And does each head guess from the state at the position before? draft_main MODEL.bin (HEADS.bin | ngram): exit code 0
 // if so; prints how many guesses of each length came true.
 #define RUN_NO_MAIN
-#include "../run.c"
+#include "../../run.c"
 
 static int differing, guesses;
 

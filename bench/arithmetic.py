@@ -1,7 +1,7 @@
 """How far ahead does a model see? Runs on arithmetic progressions, with future heads and without, in one figure.
 
-    python synthetic_plots.py --base out/arithmetic_base --mtp out/arithmetic_mtp --folder doc
-    python synthetic_plots.py --base ... --mtp ... --by_sequences 250=out/a250_base 250=out/a250_mtp 4000=...
+    python -m bench.arithmetic --base out/arithmetic_base --mtp out/arithmetic_mtp --folder doc
+    python -m bench.arithmetic --base ... --mtp ... --by_sequences 250=out/a250_base 250=out/a250_mtp 4000=...
 
 writes `arithmetic.svg` into the folder: the loss by step of both runs; top-1 accuracy by step, a line for
 each distance ahead; the accuracy of the mtp run's ckpt.pt at each position and distance, on all validation
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import model_of, read_checkpoint
-from files import atomic_write
+from formats.checkpoint import model_of, read_checkpoint
 from model import Transformer
+from system.files import atomic_write
+from text.tokenizer import vocab_folder
 from tinystories import Windows, eval_batches
-from tokenizer import vocab_folder
 
 BASE, MTP = "#999999", "#4477aa"
 
@@ -144,4 +144,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"synthetic_plots.py: {error}")
+        sys.exit(f"bench.arithmetic: {error}")

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import llama2c
-from files import atomic_folder, atomic_write
-from llama2c import layout, renamed
+from formats import llama2c
+from formats.llama2c import layout, renamed
 from model import ROPE_THETA, ModelArgs, Transformer
-from tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, SPECIAL, UNK, Tokenizer
+from system.files import atomic_folder, atomic_write
+from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, SPECIAL, UNK, Tokenizer
 
 FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json",
          "config.json")  # that write_folder writes

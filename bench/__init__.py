@@ -1,0 +1,1 @@
+"""Clocks: run each with `python -m bench.NAME`."""

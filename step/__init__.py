@@ -1,0 +1,1 @@
+"""How a training step is computed: machine, chunked losses, the C kernels, optimiser."""
