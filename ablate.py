@@ -28,22 +28,21 @@ import torch
 from tqdm import tqdm
 
 import compare
-from bench.training import make_step
 from configurator import configure
 from formats.checkpoint import read_checkpoint
-from settings import Settings, check
+from settings import Output, Settings, check, names_of
 from step.machine import describe, find_machine
 from study.processes import POLL, complaint, evaluations, free_cores, how_to_begin, lock, settings_in, start, stop
 from system.files import atomic_write
-from system.program import positive
+from system.program import positive, program
 from text.letters import token_texts
 from text.tokenizer import load_tokenizer, vocab_folder
+from train import step_on_random_tokens
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "config"
 BASE = "base"
 SEEDS = [1337, 1338, 1339, 1340, 1341]
-MAY_DIFFER = {"out_dir", "init_from", "eval_interval", "log_interval"}  # without another result
 
 
 def find_configs(words: list[str]) -> dict[str, Path]:
@@ -81,7 +80,7 @@ def check_same(s: Settings) -> None:
     config = read_checkpoint(path).get("config", {}) if path.exists() else settings_in(path.parent)
     for field in fields(Settings):
         then, now = config.get(field.name, field.default), getattr(s, field.name)
-        if config and field.name not in MAY_DIFFER and then != now:
+        if config and field.name not in names_of(Output) | {"init_from"} and then != now:
             raise ValueError(f"{s.out_dir}: was trained with {field.name}={then}, its config has {now} by now; "
                              f"delete {s.out_dir}, or choose another --out")
 
@@ -133,7 +132,8 @@ def step_seconds(setups: dict[str, Settings], rounds: int) -> dict[str, list[flo
     steps, found = {}, {name: [] for name in setups}
     for name, s in setups.items():
         folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
-        steps[name] = make_step(s, token_texts(load_tokenizer(folder, s.vocab_size)) if s.spelling_letters else None)
+        texts = token_texts(load_tokenizer(folder, s.vocab_size)) if s.spelling_letters else None
+        steps[name] = step_on_random_tokens(s, texts)
     points = [k / 10 + 0.05 for k in range(10)]
     for turn in tqdm(range(rounds + 1), "step times", leave=False, file=sys.stderr):  # the first one warms up
         spent = dict.fromkeys(setups, 0.0)
@@ -208,9 +208,4 @@ def train_and_compare(args: argparse.Namespace, runs: list[Settings], rounds: in
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"ablate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("ablate.py: interrupted; the same command goes on")
+    sys.exit(program(main, "interrupted; the same command goes on"))

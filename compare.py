@@ -40,7 +40,7 @@ from study.groups import (
 )
 from study.runs import Reader, Run
 from system.files import atomic_write
-from system.program import give_up_stdout
+from system.program import program
 
 EFFECTS = (0.005, 0.01, 0.02)  # nats, for which the number of seeds is told
 KEPT_DIGITS = 7  # significant ones, of figures in logs that are kept
@@ -313,15 +313,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # ± on a terminal that has none
-    try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()  # here, where it can be told that it failed
-        sys.exit(status)
-    except ValueError as error:
-        sys.exit(f"compare.py: {error}")
-    except ModuleNotFoundError as error:
-        sys.exit(f"compare.py: needs {error.name}: pip install -r requirements-compare.txt")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:  # of the terminal or pipe; files' are told where they are read and written
-        give_up_stdout("compare.py: cannot write", error)
+    sys.exit(program(main))

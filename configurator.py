@@ -9,7 +9,7 @@ its annotation says which values it takes and the comment behind it is its help 
 
     @dataclass
     class Settings:
-        batch_size: AtLeast1 = 32  # sequences in one micro-batch
+        batch_size: Annotated[int, Range(1)] = 32  # sequences in one micro-batch
         dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
 
 What this leaves out on purpose: nested settings, environment variables, and config files that run code.
@@ -23,7 +23,7 @@ import math
 import operator
 import textwrap
 import tokenize
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -45,17 +45,6 @@ class Range:
         if self.high == math.inf:
             return f"{'>' if self.low_open else '>='} {self.low:g}"
         return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
-
-
-# The ranges that settings of this project use, by name, so that a list of settings stays readable.
-AtLeast0 = Annotated[int, Range(0)]
-AtLeast1 = Annotated[int, Range(1)]
-Positive = Annotated[float, Range(0, low_open=True)]
-NonNegative = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]
-FractionAbove0 = Annotated[float, Range(0, 1, low_open=True)]
-FractionBelow1 = Annotated[float, Range(0, 1, high_open=True)]
-FractionBetween = Annotated[float, Range(0, 1, low_open=True, high_open=True)]
 
 
 def configure(settings_class: type, argv: list[str]) -> Any:
@@ -195,25 +184,33 @@ def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
 # ---------------------------------------------------------------------------------------------
 # --help
 
-def comments(settings_class: type) -> dict[str, str]:
+def sections(settings_class: type) -> list[type]:
+    """The dataclasses that a settings class is made of, in the order of their fields, itself last."""
+    return [c for c in reversed(settings_class.__mro__) if c.__dict__.get("__annotations__")]
+
+
+def comments(section: type) -> dict[str, str]:
     """{setting: the comment behind it}, read from the class's source."""
-    source = textwrap.dedent(inspect.getsource(settings_class))
+    source = textwrap.dedent(inspect.getsource(section))
     lines = source.splitlines()
-    found = {}
+    texts = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             name, colon, _ = lines[token.start[0] - 1].strip().partition(":")
             if colon and name.isidentifier():
-                found[name] = token.string.lstrip("# ")
-    return found
+                texts[name] = token.string.lstrip("# ")
+    return texts
 
 
 def help_text(settings_class: type, usage: str) -> str:
-    """Every setting with its default, what it takes, and its comment."""
-    texts = comments(settings_class)
-    lines = [usage.strip(), "", "settings (default; what it takes; meaning):"]
-    for field in fields(settings_class):
-        takes = describe(*kind_of(settings_class, field.name, field.name))
-        shown = f'"{field.default}"' if isinstance(field.default, str) else field.default
-        lines += [f"  --{field.name}={shown}", f"        {takes}; {texts.get(field.name, '')}"]
+    """Every setting with its default, what it takes, and its comment, under the docstring of its section."""
+    lines = [usage.strip(), "", "settings: --name=default, what it takes; what it means"]
+    for section in sections(settings_class):
+        lines += ["", inspect.getdoc(section).splitlines()[0]]
+        texts = comments(section)
+        for name in section.__annotations__:
+            default = getattr(section, name)
+            takes = describe(*kind_of(settings_class, name, name))
+            shown = f'"{default}"' if isinstance(default, str) else default
+            lines += [f"  --{name}={shown}", f"        {takes}; {texts.get(name, '')}"]
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from formats.huggingface import need_safetensors, write_folder
 from formats.llama2c import check_heads, write_heads, write_trunk
 from model import Transformer
 from system.files import is_irregular
+from system.program import program
 from text.tokenizer import Tokenizer, bin_bytes, write_bin
 
 
@@ -127,7 +128,4 @@ def write_all(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"export.py: {error}")
+    sys.exit(program(main))

@@ -444,6 +444,11 @@ class Transformer(nn.Module):
         """tokens: (B, T) -> NTP logits z: (B, T, V)."""
         return self.readouts(tokens, self.trunk(tokens), [0])[0].logits()
 
+    @property
+    def shared_head(self) -> bool:
+        """Is every future head the next-token head itself?"""
+        return self.args.head == "shared"
+
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Those of trunk and NTP head."""
         return [p for name, p in self.named_parameters() if not name.startswith(HEADS)]

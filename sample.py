@@ -38,7 +38,7 @@ from torch import Tensor
 from formats.checkpoint import find_tokenizer, model_of, read_checkpoint
 from model import KVCache, Transformer
 from step.machine import find_machine
-from system.program import give_up_stdout
+from system.program import program
 from text.tokenizer import BOS, EOS, Tokenizer
 
 ENDS = (BOS, EOS)  # where a text stops; neither is part of it
@@ -366,11 +366,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        give_up_stdout("sample.py: cannot write the text", error)
+    sys.exit(program(main))

@@ -1,54 +1,66 @@
-"""Every setting of train.py, what it takes, and what contradicts what.
+"""Every setting of train.py: its type and range, what it is for, and which settings contradict each other.
 
 `python train.py --help` prints them; config/*.py and the command line set them (configurator.py).
 
-What this leaves out on purpose: what a setting does (model.py, losses.py, train.py).
+Settings stand in sections by what they are for: a resumed run keeps its Shape and Heads, set-ups that are compared
+differ in Heads and Looking, and so on. `names_of` gives a section's settings to whoever needs them. This file does
+not import torch, so that compare.py starts in a second; what a setting does is in model.py, losses.py and train.py.
 """
 
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from configurator import (
-    AtLeast0,
-    AtLeast1,
-    Fraction,
-    FractionAbove0,
-    FractionBelow1,
-    FractionBetween,
-    NonNegative,
-    Positive,
-    Range,
-)
-from model import FUTURE_HEADS, ModelArgs
-from text.letters import alphabet_size
+from configurator import Range
 from text.tokenizer import MAX_VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from model import ModelArgs
 
 MOST_NEIGHBOURS = 1 << 24  # entries of the table of soft targets; 12 bytes each, in every checkpoint
 
+# Ranges by name, so that the list of settings stays readable.
+AtLeast0 = Annotated[int, Range(0)]
+AtLeast1 = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(0, low_open=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+FractionAbove0 = Annotated[float, Range(0, 1, low_open=True)]
+FractionBelow1 = Annotated[float, Range(0, 1, high_open=True)]
+FractionBetween = Annotated[float, Range(0, 1, low_open=True, high_open=True)]
+
 
 @dataclass
-class Settings:
-    # where the run lives
+class Output:
+    """Where a run is kept and what it logs; no result depends on these."""
+
     out_dir: str = "out"  # folder of ckpt.pt, last.pt and log.jsonl
-    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or a model: ckpt.pt, model.bin, Hugging Face folder
     eval_interval: AtLeast1 = 250  # iterations between evaluations; each saves last.pt
-    eval_iters: AtLeast1 = 25  # validation batches of 32 rows an evaluation, the same ones in every run
     eval_only: bool = False  # evaluate once and stop; writes nothing
     log_interval: AtLeast1 = 1  # iterations between lines on the terminal and in log.jsonl
-    # wandb
     wandb_log: bool = False  # send the log to wandb as well
     wandb_project: str = "lookahead"  # wandb project
     wandb_run_name: str = ""  # wandb run name; empty: the name of out_dir
     wandb_mode: Literal["online", "offline"] = "online"  # offline: keep it in ./wandb for `wandb sync`
-    # data
+
+
+@dataclass
+class Data:
+    """What a run starts from and what it reads."""
+
+    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or a model: ckpt.pt, model.bin, Hugging Face folder
     data_dir: str = "data"  # folder of all data sets
     dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
+    train_fraction: FractionAbove0 = 1.0  # train on only this leading part of train.bin, over and over
+    eval_iters: AtLeast1 = 25  # validation batches of 32 rows per evaluation, the same ones in every run
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
+
+
+@dataclass
+class Shape:
+    """The trunk; a resumed run keeps its shape."""
+
     vocab_size: Annotated[int, Range(4, MAX_VOCAB_SIZE)] = 512  # tokens; 259 is the byte tokenizer
-    train_fraction: FractionAbove0 = 1.0  # of train.bin, from its beginning, that is trained on, again and again
     max_seq_len: AtLeast1 = 512  # tokens in a row, and the longest context of the model
-    batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
-    gradient_accumulation_steps: AtLeast1 = 1  # micro-batches an iteration
-    # model
     dim: AtLeast1 = 64  # width of the residual stream
     n_layers: AtLeast1 = 5  # transformer blocks
     n_heads: AtLeast1 = 8  # query heads; dim must be an even multiple
@@ -56,46 +68,63 @@ class Settings:
     hidden_dim: AtLeast0 = 0  # width of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
     multiple_of: AtLeast1 = 4  # see hidden_dim
     norm_eps: Positive = 1e-5  # RMSNorm's epsilon; run.c uses 1e-5
-    dropout: FractionBelow1 = 0.0  # share of activations dropped in training
     tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
     trunk: Literal["transformer", "rnn"] = "transformer"  # rnn: n_layers of Elman's, for comparison; not exported
     recurrence: AtLeast1 = 1  # how often the layers between prelude and coda are applied
-    prelude_layers: AtLeast0 = 1  # layers before those that recur
-    coda_layers: AtLeast0 = 1  # layers behind those that recur
-    # looking ahead
-    n_future_heads: AtLeast0 = 0  # head i predicts the token i further ahead than the next
-    head: Literal[tuple(FUTURE_HEADS)] = "linear"  # type of the future heads
-    nitp_weight: NonNegative = 0.0  # of the first head's cross-entropy loss
-    consistency_weight: NonNegative = 0.0  # of the first head's divergence from the NTP head that has seen more
+    prelude_layers: AtLeast0 = 1  # layers before the ones that recur
+    coda_layers: AtLeast0 = 1  # layers after the ones that recur
+
+
+@dataclass
+class Heads:
+    """The heads besides the next-token (NTP) head; a resumed run keeps them."""
+
+    n_future_heads: AtLeast0 = 0  # n; head i predicts x[t+1+i]
+    head: Literal["linear", "residual", "block", "sequential", "shared"] = "linear"  # type of the future heads
+    spelling_letters: AtLeast0 = 0  # letters of the following text, a small head for each
+    spelling_case: Literal["true", "lower", "upper"] = "true"  # letters as they are, or all lower or upper case
+    order_window: Annotated[int, Range(0, 32)] = 0  # tokens ahead that a head ranks by distance; 0: no such head
+
+
+@dataclass
+class Looking:
+    """Looking ahead: losses besides the next token's, and when they act."""
+
+    nitp_weight: NonNegative = 0.0  # weight of the first head's cross-entropy
+    consistency_weight: NonNegative = 0.0  # weight of the first head's divergence from the NTP head i tokens later
     consistency_direction: Literal["forward", "reverse", "js"] = "forward"  # KL(NTP || head), KL(head || NTP), or js
-    consistency_teacher: Literal["later", "same"] = "later"  # the NTP head where it has seen more; same: a control
+    consistency_teacher: Literal["later", "same"] = "later"  # the NTP head at t+i, or at t (a control)
     consistency_temperature: Positive = 1.0  # softens both sides
-    head_decay: FractionAbove0 = 1.0  # head i weighs head_decay^(i-1) of the above
+    head_decay: FractionAbove0 = 1.0  # head i's weights are those above times head_decay^(i-1)
     head_init: Literal["random", "last_block"] = "random"  # last_block: blocks of heads copy the trunk's last
-    aux_grad_scale: Fraction = 1.0  # of each further head's gradient, what reaches the trunk
-    aux_grad_power: bool = False  # of head i's, that to the power of i
-    freeze_trunk_iters: Annotated[int, Range(-1)] = 0  # iterations in which heads learn alone; -1: all
+    aux_grad_scale: Fraction = 1.0  # the part of each further head's gradient that reaches the trunk
+    aux_grad_power: bool = False  # head i's part is that to the power of i
+    freeze_trunk_iters: Annotated[int, Range(-1)] = 0  # iterations in which only heads learn; -1: all
     freeze_embeddings: bool = False  # token embeddings, and an unembedding tied to them, stay as they start
     curriculum: Literal["none", "forward", "reverse"] = "none"  # future heads join, or leave, one by one over the run
-    spelling_letters: AtLeast0 = 0  # letters of the following text that small heads predict
-    spelling_weight: NonNegative = 0.0  # of all letters together
-    spelling_case: Literal["true", "lower", "upper"] = "true"  # letters as they are, or all lower or upper case
-    order_window: Annotated[int, Range(0, 32)] = 0  # tokens ahead that a head ranks by distance; 0: there is none
-    order_weight: NonNegative = 0.0  # of that ranking
-    soft_weight: NonNegative = 0.0  # of the cross-entropy against neighbours of the next token
-    soft_neighbours: AtLeast1 = 8  # how many share it, the token itself among them
+    spelling_weight: NonNegative = 0.0  # weight of all letters together
+    order_weight: NonNegative = 0.0  # weight of the order head's ranking
+    soft_weight: NonNegative = 0.0  # weight of the cross-entropy against neighbours of the next token
+    soft_neighbours: AtLeast1 = 8  # tokens that share a soft target, the next token included
     soft_temperature: Positive = 0.1  # of the softmax of their cosines; high: even shares
-    soft_refresh: AtLeast1 = 100  # iterations between two looks at who is near whom
+    soft_refresh: AtLeast1 = 100  # iterations between updates of the table of neighbours
     superposition: Annotated[int, Range(1, 64)] = 1  # tokens in a bag, in the first part of the run; 1: no bags
     superposition_end: FractionBetween = 0.3  # fraction of the run at which that part ends
-    mask_document_ends: bool = False  # no target further ahead than the next token lies behind the next BOS
+    mask_document_ends: bool = False  # future-token targets never cross a story boundary
     aux_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of all weights between aux_start and aux_end
     aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
     aux_end: Fraction = 1.0  # fraction of the run from which they are 0 (1: never)
-    # optimisation
+
+
+@dataclass
+class Optimisation:
+    """Optimisation."""
+
+    batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
+    gradient_accumulation_steps: AtLeast1 = 1  # micro-batches per iteration
+    max_iters: AtLeast1 = 100_000  # iterations of the whole run
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
     learning_rate: Positive = 5e-4  # peak of the learning rate
-    max_iters: AtLeast1 = 100_000  # iterations of the whole run
     warmup_iters: AtLeast0 = 1000  # iterations in which the rate rises to its peak
     decay_lr: bool = True  # fall to min_lr in half a cosine by max_iters; false: stay at the peak
     min_lr: NonNegative = 0.0  # where the cosine ends
@@ -103,12 +132,27 @@ class Settings:
     beta1: FractionBelow1 = 0.9  # AdamW's
     beta2: FractionBelow1 = 0.95  # AdamW's
     grad_clip: NonNegative = 1.0  # largest norm of the whole gradient; 0: no clipping
-    # system
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
+    dropout: FractionBelow1 = 0.0  # share of activations dropped in training
+
+
+@dataclass
+class Computing:
+    """How it is computed; the numbers are the same within rounding."""
+
     device: str = "auto"  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bfloat16 where it is fast
-    path: Literal["auto", "plain", "fast"] = "auto"  # fast: kernels.c, for CPUs; plain: PyTorch; auto: the fastest
+    path: Literal["auto", "plain", "fast"] = "auto"  # fast: step/kernels.c, on CPUs; plain: PyTorch; auto: the fastest
     compile: bool = False  # torch.compile the plain path
+
+
+@dataclass
+class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  # fields are collected from the last
+    """All of them, in the order of this file."""
+
+
+def names_of(*sections: type) -> set[str]:
+    """The settings of these sections: names_of(Shape, Heads)."""
+    return {f.name for section in sections for f in fields(section)}
 
 
 def check(s: Settings) -> None:
@@ -141,23 +185,25 @@ def check(s: Settings) -> None:
 
 
 def check_heads(s: Settings) -> None:
-    """Settings that some heads and trunks cannot have."""
-    scaled = s.aux_grad_scale != 1.0 and "aux_grad_scale" or s.aux_grad_power and "aux_grad_power"
-    if s.head == "shared" and s.n_future_heads and (s.nitp_weight or s.consistency_weight) and scaled:
-        raise ValueError(f"{scaled}={getattr(s, scaled)}: head=shared is the trunk's own; lower nitp_weight instead")
+    """Refuse settings that some heads and trunks do not have."""
+    if s.head == "shared" and s.n_future_heads and (s.nitp_weight or s.consistency_weight):
+        for name, usual in (("aux_grad_scale", 1.0), ("aux_grad_power", False)):
+            if getattr(s, name) != usual:
+                raise ValueError(f"{name}={getattr(s, name)}: head=shared is the trunk's own; "
+                                 "lower nitp_weight instead")
     if s.head == "sequential" and s.aux_grad_power:
         raise ValueError("aux_grad_power=True: not with head=sequential, whose heads read one another")
     blocks = s.head in ("block", "sequential") and s.trunk == "transformer" and s.n_future_heads
     if s.head_init == "last_block" and not blocks:
         raise ValueError(f"head_init=last_block: needs future heads with a block, and a Transformer; found "
                          f"n_future_heads={s.n_future_heads}, head={s.head}, trunk={s.trunk}")
-    if s.trunk == "rnn" and (s.recurrence > 1 or s.dropout or s.optimizer == "muon"):
-        name = "recurrence" if s.recurrence > 1 else "dropout" if s.dropout else "optimizer"
-        raise ValueError(f"{name}={getattr(s, name)}: not with trunk=rnn")
+    for name, usual in (("recurrence", 1), ("dropout", 0.0), ("optimizer", "adamw")):
+        if s.trunk == "rnn" and getattr(s, name) != usual:
+            raise ValueError(f"{name}={getattr(s, name)}: not with trunk=rnn")
 
 
 def check_frozen(s: Settings) -> None:
-    """While the trunk is frozen some head must learn."""
+    """While the trunk is frozen, some head must learn."""
     until = s.max_iters if s.freeze_trunk_iters < 0 else min(s.freeze_trunk_iters, s.max_iters)
     wanted = f"freeze_trunk_iters={s.freeze_trunk_iters}"
     own_heads = s.n_future_heads and s.head != "shared" and (s.nitp_weight or s.consistency_weight)
@@ -172,6 +218,10 @@ def check_frozen(s: Settings) -> None:
         raise ValueError(f"{wanted}: nothing would learn outside of aux_start={s.aux_start} to aux_end={s.aux_end}")
 
 
-def shape_of(s: Settings) -> ModelArgs:
+def shape_of(s: Settings) -> "ModelArgs":
+    """The model's part of the settings. Errors: ValueError if they fit no model."""
+    from model import ModelArgs  # late: torch
+    from text.letters import alphabet_size
+
     same = {f.name: getattr(s, f.name) for f in fields(ModelArgs) if hasattr(s, f.name)}
     return ModelArgs(**same, alphabet_size=alphabet_size(s.spelling_case) if s.spelling_letters else 0)

@@ -34,19 +34,18 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import checked, configure, kind_of
-from settings import Settings
+from settings import Data, Settings, names_of
 from study.processes import METRIC, POLL, complaint, evaluations, free_cores, how_to_begin, lock, start, stop
 from study.tables import markdown
 from system.files import atomic_write
-from system.program import positive
+from system.program import positive, program
 
 if TYPE_CHECKING:
     import optuna
 
 ROOT = Path(__file__).resolve().parent
 MOST_FAILURES = 3  # trials in a row; then something is wrong with the search
-NOT_SEARCHED = {"out_dir", "seed", "init_from", "max_iters", "eval_interval", "eval_iters", "eval_only", "data_dir",
-                "dataset", "vocab_size"}
+NOT_SEARCHED = names_of(Data) | {"out_dir", "eval_interval", "eval_only", "max_iters", "vocab_size"}
 STARTUP_TRIALS = 5  # that have to be complete before one is stopped early
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
 PLAIN = ["${env}", "${interpreter}"]
@@ -362,11 +361,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trials save and stop
-    try:
-        main(sys.argv[1:])
-    except ImportError as error:
-        sys.exit(f"sweep.py: {error}; pip install -r requirements-compare.txt")
-    except (ValueError, OSError) as error:
-        sys.exit(f"sweep.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sweep.py: interrupted; the same command goes on")
+    sys.exit(program(main, "interrupted; the same command goes on"))

@@ -29,6 +29,7 @@ import numpy as np
 from torch import Tensor
 
 from system.files import atomic_write
+from system.program import program
 from text.letters import token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, Tokenizer, load_tokenizer, vocab_folder
 from tinystories import how_to_make, read_stories
@@ -417,9 +418,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"synthetic.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("synthetic.py: interrupted; the same command starts again")
+    sys.exit(program(main, "interrupted; the same command starts again"))

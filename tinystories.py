@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from system.files import atomic_write
+from system.program import program
 from text import toystories
 from text.tokenizer import (
     BOS,
@@ -504,9 +505,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"tinystories.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("tinystories.py: interrupted; the same command starts again or continues")
+    sys.exit(program(main, "interrupted; the same command starts again or continues"))

@@ -9,59 +9,42 @@
 Writes out_dir/ckpt.pt (best by validation NTP loss), out_dir/last.pt (newest) and out_dir/log.jsonl
 (one object a line; the same keys go to wandb). `export.py` turns a checkpoint into a file for run.c.
 
-What this leaves out on purpose: model parallelism, data loading in worker processes (a batch costs
-a thousandth of a step), and any loss (losses.py).
+`train` at the end of this file is the whole run: data, model, then the loop. What it calls stands above
+it, `training_step` last. Losses are in losses.py, settings in settings.py.
 """
 
-import io
 import math
 import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import configure, help_text
-from formats.checkpoint import has_another_vocabulary, load_weights, model_args_of, read_checkpoint
-from losses import Objective, all_losses, loss_weights, scales
-from model import ModelArgs, Transformer
+from formats.checkpoint import load_weights
+from formats.resume import Progress, load_start, restore, save
+from losses import Objective, all_losses, loss_weights, position_weights
+from model import Transformer
 from settings import Settings, check, shape_of
 from step import kernels
 from step.machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note, out_of_memory
 from step.optimizer import make_optimizer
 from study.log import Log
 from synthetic import Answers
-from system.files import atomic_write
+from system.program import program
 from text.letters import Letters, token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from tinystories import TrainBatches, Windows, eval_batches, eval_windows
-
-
-def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None) -> Objective:
-    """A new model with its losses, both of the kind that the path wants. texts: of the tokens, for spelling."""
-    model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
-    if s.spelling_letters and texts is None:
-        raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer.model, "
-                         "so no letters")
-    return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None,
-                     consistency=(s.consistency_direction, s.consistency_temperature), teacher=s.consistency_teacher,
-                     letters=(Letters(texts, s.spelling_case), s.spelling_letters) if s.spelling_letters else None,
-                     order_window=s.order_window, bag=s.superposition,
-                     neighbours=(s.soft_neighbours, s.soft_temperature) if s.soft_weight else None)
-
-
-def losses_of(s: Settings) -> tuple[str, ...]:
-    """The losses that a run with these settings has a use for, as evaluations report them."""
-    return all_losses(s.n_future_heads, s.spelling_letters, s.order_window > 0, s.soft_weight > 0.0)
-
 
 # ---------------------------------------------------------------------------------------------
 # stopping
@@ -85,86 +68,103 @@ class Stop:
 
 
 # ---------------------------------------------------------------------------------------------
-# checkpoints
+# data
 
-RESUMED = {"optimizer": dict, "scaler": dict, "iter_num": int, "best_val_ntp": float, "config": dict, "rng": list,
-           "seconds": float, "tokens": int}  # what a checkpoint needs beside the model to be resumed
-OF_HEADS = {"n_future_heads", "head", "spelling_letters", "spelling_case", "order_window"}
-OF_TRAINING = {"dropout", "aux_grad_scale", "aux_grad_power"}  # in ModelArgs, but no part of a shape
-SHAPE = {f.name for f in fields(ModelArgs)} - OF_TRAINING - {"alphabet_size"} | OF_HEADS
+class Data(NamedTuple):
+    """What a run reads."""
 
-
-def load_start(s: Settings) -> tuple[dict | None, Path]:
-    """The checkpoint a run starts from and its path; None for init_from=scratch.
-
-    A resumed run must have the checkpoint's shape; a run from another checkpoint takes its trunk's
-    shape (not its heads) into `s`. Errors: ValueError.
-    """
-    last = Path(s.out_dir) / "last.pt"
-    if s.init_from != "resume" and not s.eval_only and last.exists():
-        raise ValueError(f"{last}: this out_dir holds a run; --init_from=resume continues it, "
-                         "or choose another --out_dir, or delete it")
-    if s.init_from == "scratch":
-        return None, last
-    path = last if s.init_from == "resume" else Path(s.init_from)
-    checkpoint = read_checkpoint(path)
-    if s.init_from == "resume":
-        if missing := [k for k, kind in RESUMED.items() if not isinstance(checkpoint.get(k), kind)]:
-            raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; "
-                             f"--init_from={path} with another --out_dir starts a new run from it")
-        if not 0 <= checkpoint["iter_num"] <= s.max_iters:
-            raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}, max_iters={s.max_iters}")
-        for f in fields(Settings):
-            then, now = checkpoint["config"].get(f.name, f.default), getattr(s, f.name)
-            if f.name in SHAPE and then != now:
-                raise ValueError(f"{f.name}={now}: the run in {path} has {then}; a resumed run keeps its shape")
-            if f.name in checkpoint["config"] and then != now and f.name not in ("init_from", "eval_only"):
-                note(f"resuming with {f.name}={now}, was {then}")
-    else:
-        theirs, ours = model_args_of(checkpoint, path), shape_of(s)
-        drop_other_heads(checkpoint, theirs.head, s)
-        kept = {"recurrence", "prelude_layers", "coda_layers"} if s.recurrence > 1 else set()
-        for name in sorted(SHAPE - OF_HEADS - kept - {"max_seq_len", "multiple_of"}):
-            then, now = getattr(theirs, name), getattr(ours, name)
-            setattr(s, name, then)
-            if then != now:
-                note(f"{name}={then}, from {path}")
-        folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
-        if has_another_vocabulary(path, checkpoint, s.vocab_size, folder):
-            note(f"{path}: its {s.vocab_size} tokens are not those of {folder}: what it has learnt of them is lost")
-    return checkpoint, path
+    train: Windows  # the rows of train.bin
+    batches: TrainBatches  # of those rows
+    bags: TrainBatches  # while tokens are in superposition: as many bags in a row as else tokens
+    validation: "Validation"
+    texts: list[bytes] | None  # what each token spells; None where tokens are no text
 
 
-def drop_other_heads(checkpoint: dict, head: str, s: Settings) -> None:
-    """Leave out of a checkpoint's model heads of another kind, though their tensors may have the same names."""
-    config = checkpoint["config"] if isinstance(checkpoint.get("config"), dict) else {}
-    spells = all(config.get(name) == getattr(s, name) for name in ("spelling_letters", "spelling_case"))
-    other = (*["future_heads."] * (head != s.head), *["spelling_heads."] * (not spells))
-    checkpoint["model"] = {name: t for name, t in checkpoint["model"].items() if not name.startswith(other)}
+def load_data(s: Settings, machine: Machine) -> Data:
+    """Errors: ValueError naming the file."""
+    folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
 
+    def rows_and_batches(length: int) -> tuple[Windows, TrainBatches]:
+        rows = Windows(folder / "train.bin", s.vocab_size, length, s.train_fraction)
+        return rows, TrainBatches(rows, s.batch_size, s.seed, machine.rank, machine.world)
 
-def rng_states(machine: Machine) -> list[dict]:
-    """Every process's random number generators, in the order of ranks."""
-    state = {"cpu": torch.get_rng_state()}
-    if machine.device.type != "cpu":
-        state[machine.device.type] = torch.get_device_module(machine.device).get_rng_state()
-    states = [state] * machine.world
-    if machine.world > 1:
-        dist.all_gather_object(states, state)
-    return states
-
-
-def restore_rng(states: list[dict], machine: Machine) -> None:
-    if len(states) != machine.world:
-        note(f"resuming with {machine.world} processes, was {len(states)}: dropout will differ")
-    state = states[machine.rank % len(states)]
-    torch.set_rng_state(state["cpu"])
-    if machine.device.type != "cpu" and machine.device.type in state:
-        torch.get_device_module(machine.device).set_rng_state(state[machine.device.type])
+    rows, batches = rows_and_batches(s.max_seq_len)
+    bags = batches
+    if s.superposition > 1:
+        _, bags = rows_and_batches(s.max_seq_len * s.superposition)
+    texts, is_text = None, (folder / "tokenizer.model").exists() or s.vocab_size == BYTE_VOCAB_SIZE
+    if is_text and (folder / "tokenizer.bin").exists():
+        texts = token_texts(load_tokenizer(folder, s.vocab_size))
+    validation_rows = Windows(folder / "val.bin", s.vocab_size, s.max_seq_len)
+    return Data(rows, batches, bags, load_validation(s, validation_rows, texts), texts)
 
 
 # ---------------------------------------------------------------------------------------------
-# the parts of a step
+# the model and a step
+
+@dataclass
+class Training:
+    """Everything that a training step works on."""
+
+    s: Settings
+    machine: Machine
+    path: StepPath
+    objective: Objective  # the model and its losses
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    wrapped: nn.Module | None = None  # the objective under DDP and torch.compile, once `wrap` has been called
+
+    @property
+    def model(self) -> Transformer:
+        return self.objective.model
+
+    def wrap(self) -> None:
+        """Again whenever other parameters learn: DDP and torch.compile look at them once."""
+        self.wrapped = torch.compile(self.objective) if self.path.kind == "compiled" else self.objective
+        if self.machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
+            has_heads = len(self.model.trunk_parameters()) < len(list(self.model.parameters()))
+            self.wrapped = DistributedDataParallel(self.wrapped, find_unused_parameters=has_heads)
+
+
+def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None) -> Objective:
+    """A new model with its losses, both of the kind that the path wants. texts: of the tokens, for spelling."""
+    model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
+    if s.spelling_letters and texts is None:
+        raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer.model, "
+                         "so no letters")
+    return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None,
+                     consistency=(s.consistency_direction, s.consistency_temperature), teacher=s.consistency_teacher,
+                     letters=(Letters(texts, s.spelling_case), s.spelling_letters) if s.spelling_letters else None,
+                     order_window=s.order_window, bag=s.superposition,
+                     neighbours=(s.soft_neighbours, s.soft_temperature) if s.soft_weight else None)
+
+
+def losses_of(s: Settings) -> tuple[str, ...]:
+    """The losses that a run with these settings has a use for, as evaluations report them."""
+    return all_losses(s.n_future_heads, s.spelling_letters, s.order_window > 0, s.soft_weight > 0.0)
+
+
+def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, checkpoint: dict | None = None,
+          source: Path | None = None) -> Training:
+    """A model with its losses and optimizer; weights from a checkpoint where there is one, else random."""
+    torch.manual_seed(s.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    path = choose_path(s, machine.device)
+    objective = make_objective(s, path, texts)
+    model = objective.model
+    fresh = [name for name, _ in model.named_parameters()]
+    if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
+        note(f"{source}: has no {', '.join(fresh)}: at the start as in a new model")
+    if s.head_init == "last_block":
+        model.start_as_last_block(i for i in range(1, s.n_future_heads + 1)
+                                  if any(name.startswith(f"future_heads.{i - 1}.") for name in fresh))
+    objective.to(machine.device)
+    if s.soft_weight:
+        objective.refresh_neighbours()
+    torch.manual_seed(s.seed + 1 + machine.rank)  # dropout: a stream of its own, whatever the weights drew
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=path.dtype == torch.float16)
+    return Training(s, machine, path, objective, make_optimizer(s, model), scaler)
+
 
 def learning_rate(s: Settings, it: int) -> float:
     """Rate of iteration `it`: a straight rise to the peak, then half a cosine down to min_lr."""
@@ -185,6 +185,60 @@ def freeze(model: Transformer, s: Settings, it: int) -> bool:
         p.requires_grad = learns
     return changed
 
+
+def training_step(run: Training, it: int, weights: dict[str, float], micro_batches: list[tuple[Tensor, Tensor]]
+                  ) -> tuple[dict[str, Tensor], Tensor]:
+    """One update from all micro-batches together; returns ({loss: its mean here}, the gradient's norm).
+
+    weights: {loss: weight}, as loss_weights gives them. micro_batches: (x, y), (B, T) int64 each.
+    """
+    s, machine, model = run.s, run.machine, run.model
+    # the rate, and what learns
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(s, it)
+    if freeze(model, s, it) or run.wrapped is None:
+        run.wrap()
+
+    # targets, counted over the whole iteration: micro-batches and processes add up to one big batch
+    targets = [run.objective.targets(y, tuple(weights)) for _, y in micro_batches]
+    counts = {name: machine.sum(sum(t[name].valid.sum() for t in targets)) for name in weights}
+
+    # forward and backward
+    means = dict.fromkeys(weights, 0.0)
+    for m, (x, _) in enumerate(micro_batches):
+        last = m == len(micro_batches) - 1
+        with nullcontext() if last or machine.world == 1 else run.wrapped.no_sync():
+            with run.path.autocast():
+                total, losses = run.wrapped(x, targets[m], position_weights(weights, counts))
+            # DDP averages gradients over processes; positions are counted over all of them
+            run.scaler.scale(total * machine.world).backward()
+        for name, loss in losses.items():
+            means[name] += loss.mean * (loss.count / counts[name].clamp(min=1))
+
+    # clip and update
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return means, grad_norm
+
+
+def step_on_random_tokens(s: Settings, texts: list[bytes] | None = None) -> Callable[[float], None]:
+    """A training step on the CPU for whoever times it (ablate.py, bench/): step(progress of the run, 0 to 1)."""
+    run = build(s, Machine(torch.device("cpu")), texts)
+    rows = torch.randint(s.vocab_size, (2, s.batch_size, s.superposition * s.max_seq_len))
+
+    def step(progress: float = 0.5) -> None:
+        weights = loss_weights(s, progress)
+        x, y = rows if "superposition" in weights else rows[..., : s.max_seq_len]
+        training_step(run, round(progress * s.max_iters), weights, [(x, y)])
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluation
 
 class Validation(NamedTuple):
     """The rows that every run is judged on, and what is known of them."""
@@ -210,7 +264,7 @@ def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...
              path: StepPath) -> dict[str, float]:
     """{name: mean over all validation rows}, of `names`, of the heads' guesses and of answers; ranks share the work."""
     n, answers = objective.model.args.n_future_heads, validation.answers
-    guesses = (f"{kind}_{i}" for kind in ("acc", "agree", "kl") for i in range(kind != "acc", n + 1))
+    guesses = [f"acc_{i}" for i in range(n + 1)] + [f"{kind}_{i}" for kind in ("agree", "kl") for i in range(1, n + 1)]
     exact = [f"exact_{group}" for group in answers.names.values()] if answers else []
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*names, *guesses, *exact)}  # of values, of positions
     objective.eval()
@@ -221,19 +275,20 @@ def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...
         for name, loss in losses.items():
             count = loss.count.item()
             sums[name] += torch.tensor([loss.mean.item() * count, count])
-        for group, counts in answers.score(windows, y.shape[1], best.cpu(), y).items() if answers else ():
-            sums[f"exact_{group}"] += torch.tensor(counts)
+        if answers:
+            for group, counts in answers.score(windows, y.shape[1], best.cpu(), y).items():
+                sums[f"exact_{group}"] += torch.tensor(counts)
     objective.train()
     totals = machine.sum(torch.stack(list(sums.values())))  # (losses, 2)
-    found = {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
+    means = {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
     if validation.tokens_per_byte:
-        found["bits_per_byte"] = found["ntp"] / math.log(2.0) * validation.tokens_per_byte
-    return found
+        means["bits_per_byte"] = means["ntp"] / math.log(2.0) * validation.tokens_per_byte
+    return means
 
 
 def facts(s: Settings, model: Transformer, train: Windows, validation: Validation, machine: Machine,
           path: StepPath) -> dict:
-    """What the log says of a run beside its settings; runs are comparable where these are the same (compare.py)."""
+    """What the log says of a run besides its settings; runs are comparable where these are the same (compare.py)."""
     vocabulary = train.path.parent / "tokenizer.bin"
     targets = b"".join(y.numpy().tobytes() for _, y in validation.batches)
     return machine.facts(path) | {
@@ -250,6 +305,9 @@ def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -
                          f"What {s.out_dir} holds is from before")
 
 
+# ---------------------------------------------------------------------------------------------
+# the log and the terminal
+
 def tokens_per_step(s: Settings, machine: Machine, it: int) -> int:
     """Tokens that all processes together train on in iteration `it`; a bag of them takes the place of one."""
     bag = s.superposition if it / s.max_iters < s.superposition_end else 1
@@ -257,7 +315,7 @@ def tokens_per_step(s: Settings, machine: Machine, it: int) -> int:
 
 
 def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, path: StepPath) -> None:
-    """Say what follows from the settings."""
+    """Print what follows from the settings."""
     counts = model.parameter_counts()
     per_step = tokens_per_step(s, machine, s.max_iters)
     total = sum(tokens_per_step(s, machine, it) for it in range(s.max_iters))
@@ -265,11 +323,12 @@ def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, 
         note(f"n_future_heads={s.n_future_heads}: no loss has a weight, so the heads stay as they start")
     if s.warmup_iters >= s.max_iters:
         note(f"warmup_iters={s.warmup_iters}: the run ends before the learning rate is at its peak")
+    others = " and others" if s.spelling_letters or s.order_window else ""
+    epochs = total / (len(train) * s.max_seq_len)
     print(f"parameters: {counts['trunk']:,} in trunk and NTP head, "
-          f"{counts['future heads']:,} in {s.n_future_heads} future heads"
-          + " and others" * (s.spelling_letters + s.order_window > 0) + "\n"
+          f"{counts['future heads']:,} in {s.n_future_heads} future heads{others}\n"
           f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
-          f"{total / (len(train) * s.max_seq_len):.2f} epochs of {len(train):,} rows in {train.path}\n"
+          f"{epochs:.2f} epochs of {len(train):,} rows in {train.path}\n"
           f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {path}", flush=True)
 
 
@@ -282,11 +341,22 @@ def show(line: dict, s: Settings, step_seconds: float) -> str:
 
 
 def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None:
-    """What wandb.init is told; None where the run is not for wandb."""
+    """The arguments of wandb.init; None for a run without wandb."""
     if not s.wandb_log:
         return None
     return {"project": s.wandb_project, "name": s.wandb_run_name or Path(s.out_dir).name, "mode": s.wandb_mode,
             "config": header["config"] | {"facts": header["facts"]}, "id": run_id, "resume": "allow"}
+
+
+def step_figures(run: Training, weights: dict[str, float], means: dict[str, Tensor], grad_norm: Tensor) -> dict:
+    """What the log says of a step. Waits for the device."""
+    s, norm = run.s, grad_norm.item()  # not finite where float16 overflows, and the scaler skips the step
+    line = {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None}
+    losses = {name: run.machine.sum(mean).item() for name, mean in means.items()}
+    losses["total"] = sum(weights[name] * loss for name, loss in losses.items())
+    line |= {f"train/{name}": loss for name, loss in losses.items()}
+    weighted = [*losses_of(s)[1:], "superposition"] if s.superposition > 1 else losses_of(s)[1:]
+    return line | {f"weight/{name}": weights.get(name, 0.0) for name in weighted}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,174 +364,99 @@ def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None
 
 def train(s: Settings) -> int:
     """Run from settings to the last checkpoint; returns the exit code: 0, or 128 + the signal that stopped it."""
+    # settings, and the checkpoint that the run starts from
     check(s)
     checkpoint, source = load_start(s)
-    check(s)  # once more, with what the checkpoint has decided
+    check(s)  # again, with what the checkpoint has decided
     machine = find_machine(s.device)
-    first, accumulate = machine.rank == 0, s.gradient_accumulation_steps
-    folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
-    train_rows = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len, s.train_fraction)
-    val_rows = Windows(folder / "val.bin", s.vocab_size, s.max_seq_len)
-    batches = TrainBatches(train_rows, s.batch_size, s.seed, machine.rank, machine.world)
-    bags = batches
-    if s.superposition > 1:  # as many bags in a row as else tokens
-        longer = Windows(folder / "train.bin", s.vocab_size, s.max_seq_len * s.superposition, s.train_fraction)
-        bags = TrainBatches(longer, s.batch_size, s.seed, machine.rank, machine.world)
-    has_text = (folder / "tokenizer.bin").exists() and ((folder / "tokenizer.model").exists() or
-                                                       s.vocab_size == BYTE_VOCAB_SIZE)
-    texts = token_texts(load_tokenizer(folder, s.vocab_size)) if has_text else None
-    validation = load_validation(s, val_rows, texts)
+    first = machine.rank == 0
 
-    torch.manual_seed(s.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
-    path = choose_path(s, machine.device)
-    raw = make_objective(s, path, texts)
-    model = raw.model
-    fresh = [name for name, _ in model.named_parameters()]
-    if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
-        note(f"{source}: has no {', '.join(fresh)}: at the start as in a new model")
-    if s.head_init == "last_block":
-        model.start_as_last_block(i for i in range(1, s.n_future_heads + 1)
-                                  if any(name.startswith(f"future_heads.{i - 1}.") for name in fresh))
-    raw.to(machine.device)
-    if s.soft_weight:
-        raw.refresh_neighbours()
-    torch.manual_seed(s.seed + 1 + machine.rank)  # dropout: a stream of its own, whatever the weights drew
-    optimizer = make_optimizer(s, model)
-
-    def wrapped() -> torch.nn.Module:
-        """The objective as it runs; anew whenever other parameters learn."""
-        objective = torch.compile(raw) if path.kind == "compiled" else raw
-        if machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
-            has_heads = len(model.trunk_parameters()) < len(list(model.parameters()))
-            objective = DistributedDataParallel(objective, find_unused_parameters=has_heads)
-        return objective
-
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=path.dtype == torch.float16)
-
-    start, best, seconds, tokens, wandb_id = 0, math.inf, 0.0, 0, None
+    # data; the model, its losses and optimizer
+    data = load_data(s, machine)
+    run = build(s, machine, data.texts, checkpoint, source)
+    progress = Progress()
     if s.init_from == "resume":
-        fresh_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"]:  # empty unless the run was float16
-                scaler.load_state_dict(checkpoint["scaler"])
-            restore_rng(checkpoint["rng"], machine)
-        except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"{source}: its optimizer or random state does not fit this run: {error!r}") from error
-        for name, table in raw.named_buffers(recurse=False):  # soft targets, as of their last refresh
-            tables = checkpoint.get("objective")
-            last = tables.get(name) if isinstance(tables, dict) else None
-            if isinstance(last, torch.Tensor) and last.shape == table.shape:
-                table.copy_(last)
-            else:
-                note(f"{source}: has no {name} for soft_neighbours={s.soft_neighbours}: made anew")
-        for group, fresh_group in zip(optimizer.param_groups, fresh_groups, strict=True):
-            group.update(fresh_group)  # weight_decay and betas are this run's, not the checkpoint's
-        start, best, seconds, tokens = (checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens"))
-        wandb_id = checkpoint.get("wandb_id")
+        progress = restore(checkpoint, source, run)
     del checkpoint
     if first:
-        announce(s, model, train_rows, machine, path)
+        announce(s, run.model, data.train, machine, run.path)
 
     if s.eval_only:
-        val = evaluate(raw, validation, losses_of(s), machine, path)
+        val = evaluate(run.objective, data.validation, losses_of(s), machine, run.path)
         if first:
             print("\n".join(f"val/{name} {value:.6f}" for name, value in val.items()))
         return 0
-    header = {"config": asdict(s), "facts": facts(s, model, train_rows, validation, machine, path)}
-    log = Log(Path(s.out_dir), start, header, wandb_settings(s, header, wandb_id)) if first else None
 
-    def save(*names: str) -> None:
-        rng = rng_states(machine)
-        if not first:
-            return
-        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                   "model_args": model.args.as_dict(), "iter_num": it, "best_val_ntp": best, "config": asdict(s),
-                   "objective": dict(raw.named_buffers(recurse=False)), "rng": rng, "seconds": seconds,
-                   "tokens": tokens, "wandb_id": log.wandb_id or wandb_id}
-        buffer = io.BytesIO()  # torch.save straight to a full disk would not say that the disk is full
-        torch.save(content, buffer)
-        for name in names:
-            with atomic_write(Path(s.out_dir) / name) as f:
-                f.write(buffer.getbuffer())
+    # the log; only the first of several processes has one
+    header = {"config": asdict(s), "facts": facts(s, run.model, data.train, data.validation, machine, run.path)}
+    if first:
+        log = Log(Path(s.out_dir), progress.iter_num, header, wandb_settings(s, header, progress.wandb_id))
+        progress.wandb_id = log.wandb_id or progress.wandb_id
+    stop, shown = Stop(), replace(progress)  # shown: the progress at the last line shown
 
-    stop, last_shown = Stop(), (start, tokens, seconds)
-    freeze(model, s, start)
-    objective = wrapped()
-    for it in range(start, s.max_iters + 1):
-        line: dict = {"iter": it, "tokens": tokens, "seconds": seconds}
+    for it in range(progress.iter_num, s.max_iters + 1):
+        line = {"iter": it, "tokens": progress.tokens, "seconds": progress.seconds}
+
+        # evaluate on the validation rows, and save
         evaluates = it % s.eval_interval == 0 or it == s.max_iters
         if evaluates:
-            val = evaluate(raw, validation, losses_of(s), machine, path)
+            val = evaluate(run.objective, data.validation, losses_of(s), machine, run.path)
             line |= {f"val/{name}": value for name, value in val.items()} | {"peak_mib": machine.peak_mib()}
             if first:
                 print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
             check_finite("validation loss", val["ntp"], it, s)
-            better, best = val["ntp"] <= best, min(best, val["ntp"])  # a frozen trunk's stays; its heads get better
-            save(*(["ckpt.pt"] if better else []), "last.pt")
+            file_names = ["last.pt"]
+            if val["ntp"] <= progress.best_val_ntp:  # a frozen trunk's stays the same while its heads get better
+                progress.best_val_ntp = val["ntp"]
+                file_names.insert(0, "ckpt.pt")
+            save(file_names, run, progress)
+
+        # the end, or a signal
         if it == s.max_iters:
             if first:
                 log.write(line)
             break
         if stop.asked(machine):
-            largest = torch.stack([p.detach().abs().max() for p in model.parameters()]).max()
+            largest = torch.stack([p.detach().abs().max() for p in run.model.parameters()]).max()  # keeps a NaN
             check_finite("largest weight", largest, it, s)
-            save("last.pt")
+            save(["last.pt"], run, progress)
             break
 
+        # one step
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(s, it)
-        if freeze(model, s, it):
-            objective = wrapped()
         weights = loss_weights(s, it / s.max_iters)
         if "soft" in weights and it % s.soft_refresh == 0:
-            raw.refresh_neighbours()
-        rows = bags if "superposition" in weights else batches
-        micro = [machine.put(*rows[it * accumulate + m]) for m in range(accumulate)]
-        micro_counts = [raw.counts(y, tuple(weights)) for _, y in micro]
-        counts = {name: machine.sum(sum(c[name] for c in micro_counts)) for name in weights}  # of the whole iteration
-        means = dict.fromkeys(weights, 0.0)
-        for m, (x, y) in enumerate(micro):
-            with nullcontext() if machine.world == 1 or m == accumulate - 1 else objective.no_sync():
-                with path.autocast():
-                    total, losses = objective(x, y, scales(weights, counts))
-                # DDP averages gradients over processes; positions are counted over all of them
-                scaler.scale(total * machine.world).backward()
-            for name, loss in losses.items():
-                means[name] += loss.mean * (loss.count / counts[name].clamp(min=1))
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += tokens_per_step(s, machine, it)
+            run.objective.refresh_neighbours()
+        rows = data.bags if "superposition" in weights else data.batches
+        first_batch = it * s.gradient_accumulation_steps
+        micro_batches = [machine.put(*rows[first_batch + m]) for m in range(s.gradient_accumulation_steps)]
+        means, grad_norm = training_step(run, it, weights, micro_batches)
 
-        due = evaluates or it % s.log_interval == 0
-        if due or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
+        # count it
+        logs = evaluates or it % s.log_interval == 0
+        if logs or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
             machine.synchronize()
-        seconds += time.perf_counter() - began
-        if due:
-            means = {name: machine.sum(mean).item() for name, mean in means.items()}
-            means["total"] = sum(weights[name] * mean for name, mean in means.items())
-            norm = grad_norm.item()  # not finite where float16 overflows, and the scaler skips the step
-            line |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None,
-                     "tok_per_s": (tokens - last_shown[1]) / (seconds - last_shown[2])}
-            line |= {f"train/{name}": mean for name, mean in means.items()}
-            line |= {f"weight/{name}": weights.get(name, 0.0)
-                     for name in (*losses_of(s)[1:], *["superposition"] * (s.superposition > 1))}
-            step_seconds = (seconds - last_shown[2]) / (it + 1 - last_shown[0])
-            last_shown = it + 1, tokens, seconds
-            check_finite("training loss", means["total"], it, s)
+        progress.seconds += time.perf_counter() - began
+        progress.tokens += tokens_per_step(s, machine, it)
+        progress.iter_num = it + 1
+
+        # log
+        if logs:
+            line |= step_figures(run, weights, means, grad_norm)
+            seconds, tokens = progress.seconds - shown.seconds, progress.tokens - shown.tokens
+            line["tok_per_s"] = tokens / seconds
+            check_finite("training loss", line["train/total"], it, s)
             if first:
                 log.write(line)
-                print(show(line, s, step_seconds), flush=True)
+                print(show(line, s, seconds / (progress.iter_num - shown.iter_num)), flush=True)
+            shown = replace(progress)
+
     if first:
         log.close()
-        if stop.signal and it < s.max_iters:
-            note(f"stopped at iter {it}, saved {s.out_dir}/last.pt; --init_from=resume continues")
-    return 128 + stop.signal if stop.signal and it < s.max_iters else 0
+    if not stop.signal or it == s.max_iters:
+        return 0
+    note(f"stopped at iter {it}, saved {s.out_dir}/last.pt; --init_from=resume continues")
+    return 128 + stop.signal
 
 
 def main(argv: list[str]) -> int:
@@ -495,4 +490,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(main))

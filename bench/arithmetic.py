@@ -21,6 +21,7 @@ from torch import Tensor
 from formats.checkpoint import model_of, read_checkpoint
 from model import Transformer
 from system.files import atomic_write
+from system.program import program
 from text.tokenizer import vocab_folder
 from tinystories import Windows, eval_batches
 
@@ -141,7 +142,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.arithmetic: {error}")
+    sys.exit(program(main))

@@ -28,7 +28,7 @@ from model import ModelArgs, Transformer
 from step.machine import describe
 from study.tables import markdown
 from system.files import atomic_write
-from system.program import positive
+from system.program import positive, program
 from tinystories import read_stories
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,7 +202,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.decoding: {error}")
+    sys.exit(program(main))

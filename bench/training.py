@@ -15,23 +15,20 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from losses import loss_weights, scales
 from model import Transformer
 from settings import Settings, shape_of
 from step import chunks
 from step.machine import choose_path, describe, memory
-from step.optimizer import make_optimizer
 from study.tables import markdown
 from system.files import atomic_write
-from system.program import positive
-from train import freeze, make_objective
+from system.program import positive, program
+from train import step_on_random_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = {"plain": {"path": "plain", "dtype": "float32"}, "plain, bfloat16": {"path": "plain", "dtype": "bfloat16"},
@@ -66,36 +63,6 @@ class Figures(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 # measuring
 
-def make_step(s: Settings, texts: list[bytes] | None = None) -> Callable[[float], None]:
-    """A training step on random tokens, as train.py makes it: losses, gradients, clipping, update.
-
-    It takes the progress of the run (0 to 1), by which weights may change. texts: of the tokens, for spelling.
-    """
-    path = choose_path(s, torch.device("cpu"))
-    torch.manual_seed(s.seed)
-    objective = raw = make_objective(s, path, texts)
-    if path.kind == "compiled":
-        objective = torch.compile(objective)
-    optimizer = make_optimizer(s, raw.model)
-    if s.soft_weight:
-        raw.refresh_neighbours()
-    rows = torch.randint(s.vocab_size, (2, s.batch_size, s.superposition * s.max_seq_len))
-
-    def step(progress: float = 0.5):
-        weights = loss_weights(s, progress)
-        freeze(raw.model, s, round(progress * s.max_iters))
-        x, y = rows if "superposition" in weights else rows[..., : s.max_seq_len]
-        counts = raw.counts(y, tuple(weights))
-        with path.autocast():
-            total, _ = objective(x, y, scales(weights, counts))
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(raw.parameters(), s.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 def work(pipe, case: Case) -> None:
     """In a process of its own: a step, its seconds and the memory it needed, each time the pipe asks for one."""
     torch.set_num_threads(case.threads)
@@ -103,7 +70,7 @@ def work(pipe, case: Case) -> None:
         chunks.WHOLE = 1 << 62
     torch.zeros(8).sum()
     before = memory("VmRSS")
-    step = make_step(case.settings)
+    step = step_on_random_tokens(case.settings)
     for _ in range(2):  # compiles, and has all memory that it needs
         step()
     pipe.send(None)
@@ -349,7 +316,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.training: {error}")
+    sys.exit(program(main))

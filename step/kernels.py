@@ -1,7 +1,7 @@
 """kernels.c in PyTorch: a training step several times faster on a CPU, with the same parameters and mathematics.
 
     model = KernelTransformer(args)                 # in place of Transformer
-    objective = Objective(model, kernels=kernels)   # this module, whose engine takes the losses
+    objective = Objective(model, kernels=kernels)   # this module, whose per_position_losses runs the losses in C
     with torch.autocast("cpu", torch.bfloat16): ... # or without, in float32
 
 kernels.c is compiled once, by the C compiler that also builds run.c, and kept in build/ (`library`).
@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from model import RMSNorm, Transformer, TransformerBlock
-from step.chunks import Found, Part, chunk_rows, plain_engine, rows_of
+from step.chunks import PLAIN_KL, Head, chunk_rows, rows_of
+from step.chunks import per_position_losses as in_pytorch
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
@@ -259,52 +260,51 @@ def head_losses(logits: Tensor, classes: Tensor, scales: Tensor, gradient: Tenso
           *results, *logits.shape, classes.shape[1], _is_bf16(logits))
 
 
-class Ask(NamedTuple):
-    """What is asked of a head, by row in the frame of its targets (chunks.Part)."""
+class Packed(NamedTuple):
+    """The targets of a head as head_losses takes them, by row."""
 
-    shift: int
-    classes: Tensor  # (N, K)
-    scales: Tensor  # (N, K), what each cross-entropy adds to the total
+    shift: int  # as chunks.Head has it
+    classes: Tensor  # (N, K), those of all its cross-entropies side by side
+    weights: Tensor  # (N, K), what each adds to the total
     taught: Tensor | None  # (N,) bool, where the divergence from the first head counts
-    teacher_scale: float  # what it adds to the total
+    teacher_weight: float  # what it adds to the total
 
 
 class HeadLosses(Function):
     """The losses of all heads in one pass over the targets.
 
-    Head i asks at t for the token that the NTP head asks for at t+i. So a chunk of targets u has one
-    row of each head's logits, from the features at u - i, and one teacher for all, the NTP logits:
-    each head's are formed once, whatever losses they have, and their gradients, weighted, are ready
-    when the chunk is done.
+    Head i at t and the NTP head at t+i have the same target. So a chunk of targets u has one row of each
+    head's logits, from the features at u - i, and one teacher for all, the NTP logits: each head's are
+    formed once, whatever losses they have, and their gradients, weighted, are ready when the chunk is done.
 
     tensors: features (N, D), weight (V, D) of each head in turn. Returns the total, which has gradients,
     and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
     """
 
     @staticmethod
-    def forward(ctx, asks: list[Ask], rows: int, wants_best: bool, *tensors):
+    def forward(ctx, heads: list[Packed], rows: int, guess: bool, *tensors):
         features, weights = tensors[0::2], tensors[1::2]
         N, learns = len(features[0]), [any(ctx.needs_input_grad[k : k + 2]) for k in range(3, 3 + len(tensors), 2)]
         rounded = [w.to(f.dtype) for f, w in zip(features, weights, strict=True)]
         to_features = [torch.zeros_like(f) if wanted else None for f, wanted in zip(features, learns, strict=True)]
         to_weights = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, learns, strict=True)]
-        teaches = any(ask.taught is not None for ask in asks)
-        entropies = [torch.zeros(ask.classes.shape) for ask in asks]
-        divergences, log_sums, bests = torch.zeros(3, len(asks), N)
+        teaches = any(head.taught is not None for head in heads)
+        entropies = [torch.zeros(head.classes.shape) for head in heads]
+        divergences, log_sums, bests = torch.zeros(3, len(heads), N)
         for start in range(0, N, rows):
             end, z = min(start + rows, N), None
-            for k, ask in enumerate(asks):
-                inputs, part = rows_of(ask.shift, start, end)
+            for k, head in enumerate(heads):
+                inputs, part = rows_of(head.shift, start, end)
                 if part.start == end:
                     continue
                 logits = F.linear(features[k][inputs], rounded[k])
                 teacher, taught = None, None
-                if ask.taught is not None:
-                    teacher, taught = (z[part.start - start :], log_sums[0, part]), ask.taught[part]
+                if head.taught is not None:
+                    teacher, taught = (z[part.start - start :], log_sums[0, part]), head.taught[part]
                 gradient = None if not learns[k] else torch.empty_like(logits) if k == 0 and teaches else logits
-                head_losses(logits, ask.classes[part], ask.scales[part], gradient, teacher, taught, ask.teacher_scale,
-                            (entropies[k][part], divergences[k, part], log_sums[k, part],
-                             bests[k, part] if wants_best else None))
+                best = bests[k, part] if guess else None
+                head_losses(logits, head.classes[part], head.weights[part], gradient, teacher, taught,
+                            head.teacher_weight, (entropies[k][part], divergences[k, part], log_sums[k, part], best))
                 z = logits if k == 0 else z
                 if learns[k]:
                     torch.mm(gradient, rounded[k], out=to_features[k][inputs])
@@ -314,62 +314,72 @@ class HeadLosses(Function):
                         to_weights[k] += gradient.T @ features[k][inputs]
         ctx.save_for_backward(*(t for pair in zip(to_features, to_weights, strict=True) for t in pair))
         total = torch.zeros(())
-        for ask, entropy, divergence in zip(asks, entropies, divergences, strict=True):
-            total += torch.where(ask.scales > 0.0, ask.scales * entropy, 0.0).sum()
-            if ask.taught is not None:
-                total += ask.teacher_scale * divergence.sum()
-        found = [t for k in range(len(asks)) for t in (entropies[k], divergences[k], bests[k] if wants_best else None)]
+        for head, entropy, divergence in zip(heads, entropies, divergences, strict=True):
+            total += torch.where(head.weights > 0.0, head.weights * entropy, 0.0).sum()
+            if head.taught is not None:
+                total += head.teacher_weight * divergence.sum()
+        found = [t for k in range(len(heads)) for t in (entropies[k], divergences[k], bests[k] if guess else None)]
         ctx.mark_non_differentiable(*(t for t in found if t is not None))
         return total, *found
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        # in place: they are asked for once
+        # in place: backward runs once
         return None, None, None, *(t if t is None else t.mul_(gradient) for t in ctx.saved_tensors)
 
 
-def ask_of(part: Part, usual: set[str], scales: dict[str, float], N: int) -> Ask:
-    """A part as HeadLosses takes it; usual: the losses of part.taught that it computes."""
-    classes, columns = [torch.zeros(N, 0, dtype=torch.long)], [torch.zeros(N, 0)]
-    for name, aim in part.aims.items():
-        shares = torch.ones(1) if aim.shares is None else aim.shares
-        classes.append(aim.classes)
-        columns.append(scales.get(name, 0.0) * aim.valid[:, None] * shares)
-    taught = [name for name in part.taught if name in usual]
-    return Ask(part.shift, torch.cat(classes, 1), torch.cat(columns, 1), part.taught[taught[0]] if taught else None,
-               sum(scales.get(name, 0.0) for name in taught))
+def pack(head: Head, in_c: set[str], position_weights: dict[str, float], N: int) -> Packed:
+    """A head's targets for C; in_c: those of its divergences that C computes."""
+    classes, weights = [torch.zeros(N, 0, dtype=torch.long)], [torch.zeros(N, 0)]
+    for name, target in head.targets.items():
+        if target.classes is not None:
+            shares = torch.ones(1) if target.shares is None else target.shares
+            classes.append(target.classes)
+            weights.append(position_weights.get(name, 0.0) * target.valid[:, None] * shares)
+    taught = [name for name in head.targets if name in in_c]
+    return Packed(head.shift, torch.cat(classes, 1), torch.cat(weights, 1),
+                  head.targets[taught[0]].valid if taught else None,
+                  sum(position_weights.get(name, 0.0) for name in taught))
 
 
-def engine(parts: list[Part], rows: int, kinds: dict[str, tuple], scales: dict[str, Tensor], wants_best: bool
-           ) -> tuple[Tensor, list[Found]]:
-    """chunks.plain_engine by way of HeadLosses.
+def unpack(head: Head, in_c: set[str], entropy: Tensor, divergence: Tensor) -> dict[str, Tensor]:
+    """{loss: (N,)} of a head, from what HeadLosses returns of it."""
+    losses, column = {}, 0
+    for name, target in head.targets.items():
+        if target.classes is not None:
+            each = entropy[:, column : column + target.classes.shape[1]]
+            losses[name] = (each if target.shares is None else each * target.shares).sum(1)
+            column += target.classes.shape[1]
+        elif name in in_c:
+            losses[name] = divergence
+    return losses
 
-    Of losses that compare with part 0, KL from it without a temperature is taken here, any other by
-    plain_engine. Autocast is left aside: features have the type that products are to have.
+
+def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str, Tensor], guess: bool = False
+                        ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+    """chunks.per_position_losses in C.
+
+    Of divergences C computes the usual one, KL from the NTP head without a temperature; any other is PyTorch's.
+    Autocast is off: features already have the type of the products.
     """
-    scales = {name: float(scale) for name, scale in scales.items()}
-    usual = {name for name, kind in kinds.items() if kind == ("forward", 1.0)}
-    features = [part.readout.features.flatten(0, 1) for part in parts]
+    weights = {name: float(weight) for name, weight in position_weights.items()}
+    divergences = {name: target.divergence for head in heads for name, target in head.targets.items()
+                   if target.classes is None}
+    in_c = {name for name, kind in divergences.items() if kind == PLAIN_KL}
+    features = [head.readout.features.flatten(0, 1) for head in heads]
     N = len(features[0])
-    asks = [ask_of(part, usual, scales, N) for part in parts]
-    tensors = [t for f, part in zip(features, parts, strict=True) for t in (f, part.readout.weight)]
+    packed = [pack(head, in_c, weights, N) for head in heads]
+    tensors = [t for f, head in zip(features, heads, strict=True) for t in (f, head.readout.weight)]
     with torch.autocast("cpu", enabled=False):
-        total, *results = HeadLosses.apply(asks, rows, wants_best, *tensors)
-    found = []
-    for k, part in enumerate(parts):
-        entropy, divergence, best = results[3 * k : 3 * k + 3]
-        entropies, column = {}, 0
-        for name, aim in part.aims.items():
-            each = entropy[:, column : column + aim.classes.shape[1]]
-            entropies[name] = (each if aim.shares is None else each * aim.shares).sum(1)
-            column += aim.classes.shape[1]
-        found.append(Found(entropies, {name: divergence for name in part.taught if name in usual}, best))
-    unusual = [k for k, part in enumerate(parts) if part.taught.keys() - usual]
-    if unusual:
-        others = [part._replace(aims={}, taught={name: v for name, v in part.taught.items() if name not in usual})
-                  for part in (parts[0], *(parts[k] for k in unusual))]
-        more, compared = plain_engine(others, chunk_rows(N, len(parts[0].readout.weight)), kinds, scales, False)
-        total = total + more
-        for k, also in zip(unusual, compared[1:], strict=True):
-            found[k].divergences.update(also.divergences)
-    return total, found
+        total, *results = HeadLosses.apply(packed, rows, guess, *tensors)
+    losses = {}
+    for k, head in enumerate(heads):
+        losses |= unpack(head, in_c, *results[3 * k : 3 * k + 2])
+    others = divergences.keys() - in_c
+    if others:
+        rest = [head._replace(targets={name: t for name, t in head.targets.items() if name in others})
+                for head in heads]
+        rest = [heads[0]._replace(targets={}), *(head for head in rest[1:] if head.targets)]
+        more, of_rest, _ = in_pytorch(rest, chunk_rows(N, len(heads[0].readout.weight)), weights)
+        total, losses = total + more, losses | of_rest
+    return total, losses, results[2::3]

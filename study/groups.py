@@ -15,14 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from settings import Heads, Looking, names_of
 from study.runs import HARMLESS, OWN_FACTS, Run
 
-OBJECTIVE = {  # settings that set-ups are meant to differ in: those under "looking ahead" in settings.py
-    "n_future_heads", "head", "nitp_weight", "consistency_weight", "consistency_direction", "consistency_teacher",
-    "consistency_temperature", "head_decay", "head_init", "aux_grad_scale", "aux_grad_power", "freeze_trunk_iters",
-    "freeze_embeddings", "curriculum", "spelling_letters", "spelling_weight", "spelling_case", "order_window",
-    "order_weight", "soft_weight", "soft_neighbours", "soft_temperature", "soft_refresh", "superposition",
-    "superposition_end", "mask_document_ends", "aux_schedule", "aux_start", "aux_end"}
+OBJECTIVE = names_of(Heads, Looking)  # what set-ups are meant to differ in
 COMPUTED = {"device", "path", "dtype"}  # facts of a run's arithmetic
 MANY = 1000  # seeds; more are not counted
 

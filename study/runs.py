@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from settings import Computing, Output, names_of
+
 SHOWN = 3  # complaints about the lines of one run
 LARGEST = 1e30  # what is beyond it is no loss, no time and no memory
-HARMLESS = {"seed", "out_dir", "data_dir", "eval_interval", "eval_only", "log_interval", "wandb_log", "wandb_project",
-            "wandb_run_name", "wandb_mode", "device", "dtype", "path", "compile"}  # settings; the last four: by facts
+HARMLESS = names_of(Output, Computing) | {"seed", "data_dir"}  # settings; how a run was computed is among its facts
 OWN_FACTS = {"cores", "parameters"}  # of each run its own
 KINDS = {"seed": int, "max_iters": int, "init_from": str, "cores": list, "threads": int}  # of settings and facts in use
 

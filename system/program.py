@@ -3,7 +3,36 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+
+def program(main: Callable[[list[str]], int | None], interrupted: str = "interrupted") -> int:
+    """Run a program's main(argv) and return its exit code; an error that a user can cause is one line on stderr.
+
+    interrupted: what Ctrl-C leaves behind, and how to go on.
+
+        if __name__ == "__main__":
+            sys.exit(program(main))
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()  # here, where a failure can still be reported
+        return status or 0
+    except ValueError as error:
+        message, status = str(error), 1
+    except ModuleNotFoundError as error:
+        message, status = f"needs {error.name}: pip install -r requirements-compare.txt", 1
+    except KeyboardInterrupt:
+        message, status = interrupted, 130
+    except OSError as error:
+        if error.filename is None:  # files are named where they are read and written; this is standard output
+            give_up_stdout(f"{name}: cannot write", error)
+        message, status = f"{error.filename}: {error.strerror}", 1
+    print(f"{name}: {message}", file=sys.stderr)
+    return status
 
 
 def positive(text: str) -> int:

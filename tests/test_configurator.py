@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 
 import train
-from configurator import AtLeast1, Fraction, FractionBelow1, Positive, configure, help_text
+from configurator import configure, help_text
+from settings import AtLeast1, Fraction, FractionBelow1, Positive
 
 
 @dataclass

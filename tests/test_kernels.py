@@ -6,8 +6,9 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
+from test_losses import total_of
 
-from losses import Objective, all_losses, scales
+from losses import Objective, all_losses
 from model import FUTURE_HEADS, FeedForward, ModelArgs, RMSNorm, Transformer, TransformerBlock, rope_table, rotate
 from step import kernels
 from text.letters import Letters, alphabet_size
@@ -284,7 +285,7 @@ def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
             losses = objective.evaluate(x, y, names, 2)[0]
             weights = {name: 1.0 + k for k, name in enumerate(names)}
-            total, _ = objective(x, y, scales(weights, objective.counts(y, names)))
+            total, _ = total_of(objective, x, y, weights)
         total.backward()
         found.append((losses, {name: p.grad for name, p in objective.model.named_parameters()}))
     (want, want_gradients), (got, got_gradients) = found
@@ -378,7 +379,7 @@ def test_features_in_float32_under_autocast():
     x, y = torch.randint(2, 100, (2, 3, 40), generator=torch.Generator().manual_seed(2))
     objective = Objective(plain, None, kernels)  # whose RMSNorm ends in float32
     with torch.autocast("cpu", torch.bfloat16):
-        total, _ = objective(x, y, scales({"ntp": 1.0}, objective.counts(y, ("ntp",))))
+        total, _ = total_of(objective, x, y, {"ntp": 1.0})
     total.backward()
     assert total.item() == pytest.approx(Objective(plain).evaluate(x, y, ("ntp",))[0]["ntp"].mean.item(), rel=0.01)
 

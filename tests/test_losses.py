@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import losses
-from losses import Objective, all_losses, heads_in_curriculum, loss_weights, scales, schedule, valid_positions
+from losses import Objective, all_losses, heads_in_curriculum, loss_weights, position_weights, schedule, valid_positions
 from model import ModelArgs, Readout, Transformer
 from settings import Settings
 from step import chunks, kernels
@@ -31,9 +31,19 @@ def objective_of(request, monkeypatch):
     return make
 
 
+def total_of(objective, x, y, weights: dict[str, float], counts: dict | None = None) -> tuple[torch.Tensor, dict]:
+    """What a step's forward returns; counts: of the whole iteration, where x and y are a part of it."""
+    targets = objective.targets(y, tuple(weights))
+    return objective(x, targets, position_weights(weights, counts or valid_counts(targets)))
+
+
+def valid_counts(targets) -> dict[str, torch.Tensor]:
+    return {name: target.valid.sum() for name, target in targets.items()}
+
+
 def learn(objective, x, y, weights: dict[str, float]) -> dict:
     """One step's gradients and losses."""
-    total, found = objective(x, y, scales(weights, objective.counts(y, tuple(weights))))
+    total, found = total_of(objective, x, y, weights)
     total.backward()
     assert total.item() == pytest.approx(sum(weights[name] * loss.mean.item() for name, loss in found.items()))
     return found
@@ -46,7 +56,7 @@ class Table(torch.nn.Module):
         super().__init__()
         self.tables = torch.nn.ParameterList(torch.nn.Parameter(t.clone()) for t in logits)
         self.others = torch.nn.ParameterDict({k: torch.nn.Parameter(t.clone()) for k, t in others.items()})
-        self.shared, self.read = shared, set()
+        self.shared_head, self.read = shared, set()
         self.tok_embeddings = torch.nn.Embedding(logits[0].shape[-1], 4)
 
     def trunk(self, x):
@@ -54,9 +64,9 @@ class Table(torch.nn.Module):
 
     def readouts(self, x, h, heads):
         self.read.update(heads)
-        logits = {i: self.others[i] if isinstance(i, str) else self.tables[0 if self.shared else i] for i in heads}
+        logits = {i: self.others[i] if isinstance(i, str) else self.tables[0 if self.shared_head else i] for i in heads}
         found = {i: Readout(t, torch.eye(t.shape[-1], dtype=t.dtype)) for i, t in logits.items()}
-        return dict.fromkeys(heads, found[0]) if self.shared else found
+        return dict.fromkeys(heads, found[0]) if self.shared_head else found
 
 
 def random_case(n: int, boundaries: bool, B=3, T=9, V=7, seed=0):
@@ -246,7 +256,7 @@ def test_all_tokens_as_even_neighbours_are_label_smoothing(objective_of):
     objective = objective_of(logits, neighbours=(7, 1e8))
     objective.refresh_neighbours()
     epsilon = 0.2
-    total, _ = objective(x, y, scales({"ntp": 1 - epsilon, "soft": epsilon}, objective.counts(y, ("ntp", "soft"))))
+    total, _ = total_of(objective, x, y, {"ntp": 1 - epsilon, "soft": epsilon})
     want = torch.nn.functional.cross_entropy(logits[0].flatten(0, 1), y.flatten(), label_smoothing=epsilon)
     assert total.item() == pytest.approx(want.item(), rel=1e-5)
 
@@ -378,7 +388,7 @@ def test_each_loss_reaches_its_own_head_and_nothing_else(objective_of):
 def test_a_head_that_no_loss_asks_for_is_not_run():
     x, y, logits = random_case(3, False)
     objective = Objective(Table(logits))
-    objective(x, y, {"ntp": torch.tensor(1.0), "nitp_2": torch.tensor(1.0)})
+    total_of(objective, x, y, {"ntp": 1.0, "nitp_2": 1.0})
     assert objective.model.read == {0, 2}
 
 
@@ -419,7 +429,7 @@ def test_statistics_are_float32_under_half_precision():
     V = 3000
     logits = [torch.zeros(1, 4, V, dtype=torch.bfloat16) for _ in range(2)]
     x = y = torch.zeros(1, 4, dtype=torch.long)
-    for name, loss in Objective(Table(logits))(x, y, dict.fromkeys(all_losses(1), torch.tensor(0.25)))[1].items():
+    for name, loss in total_of(Objective(Table(logits)), x, y, dict.fromkeys(all_losses(1), 1.0))[1].items():
         assert loss.mean.dtype == torch.float32
         assert loss.mean.item() == pytest.approx(0.0 if name == "consistency_1" else math.log(V), abs=1e-5)
 
@@ -435,7 +445,7 @@ def test_chunks_keep_gradients_that_float16_would_lose(monkeypatch):
         model.zero_grad()
         objective, weights = Objective(model), {"ntp": 1.0, "consistency_1": 1.0}
         with torch.autocast("cpu", torch.float16, enabled=half):
-            total, _ = objective(x, y, scales(weights, objective.counts(y, tuple(weights))))
+            total, _ = total_of(objective, x, y, weights)
         (total * 65536).backward()
         found.append(model.norm.weight.grad / 65536)
     assert (found[1] - found[0]).norm() < 0.01 * found[0].norm()
@@ -463,10 +473,10 @@ def test_micro_batches_add_up_to_the_whole_batch(objective_of):
     whole = objective_of(logits, bos=BOS)
     learn(whole, x, y, weights)
     parts = objective_of(logits, bos=BOS)
-    counts = parts.counts(y, names)
+    counts = valid_counts(parts.targets(y, names))
     for rows in (slice(0, 1), slice(1, 4)):
         part = Objective(SimpleRows(parts.model, rows), BOS, parts.kernels)
-        part(x[rows], y[rows], scales(weights, counts))[0].backward()
+        total_of(part, x[rows], y[rows], weights, counts)[0].backward()
     for a, b in zip(whole.model.tables, parts.model.tables, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -524,7 +534,7 @@ class SimpleRows(torch.nn.Module):
 
     def __init__(self, table: Table, rows: slice):
         super().__init__()
-        self.table, self.rows = table, rows
+        self.table, self.rows, self.shared_head = table, rows, table.shared_head
 
     def trunk(self, x):
         return x

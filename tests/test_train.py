@@ -171,8 +171,8 @@ def test_heads_are_trained_and_the_two_weights_are_two(words, tmp_path):
 def test_a_schedule_that_ends_is_logged_and_then_free(words, tmp_path, monkeypatch):
     asked = []
     forward = Objective.forward
-    monkeypatch.setattr(Objective, "forward", lambda self, x, y, scales: (
-        asked.append(tuple(scales)), forward(self, x, y, scales))[1])
+    monkeypatch.setattr(Objective, "forward", lambda self, x, targets, weights: (
+        asked.append(tuple(weights)), forward(self, x, targets, weights))[1])
     run(words(**HEADS | {"consistency_weight": 0}, aux_schedule="linear", aux_end=0.5))
     assert [line["weight/nitp_1"] for line in log_lines(tmp_path / "out")[:-1]] == pytest.approx(
         [0.3, 0.225, 0.15, 0.075, 0, 0, 0, 0])
