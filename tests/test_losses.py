@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 
 import losses
+from configurator import configure
 from losses import Objective, all_losses, heads_in_curriculum, loss_weights, position_weights, schedule, valid_positions
 from model import ModelArgs, Readout, Transformer
 from settings import Settings
@@ -191,6 +193,29 @@ def test_the_control_has_the_teacher_that_has_not_seen_more(masked, objective_of
     for i in (1, 2):  # what evaluations report of agreement is of the later teacher in either case
         kl = [o.evaluate(x, y, (), 2)[0][f"kl_{i}"].mean.item() for o in (objective, usual)]
         assert kl[0] == kl[1]
+
+
+def test_the_first_study_sums_reverse_kl_at_the_same_position_over_the_row(objective_of):
+    """Its code: F.kl_div with reduction="batchmean" of (B, T - 1, V), so a sum over positions; weights are equal."""
+    x, y, logits = random_case(1, False, seed=9)
+    weight, T = 0.01, x.shape[1]
+    slow = copies(*logits)
+    z, a = (t.log_softmax(-1) for t in slow)
+    ntp = torch.nn.functional.cross_entropy(slow[0].flatten(0, 1), y.flatten())
+    nitp = torch.nn.functional.cross_entropy(slow[1][:, :-1].flatten(0, 1), y[:, 1:].flatten())
+    consistency = torch.nn.functional.kl_div(z[:, :-1].detach(), a[:, :-1], log_target=True, reduction="batchmean")
+    (ntp + weight * nitp + weight * consistency).backward()
+    s = configure(Settings, [str(ROOT / "config/first_study/both.py"), f"--max_seq_len={T}", "--vocab_size=7"])
+    weights = loss_weights(s, 0.0)
+    assert weights["consistency_1"] == pytest.approx(weight * 511)  # 5.11 per position, at its T of 512
+    weights["consistency_1"] *= (T - 1) / 511  # at the T of this test
+    objective = objective_of(logits, teacher=s.consistency_teacher,
+                             consistency=(s.consistency_direction, s.consistency_temperature))
+    got = learn(objective, x, y, weights)
+    total = sum(weights[name] * loss.mean.item() for name, loss in got.items())
+    assert total == pytest.approx((ntp + weight * (nitp + consistency)).item(), rel=1e-5)
+    for mine, reference in zip(objective.model.tables, slow, strict=True):
+        torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("masked", [False, True])

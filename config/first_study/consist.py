@@ -1,0 +1,29 @@
+"""The first study with its own consistency loss, which differs from this lab's (doc/objectives.md)."""
+out_dir = "out/first_study/consist"
+# data
+dataset = "tinystories"  # python tinystories.py train_vocab --from=tokenizer.model (Llama 2's), then pretokenize
+vocab_size = 32000
+max_seq_len = 512
+batch_size = 128
+gradient_accumulation_steps = 4  # 262,144 tokens a step
+# model
+dim = 64
+n_layers = 5
+n_heads = 8
+n_kv_heads = 4
+multiple_of = 32
+# objective
+n_future_heads = 1
+consistency_teacher = "same"  # the NTP head at t, not at t + 1
+consistency_direction = "reverse"  # KL(head || NTP)
+consistency_weight = 0.01 * (max_seq_len - 1)  # it sums over the row; here losses are means per position
+# optimisation
+learning_rate = 5e-4
+max_iters = 100_000
+warmup_iters = 1000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+eval_interval = 200
+log_interval = 10
