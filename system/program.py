@@ -1,4 +1,8 @@
-"""What the command lines of all programs share."""
+"""What the command lines of all programs share.
+
+Programs import this file before anything else (pyproject.toml has ruff hold that), so that a Python without
+the libraries ends in one line, not in a traceback.
+"""
 
 import argparse
 import os
@@ -6,6 +10,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+
+def explain_missing_library(kind: type, error: BaseException, traceback) -> None:
+    """sys.excepthook: for a library that is not installed, the command that installs it."""
+    if issubclass(kind, ModuleNotFoundError):
+        print(f"{Path(sys.argv[0]).name}: {sys.executable} has no {error.name}; run `make .venv/ready`, then "
+              "`source .venv/bin/activate`", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = explain_missing_library
 
 
 def program(main: Callable[[list[str]], int | None], interrupted: str = "interrupted") -> int:
