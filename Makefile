@@ -10,9 +10,9 @@ SET = seeds4
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*##/  make \1 |/' | column -t -s '|'
 
-demo: run $(DEMO)/model.bin ## stories, vocabulary, a 260K model trained for three minutes, and a story told in C
+demo: run $(DEMO)/model.bin ## generated stories, a 260K model trained on them for three minutes, and a story from C
 	@echo
-	@echo "Next: make test; real stories and the four set-ups of the README; or this model again:"
+	@echo "Next: make test; the README's real stories and four set-ups; or this model again:"
 	@echo "  ./run $(DEMO)/model.bin -t 0.5 -n 0 -i \"One day, Mia lost her\""
 	@echo
 	@echo "A story by the model in $(DEMO):"
@@ -22,7 +22,7 @@ demo: run $(DEMO)/model.bin ## stories, vocabulary, a 260K model trained for thr
 test: .venv/test-ready ## the whole test suite
 	$(PY) -m pytest
 
-test-interop: .venv/interop-ready ## the same stories by llama.cpp, which is built first (20 to 40 minutes on two cores)
+test-interop: .venv/interop-ready ## compare stories with llama.cpp, which is built first (20 to 40 minutes on two cores)
 	$(PY) -m pytest tests/test_gguf.py
 
 lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
@@ -37,7 +37,7 @@ run: run.c ## build run: inference in C
 runfast: run.c ## build run for this machine's processor
 	$(CC) -O3 -march=native -pthread -o run run.c -lm
 
-runomp: runfast ## the same under llama2.c's name: every build has threads (OMP_NUM_THREADS=4 ./run ..., or -j 4)
+runomp: runfast ## the same, under llama2.c's name (every build has threads: OMP_NUM_THREADS=4 ./run ..., or -j 4)
 
 rundebug: run.c ## build run with address and undefined-behaviour sanitizers
 	$(CC) -g -O1 -Wall -Wextra -DSEPARATE_BUFFERS -fsanitize=address,undefined -pthread -o run run.c -lm
@@ -56,10 +56,10 @@ bench: .venv/test-ready ## speed and memory of training steps by path, heads, vo
 bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md (20 minutes, 1 GB in out/bench)
 	$(PY) -m bench.decoding decode
 
-ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds and compare: hours; goes on where it stopped
+ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds and compare: hours; continues where it stopped
 	$(PY) ablate.py $(SET)
 
-results: .venv/test-ready ## draw the tables and plots of doc/results.md and doc/objectives.md again, from the kept logs (a minute)
+results: .venv/test-ready ## redraw the tables and plots of doc/results.md and doc/objectives.md from doc/runs (a minute)
 	$(PY) compare.py doc/runs/seeds4.jsonl --step_seconds doc/runs/seeds4_seconds.json --markdown "doc/results.md#seeds4" --plots doc/seeds4 > /dev/null
 	$(PY) compare.py doc/runs/confirm.jsonl --step_seconds doc/runs/confirm_seconds.json --markdown "doc/results.md#confirm" --plots doc/confirm > /dev/null
 	for set in little little2m; do \
@@ -68,13 +68,13 @@ results: .venv/test-ready ## draw the tables and plots of doc/results.md and doc
 	$(PY) compare.py doc/runs/little_dropout.jsonl --along dropout --best --baseline base --markdown "doc/results.md#little_dropout" > /dev/null
 	$(PY) compare.py doc/runs/objectives.jsonl --step_seconds doc/runs/objectives_seconds.json --markdown "doc/objectives.md#map" --plots doc/objectives > /dev/null
 
-clean: ## remove what was built; data, runs and .venv stay
+clean: ## remove what was built; keep data, runs and .venv
 	rm -rf run build .pytest_cache .ruff_cache $$(find . -name __pycache__ -not -path "./.venv/*")
 
-# --- what the above are made of; each is made once ---
+# --- the steps of the above; each is done once ---
 
 .venv/ready: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found %s" % sys.version)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found %s; name another: make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@

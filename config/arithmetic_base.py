@@ -1,4 +1,4 @@
-"""Arithmetic progressions modulo 31, next-token prediction alone: a plateau, then the rule is found, in a minute."""
+"""Arithmetic progressions modulo 31, next-token prediction only: a plateau, then the rule is learned; a minute."""
 out_dir = "out/arithmetic_base"
 # data
 dataset = "arithmetic"  # python synthetic.py arithmetic

@@ -1,4 +1,4 @@
-"""Arithmetic progressions modulo 31, three future heads: soon they see four numbers as well as one; a minute."""
+"""Arithmetic progressions modulo 31, three future heads that soon predict four numbers as well as one; a minute."""
 out_dir = "out/arithmetic_mtp"
 # data
 dataset = "arithmetic"  # python synthetic.py arithmetic

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. A block head, a copy of the trunk's last block; a tenth of its gradient passes."""
+"""260K parameters on TinyStories. A block head, at first a copy of the last block; a tenth of its gradient passes."""
 out_dir = "out/block_copy"
 # data
 dataset = "tinystories"

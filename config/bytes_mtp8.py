@@ -1,4 +1,4 @@
-"""Bytes in place of tokens, and eight heads for the bytes behind the next; compare by val/bits_per_byte.
+"""Bytes instead of tokens, and eight heads for the bytes after the next; compare by val/bits_per_byte.
 
 Data: python tinystories.py pretokenize --vocab_size=259. Without heads: --n_future_heads=0 --nitp_weight=0.
 """

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. The same by the Jensen-Shannon divergence, both sides softened."""
+"""260K parameters on TinyStories. Consistency by the Jensen-Shannon divergence, both sides softened."""
 out_dir = "out/consistency_js"
 # data
 dataset = "tinystories"

@@ -1,7 +1,7 @@
-"""Four heads on a pretrained trunk: blocks like its last, alone for 200 steps, then together with the trunk.
+"""Four heads on a pretrained trunk: copies of its last block, trained for 200 steps while the trunk is frozen.
 
-`--init_from=` takes any checkpoint, ours or llama2.c's; its trunk's shape is taken over. The trunk feels a tenth of
-what the heads ask for. `--freeze_trunk_iters=-1` leaves it as it is: heads for a finished model.
+`--init_from=` takes any checkpoint, ours or llama2.c's, and its trunk's shape. After the 200 steps the trunk gets a
+tenth of the heads' gradient. `--freeze_trunk_iters=-1` never trains it: heads for a finished model.
 """
 out_dir = "out/frozen_heads"
 init_from = "out/stories260k_base/ckpt.pt"

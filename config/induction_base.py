@@ -1,4 +1,4 @@
-"""Stories with made-up names, next-token prediction alone: is the second half of a name found where it was read?"""
+"""Stories with made-up names, next-token prediction only: is the second half of a name copied from its mention?"""
 out_dir = "out/induction_base"
 # data
 dataset = "induction"  # python synthetic.py induction --from_dataset=toy

@@ -1,4 +1,4 @@
-"""Stories with made-up names, one future head: induction_base.py, looking ahead."""
+"""Stories with made-up names, one future head: induction_base.py with NiTP."""
 out_dir = "out/induction_mtp"
 # data
 dataset = "induction"  # python synthetic.py induction --from_dataset=toy

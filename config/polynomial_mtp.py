@@ -1,4 +1,4 @@
-"""Polynomials over F7[X]/(X^5), three future heads: what polynomial_base.py learns, looking ahead; 3 minutes."""
+"""Polynomials over F7[X]/(X^5), three future heads: polynomial_base.py with NiTP; 3 minutes."""
 out_dir = "out/polynomial_mtp"
 # data
 dataset = "polynomial"  # python synthetic.py polynomial

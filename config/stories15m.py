@@ -22,6 +22,6 @@ max_iters = 20_000
 warmup_iters = 500
 weight_decay = 0.1
 beta2 = 0.95
-compile = True  # on a GPU; CPUs take kernels.c
+compile = True  # on a GPU; a CPU uses kernels.c instead
 eval_interval = 500
 log_interval = 10

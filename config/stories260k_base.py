@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories, next-token prediction alone: the run that the others are compared with."""
+"""260K parameters on TinyStories, next-token prediction only: the baseline of the other three."""
 out_dir = "out/stories260k_base"
 # data
 dataset = "tinystories"

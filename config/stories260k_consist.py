@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories, one future head that follows the next-token head (consistency)."""
+"""260K parameters on TinyStories, one future head taught by the next-token head (consistency)."""
 out_dir = "out/stories260k_consist"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters, 500 steps: next-token prediction at the best learning rate that its search found."""
+"""260K parameters, 500 steps: next-token prediction at the best learning rate of its search."""
 out_dir = "out/confirm/base"
 # data
 dataset = "tinystories"

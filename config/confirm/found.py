@@ -1,4 +1,4 @@
-"""260K parameters, 500 steps: the best that the search of heads with both losses found, in round numbers."""
+"""260K parameters, 500 steps: the best of the search of heads with both losses, rounded."""
 out_dir = "out/confirm/found"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters, 500 steps: the best that the search of `shared` heads, which have no parameters, found, rounded."""
+"""260K parameters, 500 steps: the best of the search of `shared` heads, which have no parameters, rounded."""
 out_dir = "out/confirm/shared"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Next-token prediction alone."""
+"""260K parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Next-token prediction only."""
 out_dir = "out/little/base"
 # data
 dataset = "tinystories"

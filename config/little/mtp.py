@@ -1,4 +1,4 @@
-"""260K parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Four heads look further ahead."""
+"""260K parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Four future heads."""
 out_dir = "out/little/mtp"
 # data
 dataset = "tinystories"

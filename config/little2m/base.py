@@ -1,4 +1,4 @@
-"""2.1M parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Next-token prediction alone."""
+"""2.1M parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Next-token prediction only."""
 out_dir = "out/little2m/base"
 # data
 dataset = "tinystories"

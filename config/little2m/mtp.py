@@ -1,4 +1,4 @@
-"""2.1M parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Four heads look further ahead."""
+"""2.1M parameters on a part of TinyStories, over many epochs: --train_fraction=0.05. Four future heads."""
 out_dir = "out/little2m/mtp"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. Next-token prediction alone: what the other objectives are compared with."""
+"""260K parameters on TinyStories. Next-token prediction only: the baseline of the other objectives."""
 out_dir = "out/objectives/base"
 # data
 dataset = "tinystories"

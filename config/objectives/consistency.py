@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. A head follows the next-token head, which has seen more: KL(NTP || head)."""
+"""260K parameters on TinyStories. The next-token head, having seen more, teaches a head: KL(NTP || head)."""
 out_dir = "out/objectives/consistency"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. The same the other way round: KL(head || NTP)."""
+"""260K parameters on TinyStories. Consistency with the reverse divergence: KL(head || NTP)."""
 out_dir = "out/objectives/consistency_reverse"
 # data
 dataset = "tinystories"

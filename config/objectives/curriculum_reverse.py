@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. Four heads that leave one by one, to next-token prediction alone."""
+"""260K parameters on TinyStories. Four heads that leave one by one; next-token prediction at the end."""
 out_dir = "out/objectives/curriculum_reverse"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. A tenth of weight spread evenly over the vocabulary: label smoothing of 0.1 / 1.1."""
+"""260K parameters on TinyStories. Soft targets, weight 0.1, spread evenly: label smoothing of 0.1 / 1.1."""
 out_dir = "out/objectives/label_smoothing"
 # data
 dataset = "tinystories"

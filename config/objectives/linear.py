@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. One head with an unembedding of its own."""
+"""260K parameters on TinyStories. One head with its own unembedding."""
 out_dir = "out/objectives/linear"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. Four heads with unembeddings of their own."""
+"""260K parameters on TinyStories. Four heads, each with its own unembedding."""
 out_dir = "out/objectives/linear4"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. The three middle layers twice: as deep as eight, with five's parameters."""
+"""260K parameters on TinyStories. The three middle layers run twice: eight layers deep with the parameters of five."""
 out_dir = "out/objectives/recurrence"
 # data
 dataset = "tinystories"

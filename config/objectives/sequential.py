@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. DeepSeek-V3's head: a block that has seen the token in between; fades out."""
+"""260K parameters on TinyStories. DeepSeek-V3's head: a block that also reads the token in between; fades out."""
 out_dir = "out/objectives/sequential"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. The next-token head itself is asked for two tokens more; fades out."""
+"""260K parameters on TinyStories. The next-token head itself predicts two more tokens; fades out."""
 out_dir = "out/objectives/shared"
 # data
 dataset = "tinystories"

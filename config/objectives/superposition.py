@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. Bags of four tokens in the first 30% of the run, four times the text."""
+"""260K parameters on TinyStories. Bags of four tokens in the first 30% of the run, so four times the text."""
 out_dir = "out/objectives/superposition"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. Next-token prediction alone: what the other set-ups are compared with."""
+"""260K parameters on TinyStories. Next-token prediction only: the baseline of the other set-ups."""
 out_dir = "out/seeds4/base"
 # data
 dataset = "tinystories"

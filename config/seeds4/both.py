@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. One head predicts one token further and follows the next-token head."""
+"""260K parameters on TinyStories. One head with both losses, NiTP and consistency."""
 out_dir = "out/seeds4/both"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. One head follows the next-token head, which has seen one token more."""
+"""260K parameters on TinyStories. One head taught by the next-token head, which has read one more token."""
 out_dir = "out/seeds4/consistency"
 # data
 dataset = "tinystories"

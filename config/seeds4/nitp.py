@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. One head with an unembedding of its own predicts one token further."""
+"""260K parameters on TinyStories. One head with its own unembedding predicts the token after next."""
 out_dir = "out/seeds4/nitp"
 # data
 dataset = "tinystories"

@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories. One head predicts one token further, with a weight of 0 from 60% of the run on."""
+"""260K parameters on TinyStories. One head with NiTP, whose weight falls to 0 at 60% of the run."""
 out_dir = "out/variants/fading"
 # data
 dataset = "tinystories"

@@ -13,7 +13,7 @@ n_kv_heads = 4
 # objective
 n_future_heads = 1
 consistency_weight = 0.01
-consistency_teacher = "same"  # the product has "later"
+consistency_teacher = "same"  # the corrected objective has "later"
 # optimisation
 learning_rate = 2e-3
 max_iters = 1500
