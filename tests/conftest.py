@@ -1,4 +1,4 @@
-"""A tiny data set, ways to run train.py on it, and builds of run.c, for the tests that need them."""
+"""A tiny data set, ways to run train.py on it, and builds of run.c."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def wandb_dir(tmp_path, monkeypatch) -> Path:
 
 
 def start(*argv, **options) -> subprocess.Popen:
-    """A Python program of the project as its own process, output captured."""
+    """A Python program of the project as a process, output captured."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **options)

@@ -1,4 +1,4 @@
-"""Whole comparisons: what is run, what is left alone, what is refused."""
+"""Whole comparisons: what is run, what is skipped, what is refused."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from study.processes import lock
 
 @pytest.fixture
 def lab(data_dir, tmp_path, monkeypatch):
-    """A set of two tiny configs in place of the project's."""
+    """A set of two tiny configs instead of the project's."""
     common = f"""
 data_dir = {str(data_dir)!r}
 dataset = "toy"
@@ -46,7 +46,7 @@ def words(lab, *more: str) -> list[str]:
 
 
 def figures(lab, run: str) -> list[dict]:
-    """The lines of a run's log but for what the clock and the memory say."""
+    """The lines of a run's log without clock and memory."""
     lines = map(json.loads, (lab / "out" / run / "log.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in ("seconds", "tok_per_s", "peak_mib")}
             for line in lines if "config" not in line]

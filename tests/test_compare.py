@@ -1,4 +1,4 @@
-"""Comparing runs: reading logs however broken, groups, the arithmetic against SciPy's, tables, plots and the page."""
+"""Comparing runs: reading whole and broken logs, groups, the arithmetic against SciPy's, tables, plots and the page."""
 
 import csv
 import io
@@ -95,7 +95,7 @@ def test_intervals_are_scipys():
 
 @pytest.mark.parametrize("effect", [0.3, 0.5, 1.0, 2.0])
 def test_so_many_seeds_find_the_effect_in_four_of_five_comparisons(effect):
-    """By the noncentral t distribution, whose power is that of the paired t test."""
+    """By the noncentral t distribution, which gives the power of the paired t test."""
     def power(n: int) -> float:
         return 1.0 - stats.nct.cdf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n))
 
@@ -448,7 +448,7 @@ def test_odd_names(tmp_path, capsys):
 
 
 def test_logs_of_many_lines_are_read_in_no_time(tmp_path):
-    """Quadratic work, as once here, would take minutes."""
+    """Quadratic work would take minutes."""
     lines = [{"iter": k, "tokens": k, "seconds": k / 10, "train/ntp": 2.0} | ({"val/ntp": 2.0} if k % 50 == 0 else {})
              for k in range(30_001)]
     for name in ("a-1", "a-2"):
@@ -542,7 +542,7 @@ def test_records_of_wandbs_files_may_span_blocks():
 
 @pytest.fixture
 def wandb_server(tmp_path):
-    """The environment of a program whose wandb is a server here, which gives recorded answers about two runs.
+    """The environment of a program whose wandb is a local server with recorded answers about two runs.
 
     As wandb's own client asks (0.31.0): GraphQL for who we are, projects, runs, and pages of their histories.
     """
@@ -618,7 +618,7 @@ def test_runs_at_wandb(wandb_server):
 # plots and page
 
 class Page(HTMLParser):
-    """Collects tags, and what would have to be fetched."""
+    """Collects tags, and what the page would have to fetch."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -732,7 +732,7 @@ def test_what_is_drawn_along_a_setting(little, tmp_path, capsys):
 
 
 def test_a_single_seed_has_no_bar(little, tmp_path, monkeypatch):
-    """A bar of no length would say that it is known to the last digit."""
+    """A bar of length zero would claim a certainty that one seed does not give."""
     drawn, errorbar = [], Axes.errorbar
 
     def note(self, at, mean, yerr, **more):

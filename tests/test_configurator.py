@@ -1,4 +1,4 @@
-"""Settings from files and words: what is taken, what is refused, and what the refusal says."""
+"""Settings from files and the command line: what is accepted, what is refused, and the message."""
 
 import re
 from dataclasses import dataclass, fields

@@ -48,7 +48,7 @@ def tell(run: Path, *flags, stdin: str = "") -> bytes:
 
 @torch.no_grad()
 def greedy(model: Transformer, n: int) -> list[int]:
-    """n tokens after BOS, each from the whole context: no cache."""
+    """n tokens after BOS, each computed from the whole context, without a cache."""
     ids = [BOS]
     for _ in range(n):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
@@ -103,7 +103,7 @@ def test_every_type_of_head_leaves_the_same_trunk(tmp_path, head, version):
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_layers_that_recur_are_written_as_often(tmp_path, version):
-    """So every reader of the format has the model, as one that is as deep."""
+    """So every reader of the format runs it, as a model with that many layers."""
     model = random_model(recurrence=2, prelude_layers=1, coda_layers=1)
     flat = random_model(n_layers=4)
     flat.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("layers.")} | {
@@ -213,7 +213,7 @@ def test_every_version_scores_alike_in_c(run, tmp_path, data_dir, tied):
 
 
 def test_heads_file(run, tmp_path, data_dir, capsys):
-    """Its layout; run takes it for every version of its own trunk, and for no other."""
+    """Its layout; run accepts it with every version of its own trunk, and with no other."""
     (tmp_path / "tokenizer.bin").write_bytes((data_dir / "toy" / "tok512" / "tokenizer.bin").read_bytes())
     model = random_model(n_future_heads=2)
     path, heads = save(model, tmp_path / "ckpt.pt"), tmp_path / "m.heads.bin"

@@ -1,4 +1,4 @@
-"""GGUF files: what is in them, by the gguf package's reader; and the story that llama.cpp tells, where it is there."""
+"""GGUF files: their content, by the gguf package's reader; and llama.cpp's story, where it is installed."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Hugging Face folders against their real reader, transformers; and folders that are not what they say."""
+"""Hugging Face folders against their real reader, transformers; and broken folders."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_transformers_has_the_same_logits(transformers, tmp_path, changes):
 
 @pytest.mark.parametrize("n_kv_heads", [1, 4])
 def test_the_same_logits_after_training(transformers, tmp_path, words, n_kv_heads):
-    """Trained weights are no longer alike in all directions, so a wrong order of rows shows."""
+    """Weights that differ between directions, as trained ones do, so a wrong order of rows shows."""
     import train
 
     train.main(words(max_iters=20, n_kv_heads=n_kv_heads, n_future_heads=1, nitp_weight=0.5))
@@ -248,7 +248,7 @@ def test_the_folder_of_a_run_is_told_from_one_of_hugging_face(tmp_path):
 
 
 def test_a_folder_of_ours_gives_way_whole(data_dir, tmp_path):
-    """No file of the model before stays: its vocabulary would be another's."""
+    """No file of the previous model stays: its vocabulary would not fit."""
     folder = tmp_path / "hf"
     write_folder(random_model(), load_tokenizer(data_dir / "toy" / "tok512", 512), folder)
     assert (folder / "tokenizer.model").exists()

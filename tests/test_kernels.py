@@ -19,13 +19,13 @@ dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "bflo
 
 
 def compare(got, want, dtype, scale=1.0):
-    """got equals want, float64, but for rounding to dtype; `scale`: of the largest values that were summed."""
+    """got equals want (float64) up to rounding to dtype; `scale`: of the largest values that were summed."""
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(got.double(), want, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale)
 
 
 def leaf(*shape, dtype, seed=0, scale=1.0):
-    """Random numbers that dtype holds exactly, once as they go into a kernel and once for the float64 reference."""
+    """Random numbers that dtype holds exactly: one copy for the kernel, one for the float64 reference."""
     x = (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
     return x.clone().requires_grad_(), x.double().requires_grad_()
 
@@ -102,7 +102,7 @@ def test_dropout_of_one_place_says_nothing_of_another():
 
 
 def test_attention_of_scores_that_overflow_an_exponential():
-    """Scores of +-1e4: the largest decides alone, whatever comes before or after it."""
+    """Scores of +-1e4: the largest takes all the weight, whatever comes before or after it."""
     B, T, H, hd = 1, 40, 1, 8
     qkv = torch.zeros(B, T, 3 * hd)
     qkv[..., 0] = 200.0  # q
@@ -302,7 +302,7 @@ def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
 
 
 def test_dropout_falls_on_what_it_falls_on_in_the_plain_model(monkeypatch):
-    """Embeddings, attention's probabilities and both branches of a block, in training alone.
+    """Embeddings, attention's probabilities and both branches of a block, only in training.
 
     With masks that are no longer random: F.dropout doubles the even numbers of a row, and of attention's
     probabilities none is dropped here; that both paths ask for it is counted.
@@ -368,7 +368,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_an_epsilon_may_be_a_whole_number():
-    """As it may come from another program's checkpoint."""
+    """As another program's checkpoint may have it."""
     h, weight = torch.randn(3, 8), torch.ones(8)
     assert torch.equal(kernels.Norm.apply(h, weight, 1, h.dtype), kernels.Norm.apply(h, weight, 1.0, h.dtype))
 
@@ -412,7 +412,7 @@ def test_rotation_is_the_models():
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
-    """kernels.library() as in a fresh process, with its build folder in tmp_path."""
+    """kernels.library() as in a new process, with its build folder in tmp_path."""
     source = tmp_path / "step" / "kernels.c"
     source.parent.mkdir()
     source.write_bytes(kernels.SOURCE.read_bytes())
@@ -478,7 +478,7 @@ def test_a_project_that_cannot_be_written_to_still_has_kernels(anew):
 
 @pytest.mark.parametrize("kind", ["sanitized", "sanitized threads", "plain"])
 def test_no_kernel_touches_memory_that_is_not_its_own(build, kind):
-    """Odd sizes in buffers that end where they end, under address and undefined-behaviour sanitizers."""
+    """Odd sizes in buffers of exact length, under address and undefined-behaviour sanitizers."""
     done = subprocess.run([build(kind, "tests/c/kernels_main.c")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ok" in done.stdout

@@ -1,4 +1,4 @@
-"""model.bin in: the same model as went out, the same bytes again, and no length believed that a file states."""
+"""Reading model.bin: the model that was written, the same bytes when written again, and no stated length trusted."""
 
 import struct
 from pathlib import Path

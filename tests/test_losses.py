@@ -19,7 +19,7 @@ BOS = 1
 
 @pytest.fixture(params=["whole", "chunks", "kernels"])
 def objective_of(request, monkeypatch):
-    """objective_of(logits, bos): with whole logits, with those of four positions at a time, and those in kernels.c."""
+    """objective_of(logits, bos): with whole logits, in chunks of four positions, and in kernels.c."""
     if request.param != "whole":
         for module in (losses, kernels):
             monkeypatch.setattr(module, "chunk_rows", lambda *_: 4)
@@ -321,7 +321,7 @@ def test_spelling_asks_for_the_letters_of_the_text_that_follows(masked, case, ob
 
 
 def test_lower_and_upper_case_ask_for_the_same_letters():
-    """Under other names: so these two variants are one objective, apart from initial weights."""
+    """Only the names of the classes differ: one objective, apart from initial weights."""
     y = torch.randint(0, 8, (2, 9))
     (lower, known), (upper, _) = (Letters(TEXTS, case).ahead(y, 4, None) for case in ("lower", "upper"))
     assert torch.equal(lower[known], upper[known])
@@ -379,7 +379,7 @@ def test_rows_that_are_short_or_all_document_starts_give_numbers(T, row, objecti
 
 
 def test_a_perfect_student_has_no_consistency_loss(objective_of):
-    """Head i that says at t what the NTP head says at t+i: the shift itself, without a reference."""
+    """Head i has at t the logits of the NTP head at t+i: tests the shift without a reference."""
     x, y, logits = random_case(2, False)
     for i in (1, 2):
         logits[i][:, :-i] = logits[0][:, i:]

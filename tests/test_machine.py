@@ -1,4 +1,4 @@
-"""The choice of path: what is taken, why, and what is refused."""
+"""The choice of path: which one, why, and what is refused."""
 
 from types import SimpleNamespace
 

@@ -50,7 +50,7 @@ def test_grouped_queries_are_full_attention_with_repeated_key_heads():
 
 
 def test_attention_depends_on_distance_alone():
-    """RoPE: q at s and k at t meet in an angle of s - t."""
+    """RoPE: the angle between q at s and k at t depends on s - t."""
     cos, sin = rope_table(8, 30)
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(8, generator=g), torch.randn(8, generator=g)
@@ -157,7 +157,7 @@ def test_a_sequential_head_reads_the_tokens_in_between_and_the_head_before():
 
 @pytest.mark.parametrize("head", FUTURE_HEADS)
 def test_what_a_head_may_see(head):
-    """Head i at t sees x[0..t], a sequential one x[0..t+i]; nothing behind that."""
+    """Head i at t sees x[0..t], a sequential one x[0..t+i], and nothing later."""
     model, x = make(head=head, n_future_heads=2), tokens(1, 10)
     with torch.no_grad():
         for p in model.future_heads.parameters():

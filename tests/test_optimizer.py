@@ -1,4 +1,4 @@
-"""Which parameters go to which optimiser, and that each does what torch's own does."""
+"""Which parameters go to which optimiser, and that each agrees with torch's own."""
 
 import copy
 from types import SimpleNamespace

@@ -541,7 +541,7 @@ DRAFTS = re.compile(rb"drafting: ([0-9.]+) tokens a pass; guesses that came true
 
 
 def drafted(done):
-    """(tokens a pass, [(came true, guessed) of each length]) that run reports."""
+    """(tokens per pass, [(accepted, drafted) of each length]) that run reports."""
     rate, pairs = DRAFTS.search(done.stderr).groups()
     return float(rate), [tuple(map(int, pair.split(b"/"))) for pair in pairs.split()]
 
@@ -557,7 +557,7 @@ def endless(w):
 @pytest.mark.parametrize("kind", [*BUILDS, "screened"])
 @pytest.mark.parametrize("version", [0, 2])
 def test_drafting_tells_the_same_story(build, tmp_path, kind, version):
-    """Greedy and sampled, with heads and with n-grams; few tokens, so that many a random guess comes true."""
+    """Greedy and sampled, with heads and with n-grams; a small vocabulary, so that many random drafts are accepted."""
     tokenizer = write_tokenizer(tmp_path / "tok.bin", [*SPECIAL, *(b"%c" % c for c in b"abcdef")])
     true = 0
     for seed in range(6):
@@ -591,7 +591,7 @@ def test_drafting_gives_the_same_logits(build, tmp_path, kind, version):
 
 
 def test_good_guesses_save_passes(build, tmp_path):
-    """A model that says one token for ever: n-grams and a head that knows it are always right."""
+    """A model that repeats one token for ever: n-grams and a head that knows it are always right."""
     tokenizer = write_tokenizer(tmp_path / "tok.bin", visible_pieces(40))
     c, w = write_model(tmp_path / "m.bin", vocab_size=40, seq_len=400, change=lambda w: w["rms_final"].fill(0))
     for draft in (write_heads(tmp_path / "h.bin", c, w, np.zeros((4, 40, 8))), "ngram"):
@@ -602,7 +602,7 @@ def test_good_guesses_save_passes(build, tmp_path):
 
 
 def test_a_wrong_guess_does_no_harm(build, tmp_path):
-    """A head that guesses a token whose embedding is damaged, and which is never taken."""
+    """A head that drafts a token whose embedding is damaged, and which is never accepted."""
     tokenizer = write_tokenizer(tmp_path / "tok.bin", [*SPECIAL, *(b"%c" % c for c in b"abcdef")])
 
     def never_eight(w):
@@ -728,7 +728,7 @@ def test_invalid_utf8_falls_back_to_bytes(build, tmp_path, kind):
 
 @pytest.mark.parametrize("longest", [3, 6])
 def test_ties_merge_leftmost_first(build, tmp_path, longest):
-    """All strings of a and b, all with one score: what merges depends on the order alone."""
+    """All strings of a and b, all with one score: what merges depends only on the order."""
     words = [bytes(w) for n in range(1, longest + 1) for w in itertools.product(b"ab", repeat=n)]
     pieces, scores = SPECIAL + BYTES + words, [0.0] * 259 + [-1.0] * len(words)
     write_tokenizer(tmp_path / "tok.bin", pieces, scores)
@@ -748,7 +748,7 @@ def test_more_candidates_than_characters(build, tmp_path):
 
 
 def test_names_of_special_tokens_cannot_be_typed(build, tmp_path):
-    """Here every beginning of the names is a piece, so that merging alone would arrive at the special tokens."""
+    """Every prefix of the names is a piece, so merging by itself would build the special tokens."""
     names = [b"<unk>", b"\n<s>\n", b"\n</s>\n", b"<0x41>"]
     pieces = SPECIAL + BYTES + list(dict.fromkeys(name[:i] for name in names for i in range(1, len(name))))
     pieces += [b">"]

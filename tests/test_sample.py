@@ -1,4 +1,4 @@
-"""Text from checkpoints: the KV cache is the model, guessing ahead is plain decoding, and what is printed."""
+"""Text from checkpoints: the KV cache equals the model, drafting equals plain decoding, and what is printed."""
 
 import itertools
 import re
@@ -31,7 +31,7 @@ def lively(seed=0, scale=0.3, **changes) -> Transformer:
 
 
 def counting(head="linear", n=3, step=1, noise=0.0, seed=0, wheel=range(3, V), **changes) -> Transformer:
-    """Says the tokens of a wheel in turn, and its heads know. Noise: what attention adds to the states, so that the
+    """Repeats the tokens of a wheel in turn, and its heads know. Noise: what attention adds to the states, so that the
     next token hangs on all that came before, and heads are right often, not always.
     """
     model = lively(seed, 0.5, head=head, n_future_heads=n, tie_embeddings=False, **changes)
@@ -64,7 +64,7 @@ def counting(head="linear", n=3, step=1, noise=0.0, seed=0, wheel=range(3, V), *
 
 
 def greedy(logits: torch.Tensor) -> int:
-    """Of the tokens that end no text."""
+    """Of the tokens that do not end a text."""
     return int(logits[3:].argmax()) + 3
 
 
@@ -125,7 +125,7 @@ def test_heads_with_a_cache_are_those_without(head):
 
 @pytest.mark.parametrize("changes", SHAPES)
 def test_each_path_of_a_tree_is_a_text_of_its_own(changes):
-    """Its logits are those of the path alone, whichever of them is kept."""
+    """Its logits are those of its path without the rest of the tree, whichever path is kept."""
     model, tree, kept = lively(**changes), static_tree(3, 3), [3, 8, 5]
     drawn = torch.randint(0, V, (len(tree.ranks),), generator=torch.Generator().manual_seed(2))
     cache = KVCache(60)
@@ -195,7 +195,7 @@ def test_guessing_tells_the_text_of_plain_decoding(head, k):
 @pytest.mark.parametrize("head", GUESSERS)
 @pytest.mark.parametrize("changes", SHAPES[::3])
 def test_guesses_that_are_often_right(head, changes):
-    """Several tokens a forward, in a text that hangs on all of its tokens."""
+    """Several tokens per forward, in a text that depends on all of its tokens."""
     tally, unlike, model = Tally(), 0, counting(head, noise=0.08, **changes)
     for pick in (lambda: greedy, lambda: picker(0.25, 0, 1.0, 9)):
         plain = text(model, pick=pick())
@@ -217,7 +217,7 @@ def test_heads_that_know_save_forwards(head):
 
 @pytest.mark.parametrize("head", GUESSERS)
 def test_guesses_are_those_of_heads_that_read_the_whole_text(head, monkeypatch):
-    """What was guessed wrong leaves no trace in them: bad guesses would show in no text, only in speed."""
+    """Rejected drafts leave no trace in them. A bad draft shows in no text, only in speed."""
     model, said, keep, rounds = counting(head, noise=0.08), [], sample.Reader.keep, []
 
     def checked(reader, rows, tokens, h):
@@ -319,7 +319,7 @@ def test_texts_are_distributed_as_the_model_says(setting, n, k):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_rule_that_takes_guesses_too_easily_is_noticed(monkeypatch, k):
-    """The test of the test: a guess among the three likeliest tokens is taken as right."""
+    """The test of the test: a draft among the three likeliest tokens is accepted."""
 
     def lenient(tree, tokens, logits, pick):
         path, picked = [0], []
@@ -382,7 +382,7 @@ def test_no_more_tokens_than_asked_for(most):
 
 @pytest.mark.parametrize("most", [0, 1000])
 def test_the_context_is_the_last_limit(most):
-    """Every position says a token, that of the last one included, from one token on and from a full context."""
+    """Every position gives a token, the last one included, after one token and after a full context."""
     for n in (0, 3):
         assert len(text(counting(), n, most=most, prompt=[BOS])) == S
         full = [BOS, *[3] * (S - 1)]
@@ -465,7 +465,7 @@ def test_program_speculative(checkpoint, capsys, flags):
 
 
 def test_a_difference_to_plain_decoding_is_told(checkpoint, capsys, monkeypatch):
-    """Here by heads that change the text, as rounding could."""
+    """With heads that change the text, as rounding could."""
 
     def wrong(tree, tokens, logits, pick):
         return [0], [5 if len(tokens) > 1 else pick(logits[0])]

@@ -1,4 +1,4 @@
-"""The search: what it reads and refuses, whole searches, and what becomes of those that were cut short."""
+"""The search: what it reads and refuses, whole searches, and interrupted ones."""
 
 import json
 import os
@@ -214,7 +214,7 @@ def test_what_is_no_search_and_no_study_is_said(lab, tmp_path, capfd):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_projects_searches_are_valid_and_mean_the_same_to_wandb(path, tmp_path, monkeypatch):
-    """The command that wandb's agent makes of the file, run: train.py hears the same settings as in a trial."""
+    """The command that wandb's agent makes of the file, run: train.py gets the same settings as in a trial."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
     found = sweep.read_sweep(path)

@@ -1,4 +1,4 @@
-"""Every answer against a slow reference of its own; windows are rows; what is scored, and how."""
+"""Every answer against a slow reference; windows are rows; what is scored, and how."""
 
 import json
 import os

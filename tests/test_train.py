@@ -46,7 +46,7 @@ def same_weights(a: dict, b: dict) -> bool:
 
 
 def log_lines(folder, headers: bool = False) -> list[dict]:
-    """The lines of a log that have figures, or those that have settings."""
+    """The lines of a log with figures, or those with settings."""
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [line for line in lines if ("config" in line) == headers]
 
@@ -423,7 +423,7 @@ def test_a_resumed_run_keeps_its_shape_and_takes_other_settings(words, tmp_path,
 
 
 def test_compiled_step_learns_the_same(words, tmp_path):
-    """And is compiled once for the losses that there are, not for each weight that a schedule gives them."""
+    """And is compiled once per set of losses, not for each weight of a schedule."""
     from torch._dynamo.utils import counters
 
     common = HEADS | {"path": "plain", "max_iters": 6, "aux_schedule": "linear", "aux_end": 0.6}
@@ -547,7 +547,7 @@ def test_the_recipe_of_frozen_heads_takes_a_checkpoint_in_llama2cs_layout(words,
 
 
 def test_a_checkpoint_with_heads_goes_on_without_and_with_others(words, tmp_path):
-    """And the trunk is the same at the start, whatever heads there were and are."""
+    """And the initial trunk is the same, whatever heads there were and are."""
     run(words(**HEADS, **OTHERS, head="block"))
     end = log_lines(tmp_path / "out")[-1]
     nitp = {}
@@ -604,7 +604,7 @@ def test_an_rnn_learns_and_is_not_exported(words, tmp_path, capsys):
 
 
 def test_a_task_with_a_known_answer_is_scored(words, tmp_path, capsys):
-    """By the log's share of answers that are wholly right; of the checkpoint the same, counted by hand."""
+    """By the log's share of fully right answers, and the checkpoint's, counted by hand."""
     synthetic.main(["arithmetic", f"--data_dir={tmp_path}", "--length=8", "--vocab_size=14", "--sequences=90"])
     task = {"data_dir": tmp_path, "dataset": "arithmetic", "vocab_size": 14, "max_seq_len": 8, "batch_size": 16}
     run(words(**task, max_iters=300, eval_interval=300, log_interval=100, dtype="float32", path="plain"))
