@@ -1,7 +1,6 @@
 """Whole comparisons: what is run, what is skipped, what is refused."""
 
 import json
-import os
 from dataclasses import asdict
 
 import pytest
@@ -11,7 +10,7 @@ from ablate import find_configs, settings_of
 from configurator import configure
 from settings import Settings
 from study.groups import OBJECTIVE
-from study.processes import lock
+from study.processes import free_cores, lock
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_a_run_goes_by_its_config_its_length_and_its_seed(lab):
 
 
 def test_more_runs_than_cores_are_not_pinned_and_that_is_said(lab, capsys):
-    jobs = len(os.sched_getaffinity(0)) + 1
+    jobs = len(free_cores()) + 1
     ablate.main(words(lab, "--only", "base", "--rounds", "0", "--jobs", str(jobs), "--max_iters=4"))
     assert "not pinned to cores of their own" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 import zlib
 from dataclasses import asdict
@@ -95,10 +96,12 @@ def test_the_log_says_how_a_run_was_made_and_how_it_went_on(words, tmp_path, dat
     (header,) = log_lines(tmp_path / "out", headers=True)
     assert header["iter"] == 0 and header["config"] == asdict(configure(Settings, words(max_iters=8)))
     facts, folder = header["facts"], data_dir / "toy" / "tok512"
-    assert facts["path"] == "fast" and facts["threads"] == 1 and facts["cores"] == sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None  # macOS has none
+    assert facts["path"] == "fast" and facts["threads"] == 1 and facts["cores"] == cores
     assert facts["train_tokens"] == (folder / "train.bin").stat().st_size // 2 and facts["val_tokens"] == 32 * 32
     assert facts["vocabulary_crc32"] == f"{zlib.crc32((folder / 'tokenizer.bin').read_bytes()):08x}"
-    assert all(line["peak_mib"] > 50 for line in log_lines(tmp_path / "out") if "val/ntp" in line)
+    if sys.platform == "linux":  # elsewhere memory is unknown, and 0
+        assert all(line["peak_mib"] > 50 for line in log_lines(tmp_path / "out") if "val/ntp" in line)
     run([*words(max_iters=8, path="plain", eval_iters=2), "--init_from=resume"])
     first, second = log_lines(tmp_path / "out", headers=True)
     assert first == header and second["iter"] == 8 and second["facts"]["path"] == "plain"
