@@ -15,6 +15,8 @@ schedules change them. In the end compare.py tells all, on the terminal and in O
 What this leaves out on purpose: what is told of the runs (compare.py), and searching (sweep.py).
 """
 
+from system.program import positive, program
+
 import argparse
 import json
 import os
@@ -34,7 +36,6 @@ from settings import Output, Settings, check, names_of
 from step.machine import describe, find_machine
 from study.processes import POLL, complaint, evaluations, free_cores, how_to_begin, lock, settings_in, start, stop
 from system.files import atomic_write
-from system.program import positive, program
 from text.letters import token_texts
 from text.tokenizer import load_tokenizer, vocab_folder
 from train import step_on_random_tokens

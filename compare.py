@@ -14,6 +14,8 @@ long as it does. What runs differ in beside the objective is told, and what is b
 What this leaves out on purpose: training (ablate.py), searching (sweep.py), and any score but those of the logs.
 """
 
+from system.program import program
+
 import argparse
 import csv
 import io
@@ -40,7 +42,6 @@ from study.groups import (
 )
 from study.runs import Reader, Run
 from system.files import atomic_write
-from system.program import program
 
 EFFECTS = (0.005, 0.01, 0.02)  # nats, for which the number of seeds is told
 KEPT_DIGITS = 7  # significant ones, of figures in logs that are kept

@@ -13,6 +13,8 @@ along: for run.c as `tokenizer.bin` beside the model, else inside.
 What this leaves out on purpose: the formats, and reading them (formats/).
 """
 
+from system.program import program
+
 import argparse
 import os
 import sys
@@ -25,7 +27,6 @@ from formats.huggingface import need_safetensors, write_folder
 from formats.llama2c import check_heads, write_heads, write_trunk
 from model import Transformer
 from system.files import is_irregular
-from system.program import program
 from text.tokenizer import Tokenizer, bin_bytes, write_bin
 
 

@@ -20,6 +20,8 @@ What this leaves out on purpose: batches, quantised weights (run.c), `sequential
 the tokens between), rnn trunks (they keep a state, not a KV cache), and draft lengths that adapt (run.c).
 """
 
+from system.program import program
+
 import argparse
 import functools
 import heapq
@@ -38,7 +40,6 @@ from torch import Tensor
 from formats.checkpoint import find_tokenizer, model_of, read_checkpoint
 from model import KVCache, Transformer
 from step.machine import find_machine
-from system.program import program
 from text.tokenizer import BOS, EOS, Tokenizer
 
 ENDS = (BOS, EOS)  # where a text stops; neither is part of it

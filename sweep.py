@@ -18,6 +18,8 @@ What this leaves out on purpose: several seeds a trial, other methods and metric
 search, and trials that log to wandb; the last two are what `wandb sweep` is for.
 """
 
+from system.program import positive, program
+
 import argparse
 import math
 import shlex
@@ -38,7 +40,6 @@ from settings import Data, Settings, names_of
 from study.processes import METRIC, POLL, complaint, evaluations, free_cores, how_to_begin, lock, start, stop
 from study.tables import markdown
 from system.files import atomic_write
-from system.program import positive, program
 
 if TYPE_CHECKING:
     import optuna

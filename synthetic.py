@@ -15,6 +15,8 @@ says what differs. What this leaves out on purpose: text for arithmetic and poly
 there is), generation token by token (Answers.score says why it is not needed), vocabularies above 65,536.
 """
 
+from system.program import program
+
 import argparse
 import json
 import random
@@ -29,7 +31,6 @@ import numpy as np
 from torch import Tensor
 
 from system.files import atomic_write
-from system.program import program
 from text.letters import token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, Tokenizer, load_tokenizer, vocab_folder
 from tinystories import how_to_make, read_stories

@@ -16,6 +16,8 @@ TinyStories: Eldan & Li 2023 (arXiv 2305.07759). What this leaves out on purpose
 cleaning of the text.
 """
 
+from system.program import program
+
 import argparse
 import filecmp
 import io
@@ -37,7 +39,6 @@ import torch
 from tqdm import tqdm
 
 from system.files import atomic_write
-from system.program import program
 from text import toystories
 from text.tokenizer import (
     BOS,

@@ -13,6 +13,8 @@ Writes out_dir/ckpt.pt (best by validation NTP loss), out_dir/last.pt (newest) a
 it, `training_step` last. Losses are in losses.py, settings in settings.py.
 """
 
+from system.program import program
+
 import math
 import signal
 import sys
@@ -41,7 +43,6 @@ from step.machine import Machine, StepPath, choose_path, find_machine, lost_a_pr
 from step.optimizer import make_optimizer
 from study.log import Log
 from synthetic import Answers
-from system.program import program
 from text.letters import Letters, token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from tinystories import TrainBatches, Windows, eval_batches, eval_windows

@@ -10,6 +10,8 @@ rows; with --by_sequences, the lowest loss of each run by its number of training
 What this leaves out on purpose: other tasks, and averages over seeds.
 """
 
+from system.program import program
+
 import argparse
 import json
 import sys
@@ -21,7 +23,6 @@ from torch import Tensor
 from formats.checkpoint import model_of, read_checkpoint
 from model import Transformer
 from system.files import atomic_write
-from system.program import program
 from text.tokenizer import vocab_folder
 from tinystories import Windows, eval_batches
 

@@ -9,6 +9,8 @@ slows all of them; ratios are taken within a round. Close other programs first.
 What this leaves out on purpose: training (bench.py).
 """
 
+from system.program import positive, program
+
 import argparse
 import itertools
 import os
@@ -28,7 +30,6 @@ from model import ModelArgs, Transformer
 from step.machine import describe
 from study.tables import markdown
 from system.files import atomic_write
-from system.program import positive, program
 from tinystories import read_stories
 
 ROOT = Path(__file__).resolve().parent.parent

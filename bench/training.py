@@ -10,6 +10,8 @@ be told apart. Close other programs first.
 What this leaves out on purpose: what is learned (compare runs of train.py for that), run.c (decoding.py).
 """
 
+from system.program import positive, program
+
 import argparse
 import multiprocessing
 import statistics
@@ -27,7 +29,6 @@ from step import chunks
 from step.machine import choose_path, describe, memory
 from study.tables import markdown
 from system.files import atomic_write
-from system.program import positive, program
 from train import step_on_random_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
