@@ -28,6 +28,7 @@ from formats.llama2c import check_heads, write_heads, write_trunk
 from model import Transformer
 from system.files import is_irregular
 from text.tokenizer import Tokenizer, bin_bytes, write_bin
+from text.tokenizer_json import JsonTokenizer
 
 
 def say(text: str) -> None:
@@ -40,7 +41,9 @@ def put_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     One of another vocabulary that lies there is kept: other models in the folder need it.
     """
     target = out.parent / "tokenizer.bin"
-    if not target.exists():
+    if isinstance(tokenizer, JsonTokenizer):
+        say(f"{target}: not written: it cannot say how a tokenizer.json merges; run takes none of such a vocabulary")
+    elif not target.exists():
         write_bin(tokenizer, target)
         say(f"wrote {target}")
     elif target.read_bytes() != bin_bytes(tokenizer):
@@ -93,7 +96,7 @@ def main(argv: list[str]) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     model = model_of(checkpoint, args.checkpoint)
     try:  # before anything is written
-        _, state = model.as_llama()
+        model.as_llama()
     except ValueError as error:
         raise ValueError(f"{args.checkpoint}: {error}") from error
     if args.heads:
@@ -105,10 +108,13 @@ def main(argv: list[str]) -> None:
             raise
         tokenizer = None
         say(f"{error}; without one nothing but token ids goes in and out (run: -z)")
-    write_all(args, model, tokenizer, sum(w.numel() for w in state.values()))
+    write_all(args, model, tokenizer, checkpoint.get("special_tokens"))
 
 
-def write_all(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None, parameters: int) -> None:
+def write_all(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None,
+              special_tokens: tuple[int, tuple[int, ...]] | None) -> None:
+    """special_tokens: BOS and the ids that end a text, where a model without a tokenizer tells them."""
+    parameters = sum(w.numel() for w in model.as_llama()[1].values())
     if args.out:
         write_trunk(model, args.out, args.version)
         say(f"wrote {args.out}: {args.out.stat().st_size:,} bytes, {parameters:,} parameters")
@@ -119,7 +125,7 @@ def write_all(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
         say(f"wrote {args.heads}: {args.heads.stat().st_size:,} bytes, "
             f"{model.parameter_counts()['future heads']:,} parameters")
     if args.hf:
-        write_folder(model, tokenizer, args.hf)
+        write_folder(model, tokenizer, args.hf, None if tokenizer else special_tokens)
         say(f"wrote {args.hf}: {', '.join(sorted(p.name for p in args.hf.iterdir()))}")
     if args.gguf:
         write_gguf(model, tokenizer, args.gguf, args.gguf_type)

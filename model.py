@@ -2,8 +2,8 @@
 
 The trunk turns tokens into states h; the next-token (NTP) head and each future head read them:
 
-    h = model.trunk(tokens)                 # (B, T, D), after the last block
-    heads = model.readouts(tokens, h, [0, i])
+    states = model.trunk(tokens)            # after the last block and before it, (B, T, D) each
+    heads = model.readouts(tokens, states, [0, i])
     z = heads[0].logits()                   # (B, T, V), z[t] scores x[t+1]
     a = heads[i].logits()                   # (B, T, V), a[t] scores x[t+1+i], i = 1..n
 
@@ -18,14 +18,14 @@ What this leaves out on purpose: losses (losses.py), optimisers and files (train
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROPE_THETA = 10000.0  # the base of RoPE's angles
+ROPE_THETA = 10000.0  # the base of RoPE's angles in llama2.c
 
 
 @dataclass
@@ -36,11 +36,18 @@ class ModelArgs:
     n_layers: int = 5
     n_heads: int = 8
     n_kv_heads: int = 4  # key/value heads, each shared by n_heads / n_kv_heads query heads
+    head_dim: int = 0  # numbers in a query, key or value; 0: dim / n_heads
     vocab_size: int = 512
     hidden_dim: int = 0  # of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
     multiple_of: int = 4
     norm_eps: float = 1e-5
     max_seq_len: int = 512
+    rope_theta: float = ROPE_THETA  # the base of RoPE's angles
+    rope_scaling: str = "none"  # linear or llama3: how RoPE's angles were stretched for longer contexts
+    rope_factor: float = 1.0  # by how much
+    rope_low_freq_factor: float = 1.0  # llama3: waves longer than rope_original_seq_len / this are stretched
+    rope_high_freq_factor: float = 4.0  # llama3: waves shorter than rope_original_seq_len / this are not
+    rope_original_seq_len: int = 0  # llama3: the context before it was stretched
     dropout: float = 0.0
     tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
     trunk: str = "transformer"  # or rnn, which no file format of run.c's can hold
@@ -49,15 +56,22 @@ class ModelArgs:
     coda_layers: int = 1
     n_future_heads: int = 0
     head: str = "linear"
+    head_input: str = "last"  # the state that heads read: after the trunk's last block, or before it (before_last)
     aux_grad_scale: float = 1.0  # of each further head's gradient, what reaches the trunk
     aux_grad_power: bool = False  # of head i's, that to the power of i
     spelling_letters: int = 0  # letters of the following text that are predicted, each by a head of its own
     alphabet_size: int = 0  # classes of those heads
     order_window: int = 0  # tokens ahead that the order head ranks; 0: there is none
+    param_dtype: str = "float32"  # of the trunk's matrices; heads and norms are always float32
 
     def __post_init__(self):
-        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
-            raise ValueError(f"dim={self.dim}: expected an even multiple of n_heads={self.n_heads} (RoPE turns pairs)")
+        if self.head_dim == 0:
+            if self.dim % self.n_heads or self.dim // self.n_heads % 2:
+                raise ValueError(f"dim={self.dim}: expected an even multiple of n_heads={self.n_heads} (RoPE turns "
+                                 "pairs), or a head_dim")
+            self.head_dim = self.dim // self.n_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: expected an even number (RoPE turns pairs)")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads={self.n_kv_heads}: expected a divisor of n_heads={self.n_heads}")
         if self.recurrence < 1 or self.prelude_layers < 0 or self.coda_layers < 0:
@@ -66,11 +80,39 @@ class ModelArgs:
         if self.recurrence > 1 and self.prelude_layers + self.coda_layers >= self.n_layers:
             raise ValueError(f"recurrence={self.recurrence}: no layer is between prelude_layers={self.prelude_layers} "
                              f"and coda_layers={self.coda_layers} of n_layers={self.n_layers}")
+        for name, known in (("head", FUTURE_HEADS), ("trunk", ("transformer", "rnn")), ("rope_scaling", ROPE_SCALINGS),
+                            ("head_input", ("last", "before_last")), ("param_dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)}: expected one of {', '.join(known)}")
+        if self.head_input == "before_last" and (self.head not in READ_STATES or self.trunk == "rnn"):
+            raise ValueError(f"head_input=before_last: needs head={' or '.join(READ_STATES)} and a Transformer, found "
+                             f"head={self.head}, trunk={self.trunk}")
+        if self.param_dtype != "float32" and self.trunk == "rnn":
+            raise ValueError(f"param_dtype={self.param_dtype}: not with trunk=rnn")
+        self._check_rope()
         if self.hidden_dim == 0:
             self.hidden_dim = self.multiple_of * math.ceil(int(2 * 4 * self.dim / 3) / self.multiple_of)
 
+    def _check_rope(self) -> None:
+        if not 0 < self.rope_theta < math.inf or not 1 <= self.rope_factor < math.inf:
+            raise ValueError(f"rope_theta={self.rope_theta}, rope_factor={self.rope_factor}: expected a number above 0 "
+                             "and one from 1 up")
+        if self.rope_scaling == "none" and self.rope_factor != 1.0:
+            raise ValueError(f"rope_factor={self.rope_factor}: needs rope_scaling, found none")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if self.rope_scaling == "llama3" and not (0 < low < high < math.inf and self.rope_original_seq_len > 0):
+            raise ValueError(f"rope_scaling=llama3: expected 0 < rope_low_freq_factor < rope_high_freq_factor and a "
+                             f"rope_original_seq_len, found {low}, {high} and {self.rope_original_seq_len}")
+
     def as_dict(self) -> dict:
         return asdict(self)
+
+
+class States(NamedTuple):
+    """What the trunk makes of tokens, (B, T, D) each."""
+
+    last: Tensor  # after the last block: what the NTP head reads
+    before_last: Tensor  # what the last block reads
 
 
 class Readout(NamedTuple):
@@ -89,6 +131,10 @@ class Readout(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 # trunk
 
+def matrix(inputs: int, outputs: int, args: ModelArgs) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, dtype=getattr(torch, args.param_dtype))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; statistics in float32 (Zhang & Sennrich 2019)."""
 
@@ -104,9 +150,31 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * (self.weight if weight is None else weight)
 
 
-def rope_table(head_dim: int, length: int, theta: float = ROPE_THETA) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (length, head_dim / 2), float32 (RoFormer, arXiv 2104.09864)."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim)
+def unscaled_frequencies(head_dim: int, theta: float = ROPE_THETA) -> Tensor:
+    """RoPE's angle per position of each pair, (head_dim / 2,) float32 (RoFormer, arXiv 2104.09864)."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim)
+
+
+def rope_frequencies(args: ModelArgs) -> Tensor:
+    """The same, stretched for a longer context.
+
+    linear: every angle is divided by rope_factor (Chen et al. 2023, arXiv 2306.15595). llama3: only those of pairs
+    whose wave is long against the original context, with a straight passage between (Llama 3.1's release).
+    """
+    frequencies = unscaled_frequencies(args.head_dim, args.rope_theta)
+    if args.rope_scaling == "none":
+        return frequencies
+    stretched = frequencies / args.rope_factor
+    if args.rope_scaling == "linear":
+        return stretched
+    waves = args.rope_original_seq_len * frequencies / (2 * math.pi)  # that fit into the original context
+    low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
+    return torch.lerp(stretched, frequencies, ((waves - low) / (high - low)).clamp(0, 1))
+
+
+def rope_table(head_dim: int, length: int, frequencies: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (length, head_dim / 2), float32. frequencies: default llama2.c's."""
+    frequencies = unscaled_frequencies(head_dim) if frequencies is None else frequencies
     angles = torch.outer(torch.arange(length).float(), frequencies)
     return angles.cos(), angles.sin()
 
@@ -167,11 +235,11 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
-        self.head_dim = args.dim // args.n_heads
-        self.wq = nn.Linear(args.dim, args.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * self.head_dim, args.dim, bias=False)
+        self.head_dim = args.head_dim
+        self.wq = matrix(args.dim, args.n_heads * args.head_dim, args)
+        self.wk = matrix(args.dim, args.n_kv_heads * args.head_dim, args)
+        self.wv = matrix(args.dim, args.n_kv_heads * args.head_dim, args)
+        self.wo = matrix(args.n_heads * args.head_dim, args.dim, args)
         self.dropout = args.dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -192,9 +260,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1 = matrix(args.dim, args.hidden_dim, args)
+        self.w2 = matrix(args.hidden_dim, args.dim, args)
+        self.w3 = matrix(args.dim, args.hidden_dim, args)
         self.dropout = args.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,8 +297,9 @@ def part_of_gradient(x: Tensor, part: float) -> Tensor:
 class View:
     """What future heads may read; `part` of their gradient reaches the trunk by way of it."""
 
-    def __init__(self, model: "Transformer", tokens: Tensor, h: Tensor, ntp: Readout, part: float,
+    def __init__(self, model: "Transformer", tokens: Tensor, states: States, ntp: Readout, part: float,
                  cache: KVCache | None):
+        h = states.before_last if model.args.head_input == "before_last" else states.last
         self.model, self.tokens, self.part, self.ntp = model, tokens, part, ntp
         self.h = part_of_gradient(h, part)  # (B, T, D)
         self.normed = part_of_gradient(ntp.features, part)  # (B, T, D), norm(h)
@@ -239,7 +308,8 @@ class View:
 
     def embedding_ahead(self, i: int) -> Tensor:
         """(B, T, D): at t that of x[t+i]; in the last i positions of a row it means nothing."""
-        return F.embedding(self.tokens.roll(-i, 1), part_of_gradient(self.model.tok_embeddings.weight, self.part))
+        weight = part_of_gradient(self.model.tok_embeddings.weight, self.part)
+        return F.embedding(self.tokens.roll(-i, 1), weight).float()
 
     def readout(self, state: Tensor) -> Readout:
         """The trunk's norm and unembedding of a head's own state (B, T, D)."""
@@ -308,6 +378,11 @@ class SharedHead(nn.Module):
 
 FUTURE_HEADS = {"linear": LinearHead, "residual": ResidualHead, "block": BlockHead, "sequential": SequentialHead,
                 "shared": SharedHead}
+READ_STATES = ("residual", "block", "sequential")  # types that read the trunk's state, others its norm
+ROPE_SCALINGS = ("none", "linear", "llama3")
+OF_LLAMAS = ("dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "multiple_of", "norm_eps",
+             "max_seq_len", "tie_embeddings", "rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor",
+             "rope_high_freq_factor", "rope_original_seq_len", "param_dtype")  # of ModelArgs, what other programs know
 HEADS = ("future_heads.", "spelling_heads.", "order_head.")  # what names of parameters outside of the trunk begin with
 
 
@@ -318,26 +393,25 @@ class Transformer(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        for name, known in (("head", FUTURE_HEADS), ("trunk", ("transformer", "rnn"))):
-            if getattr(args, name) not in known:
-                raise ValueError(f"{name}={getattr(args, name)}: expected one of {', '.join(known)}")
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, dtype=getattr(torch, args.param_dtype))
         if args.trunk == "rnn":  # Elman 1990, with PyTorch's own initial weights
             self.rnn = nn.RNN(args.dim, args.dim, args.n_layers, batch_first=True)
             self.layers = nn.ModuleList()
         else:
             self.layers = nn.ModuleList(self.Block(args) for _ in range(args.n_layers))
         self.norm = self.Block.Norm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = matrix(args.dim, args.vocab_size, args)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        cos, sin = rope_table(args.dim // args.n_heads, args.max_seq_len)
+        cos, sin = rope_table(args.head_dim, args.max_seq_len, rope_frequencies(args))
         self.register_buffer("rope_cos", cos, persistent=False)  # (max_seq_len, hd / 2)
         self.register_buffer("rope_sin", sin, persistent=False)
         self._init_weights(self)
         # Heads last: the trunk of a seed starts the same whatever heads sit on it, so runs can be compared in pairs.
-        self.future_heads = nn.ModuleList(FUTURE_HEADS[args.head](args, self.Block) for _ in range(args.n_future_heads))
+        of_heads = replace(args, param_dtype="float32")
+        self.future_heads = nn.ModuleList(FUTURE_HEADS[args.head](of_heads, self.Block)
+                                          for _ in range(args.n_future_heads))
         self._init_weights(self.future_heads)
         if args.spelling_letters:
             self.spelling_heads = nn.Linear(args.dim, args.spelling_letters * args.alphabet_size, bias=False)
@@ -375,9 +449,8 @@ class Transformer(nn.Module):
         """
         if self.args.trunk != "transformer":
             raise ValueError(f"other programs' formats hold Transformers, the model's trunk is {self.args.trunk}")
-        layers, kept = self.unrolled(), ("dim", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of",
-                                         "norm_eps", "max_seq_len", "tie_embeddings")
-        args = ModelArgs(n_layers=len(layers), **{name: getattr(self.args, name) for name in kept})
+        layers = self.unrolled()
+        args = ModelArgs(n_layers=len(layers), **{name: getattr(self.args, name) for name in OF_LLAMAS})
         state = {"tok_embeddings.weight": self.tok_embeddings.weight, "norm.weight": self.norm.weight}
         state |= {f"layers.{k}.{name}": p for k, layer in enumerate(layers) for name, p in layer.named_parameters()}
         return args, state if args.tie_embeddings else state | {"output.weight": self.output.weight}
@@ -396,8 +469,8 @@ class Transformer(nn.Module):
             return self.rope_cos[:T], self.rope_sin[:T]
         return self.rope_cos[cache.positions], self.rope_sin[cache.positions], cache
 
-    def trunk(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens: (B, T) int64, T <= max_seq_len -> h: (B, T, D), the states after the last block.
+    def trunk(self, tokens: Tensor, cache: KVCache | None = None) -> States:
+        """tokens: (B, T) int64, T <= max_seq_len -> the states around the last block.
 
         Of tokens (B, T, s), bags of s, a position reads the mean of their embeddings. With a cache, tokens are
         those that it was told of last (KVCache.begin). An rnn trunk has none.
@@ -405,24 +478,25 @@ class Transformer(nn.Module):
         T = tokens.shape[1]
         if cache is None and T > self.args.max_seq_len:
             raise ValueError(f"a row of {T} tokens: this model's max_seq_len is {self.args.max_seq_len}")
-        h = self.tok_embeddings(tokens)
+        h = self.tok_embeddings(tokens).float()  # the residual stream is float32, whatever the matrices are
         h = F.dropout(h.mean(2) if tokens.dim() == 3 else h, self.args.dropout, self.training)
         if self.args.trunk == "rnn":
             with torch.autocast(h.device.type, enabled=False):
-                return self.rnn(h)[0]
+                return States(self.rnn(h)[0], h)
         places = self.places(T, cache)
+        before = h
         for layer in self.unrolled():
-            h = layer(h, *places)
-        return h
+            before, h = h, layer(h, *places)
+        return States(h, before)
 
-    def readouts(self, tokens: Tensor, h: Tensor, heads: Iterable[int | str], cache: KVCache | None = None
+    def readouts(self, tokens: Tensor, states: States, heads: Iterable[int | str], cache: KVCache | None = None
                  ) -> dict[int | str, Readout]:
-        """{head: what it makes of states h}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead.
+        """{head: what it makes of the trunk's states}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead.
 
         "spelling" is that of the letters, its weight (spelling_letters * alphabet_size, D); "order" that
-        of the order of tokens. tokens (B, T) are those that h is of. A cache is that of the heads' blocks.
+        of the order of tokens. tokens (B, T) are those of the states. A cache is that of the heads' blocks.
         """
-        ntp = Readout(self.norm(h), self.output.weight)  # normed once, for all heads that read it
+        ntp = Readout(self.norm(states.last), self.output.weight)  # normed once, for all heads that read it
         found, state = {0: ntp}, None
         part, power = self.args.aux_grad_scale, self.args.aux_grad_power
         views = {}
@@ -430,7 +504,7 @@ class Transformer(nn.Module):
             head, chained = self.future_heads[i - 1], self.args.head == "sequential"
             if i in heads or chained:
                 share = part**i if power else part
-                view = views[share] = views.get(share) or View(self, tokens, h, ntp, share, cache)
+                view = views[share] = views.get(share) or View(self, tokens, states, ntp, share, cache)
                 if chained:
                     state = head.next_state(view, i, view.h if state is None else state)
                 if i in heads:

@@ -38,11 +38,11 @@ import torch
 from torch import Tensor
 
 from formats.checkpoint import find_tokenizer, model_of, read_checkpoint
-from model import KVCache, Transformer
+from model import KVCache, States, Transformer
 from step.machine import find_machine
 from text.tokenizer import BOS, EOS, Tokenizer
 
-ENDS = (BOS, EOS)  # where a text stops; neither is part of it
+ENDS = (BOS, EOS)  # where a text stops unless its vocabulary has others; they are no part of it
 GUESSERS = ("linear", "residual", "block", "shared")  # types of heads that see no later token
 MOST_GUESSES = 16  # of a tree, all read in one forward; a chain may be longer
 Pick = Callable[[Tensor], int]  # logits (V,) on the CPU -> token
@@ -116,7 +116,8 @@ def static_tree(depth: int, k: int) -> Tree:
     return Tree(torch.tensor([len(path) for path in paths]), ranks, sees, children)
 
 
-def walk(tree: Tree, tokens: list[int], logits: Tensor, pick: Pick) -> tuple[list[int], list[int]]:
+def walk(tree: Tree, tokens: list[int], logits: Tensor, pick: Pick, ends: tuple[int, ...] = ENDS
+         ) -> tuple[list[int], list[int]]:
     """Go down the tree as long as what is picked was guessed.
 
     tokens: of the N rows; logits: (N, V), what follows each. Returns the rows of the path, row 0 first, and what
@@ -127,7 +128,7 @@ def walk(tree: Tree, tokens: list[int], logits: Tensor, pick: Pick) -> tuple[lis
         picked.append(pick(logits[path[-1]]))
         right = [row for row in tree.children[path[-1]] if tokens[row] == picked[-1]]
         path += right  # one or none: candidates of a head differ
-        if not right or picked[-1] in ENDS:
+        if not right or picked[-1] in ends:
             return path, picked
 
 
@@ -142,12 +143,12 @@ class Reader:
         self.trunk_cache, self.head_cache = KVCache(room + max(MOST_GUESSES, n)), KVCache(room)
         self.guesses = torch.zeros(0, k, dtype=torch.long)  # (n, k), best first; none before anything is read
 
-    def read(self, tokens: Tensor, depths: Tensor, sees: Tensor) -> Tensor:
-        """Tokens (T,) -> the trunk's states of them, (1, T, D)."""
+    def read(self, tokens: Tensor, depths: Tensor, sees: Tensor) -> States:
+        """Tokens (T,) -> the trunk's states of them."""
         self.trunk_cache.begin(depths.to(self.device), sees.to(self.device))
         return self.model.trunk(tokens[None].to(self.device), self.trunk_cache)
 
-    def keep(self, rows: Tensor, tokens: Tensor, h: Tensor) -> None:
+    def keep(self, rows: Tensor, tokens: Tensor, states: States) -> None:
         """Of what was read last these rows stay, and the heads guess what follows them."""
         rows = rows.to(self.device)
         self.trunk_cache.keep(rows)
@@ -156,7 +157,8 @@ class Reader:
         depths = torch.arange(len(rows), device=self.device)
         self.head_cache.begin(depths, depths <= depths[:, None])
         heads = range(1, self.n + 1)
-        found = self.model.readouts(tokens[None].to(self.device)[:, rows], h[:, rows], heads, self.head_cache)
+        kept = States(*(h[:, rows] for h in states))
+        found = self.model.readouts(tokens[None].to(self.device)[:, rows], kept, heads, self.head_cache)
         self.head_cache.keep(depths)
         last = [found[i]._replace(features=found[i].features[0, -1]).logits() for i in heads]  # (V,) each
         self.guesses = torch.stack(last).topk(self.k).indices.cpu()
@@ -183,12 +185,12 @@ class Tally:
 
 @torch.inference_mode()
 def generate(model: Transformer, prompt: list[int], max_new_tokens: int, pick: Pick, n: int = 0, k: int = 1,
-             tally: Tally | None = None) -> Iterator[int]:
+             tally: Tally | None = None, ends: tuple[int, ...] = ENDS) -> Iterator[int]:
     """The tokens that follow a prompt, as they come; fills the tally.
 
     prompt: 1 to max_seq_len ids. max_new_tokens: 0 means as many as the context holds, which no number exceeds:
     every position says one token, so text and prompt are at most max_seq_len + 1. n: heads that guess, 0 for plain
-    decoding; k: candidates of each. Ends before BOS or EOS.
+    decoding; k: candidates of each. Stops before a token of `ends`.
     """
     tally = Tally() if tally is None else tally
     length, end = len(prompt), model.args.max_seq_len + 1
@@ -205,13 +207,13 @@ def generate(model: Transformer, prompt: list[int], max_new_tokens: int, pick: P
         tree = static_tree(min(len(reader.guesses), end - length - 1), k)
         guesses = reader.guesses[tree.depths[1:] - 1, tree.ranks[1:]]
         tokens = torch.cat((torch.tensor([at_hand]), guesses))  # (N,)
-        h = reader.read(tokens, tree.depths, tree.sees)
-        logits = model.readouts(tokens, h, [0])[0].logits()[0].float().cpu()  # (N, V)
-        path, picked = walk(tree, tokens.tolist(), logits, pick)
-        reader.keep(torch.tensor(path), tokens, h)
+        states = reader.read(tokens, tree.depths, tree.sees)
+        logits = model.readouts(tokens, states, [0])[0].logits()[0].float().cpu()  # (N, V)
+        path, picked = walk(tree, tokens.tolist(), logits, pick, ends)
+        reader.keep(torch.tensor(path), tokens, states)
         tally.add(tree, path, picked, time.perf_counter() - start)
         for token in picked:
-            if token in ENDS:
+            if token in ends:
                 return
             yield token
         at_hand, length = picked[-1], length + len(picked)
@@ -292,7 +294,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     model = model_of(checkpoint, args.checkpoint)
     check_model(model, args.checkpoint, args.speculative)
     tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.args.vocab_size, args.tokenizer)
-    return model.to(find_machine(args.device).device), tokenizer
+    return model.to(find_machine(args.device).device).float(), tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
@@ -301,7 +303,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"--prompt: expected UTF-8, found {text!r}") from None
-    ids = [BOS, *tokenizer.encode(text)]
+    ids = [tokenizer.bos, *tokenizer.encode(text)]
     if len(ids) > context:
         raise ValueError(f"--prompt: {len(ids)} tokens with BOS; the model's max_seq_len is {context}")
     return ids
@@ -344,7 +346,7 @@ def main(argv: list[str]) -> None:
 
     def texts(sample: int, n: int, tally: Tally | None, most: int = args.max_new_tokens) -> Iterator[int]:
         pick = picker(args.temperature, args.top_k, args.top_p, args.seed + sample)
-        return generate(model, prompt, most, pick, n, k, tally)
+        return generate(model, prompt, most, pick, n, k, tally, (tokenizer.bos, *tokenizer.ends))
 
     if args.speculative:  # first forwards are slow ones, and not to be compared
         for heads in (0, n):

@@ -128,7 +128,7 @@ def stated(model_args: dict, path: str | Path) -> dict:
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if args.get(name, 0) < 1:
             raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)}")
-    head_dim = args["dim"] // args["n_heads"]
+    head_dim = args.get("head_dim") or args["dim"] // args["n_heads"]
     if args["max_seq_len"] * head_dim > MOST_ROPE:
         raise ValueError(f"{path}: max_seq_len: expected at most {MOST_ROPE // head_dim} with heads of {head_dim}, "
                          f"found {args['max_seq_len']}")
@@ -178,9 +178,12 @@ def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path)
         if name not in own:
             if name.startswith(HEADS) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
                 continue
-            raise ValueError(f"{path}: holds a tensor that this model has not: {name}")
+            raise ValueError(f"{path}: unexpected tensor {name}")
         check_shape(tensor, own[name], name, path)
-        own[name].copy_(tensor)
+        if isinstance(tensor, huggingface.Stored):
+            tensor.copy_to(own[name])
+        else:
+            own[name].copy_(tensor)
     return fresh
 
 
@@ -189,14 +192,14 @@ def model_of(checkpoint: dict, path: str | Path) -> Transformer:
     model = Transformer(model_args_of(checkpoint, path))
     load_weights(model, checkpoint["model"], path)
     for name, p in model.named_parameters():
-        if not p.isfinite().all():
+        if not torch.stack(p.detach().aminmax()).isfinite().all():  # NaN is both; no copy of p is made
             raise ValueError(f"{path}: {name}: expected finite numbers, found others: training has diverged")
     return model.eval()
 
 
 def load_model(path: str | Path) -> Transformer:
-    """The model in `path`, whatever kind of file that is."""
-    return model_of(read_checkpoint(path), path)
+    """The model in `path`, whatever kind of file that is, in float32."""
+    return model_of(read_checkpoint(path), path).float()
 
 
 def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: str | Path | None = None) -> Tokenizer:
@@ -212,10 +215,10 @@ def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: s
     if isinstance(config, dict) and all(isinstance(config.get(name), str) for name in ("data_dir", "dataset")):
         places.insert(0, vocab_folder(Path(config["data_dir"]) / config["dataset"], vocab_size))
     for place in places:
-        if any(os.path.exists(place / f"tokenizer.{kind}") for kind in ("model", "bin")):
+        if any(os.path.exists(place / f"tokenizer.{kind}") for kind in ("model", "json", "bin")):
             return open_tokenizer(place, vocab_size)
-    raise ValueError(f"{path}: no tokenizer.model or tokenizer.bin in {' or '.join(map(str, places))}; name one with "
-                     "--tokenizer")
+    raise ValueError(f"{path}: no tokenizer.model, tokenizer.json or tokenizer.bin in {' or '.join(map(str, places))}; "
+                     "name one with --tokenizer")
 
 
 def has_another_vocabulary(path: str | Path, checkpoint: dict, vocab_size: int, folder: Path) -> bool:

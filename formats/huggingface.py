@@ -3,15 +3,21 @@
     write_folder(model, tokenizer, "stories")      # transformers.AutoModelForCausalLM.from_pretrained("stories")
     checkpoint = read_folder("stories")            # as a checkpoint: {"model": ..., "model_args": ...}
 
+What a config.json says and model.py cannot be is refused by key. Tensors stay in their files until they are copied
+into a model (`Stored`), so loading takes no more memory than the model does.
+
 Two Llamas differ in how RoPE pairs the numbers of a head: Meta's and llama2.c's turn neighbours (2j, 2j+1),
 transformers' turns (j, j + hd/2). So the rows of wq and wk go into another order on the way, and queries
 and keys have the same products as before.
 
 What this leaves out on purpose: future heads, which no transformers model has; pickles (pytorch_model.bin);
-Llamas with biases, scaled RoPE or another base than 10,000, which model.py has not.
+Llamas with biases or RoPE scaled in other ways than model.ROPE_SCALINGS.
 """
 
 import json
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,17 +25,23 @@ from torch import Tensor
 
 from formats import llama2c
 from formats.llama2c import layout, renamed
-from model import ROPE_THETA, ModelArgs, Transformer
+from model import ROPE_THETA, ModelArgs, Transformer, rope_frequencies
 from system.files import atomic_folder, atomic_write
+from text import tokenizer_json
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, SPECIAL, UNK, Tokenizer
+from text.tokenizer_json import JsonTokenizer, read_object, token_ids
 
-FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json",
-         "config.json")  # that write_folder writes
+FILES = ("model.safetensors", *tokenizer_json.FILES, "tokenizer.model", "config.json")  # that write_folder writes
 SIZES = {"dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
          "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size",
          "max_seq_len": "max_position_embeddings"}  # ours -> config.json's
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-         "rope_theta": ROPE_THETA, "bos_token_id": BOS, "eos_token_id": EOS}  # as model.py and tokenizer.py have it
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # as model.py has it
+ROPE = {"rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_seq_len": "original_max_position_embeddings"}  # ours -> of rope_scaling
+OF_SCALING = {"none": (), "linear": ("rope_factor",), "llama3": tuple(ROPE)}  # those that each kind has
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that are read
+AT_ONCE = 1 << 24  # numbers of a tensor that are read at a time
 NAMES = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
          "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
          "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -63,31 +75,48 @@ def need_safetensors() -> None:
         raise ValueError("Hugging Face folders need safetensors: pip install -r requirements-export.txt") from None
 
 
-def write_folder(model: Transformer, tokenizer: Tokenizer | None, folder: str | Path) -> None:
-    """Write trunk and NTP head in float32, and the tokenizer if there is one: the whole folder at once, or nothing.
+def write_folder(model: Transformer, tokenizer: Tokenizer | None, folder: str | Path,
+                 special_tokens: tuple[int, tuple[int, ...]] | None = None) -> None:
+    """Write trunk and NTP head as they are, and the tokenizer if there is one: the whole folder at once, or nothing.
 
-    A folder that was written before gives way. Errors: ValueError if the folder holds other files, or cannot be
-    written, or if the format cannot hold what the model is.
+    special_tokens: BOS and the ids that end a text, of a model without a tokenizer; default Llama 2's. A folder that
+    was written before gives way. Errors: ValueError if the folder holds other files, or cannot be written, or if the
+    format cannot hold what the model is.
     """
     need_safetensors()
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     args, state = model.as_llama()
-    weights = {}
-    for name, w in state.items():  # cloned: layers that recur share theirs, which the format refuses
-        w = turned(name, w.detach().float().cpu(), args, halves)
-        weights[renamed(name, NAMES, "model.layers.")] = w.clone(memory_format=torch.contiguous_format)
-    config = FIXED | {there: getattr(args, ours) for ours, there in SIZES.items()} | {
-        "architectures": ["LlamaForCausalLM"], "head_dim": args.dim // args.n_heads, "rms_norm_eps": args.norm_eps,
-        "tie_word_embeddings": args.tie_embeddings, "dtype": "float32"}
-    ids = {"bos_token_id": BOS, "eos_token_id": [EOS, BOS], "pad_token_id": EOS}  # a BOS begins the next story
+    weights, owners = {}, set()
+    for name, w in state.items():
+        w = turned(name, w.detach().cpu(), args, halves).contiguous()
+        shared = w.data_ptr() in owners  # by layers that recur, which the format refuses
+        owners.add(w.data_ptr())
+        weights[renamed(name, NAMES, "model.layers.")] = w.clone() if shared else w
+    bos, ends = special_tokens or ((tokenizer.bos, tokenizer.ends) if tokenizer else (BOS, (EOS,)))
     with atomic_folder(folder, FILES) as new:
-        with atomic_write(new / "model.safetensors") as f:
-            f.write(save(weights, metadata={"format": "pt"}))
-        if tokenizer:
-            write_tokenizer(tokenizer, args.max_seq_len, new)
-        write_json(new / "generation_config.json", ids)
-        write_json(new / "config.json", config)
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        with open(new / "model.safetensors", "rb") as f:
+            os.fsync(f.fileno())
+        if isinstance(tokenizer, JsonTokenizer):
+            tokenizer.write(new)
+        else:
+            if tokenizer:
+                write_tokenizer(tokenizer, args.max_seq_len, new)
+            ids = {"bos_token_id": bos, "eos_token_id": [*ends, bos]}  # a BOS begins the next story
+            write_json(new / tokenizer_json.GENERATION, ids | ({"pad_token_id": ends[0]} if ends else {}))
+        write_json(new / "config.json", config_json(args, bos, ends))
+
+
+def config_json(args: ModelArgs, bos: int, ends: tuple[int, ...]) -> dict:
+    """A Llama's config.json, which transformers 4 and 5 read; `rope_scaling` is where both look."""
+    scaling = {"rope_type": args.rope_scaling} | {ROPE[name]: getattr(args, name)
+                                                  for name in OF_SCALING[args.rope_scaling]}
+    return FIXED | {there: getattr(args, ours) for ours, there in SIZES.items()} | {
+        "architectures": ["LlamaForCausalLM"], "head_dim": args.head_dim, "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta, "rope_scaling": None if args.rope_scaling == "none" else scaling,
+        "tie_word_embeddings": args.tie_embeddings, "dtype": args.param_dtype,
+        "bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -97,8 +126,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_tokenizer(tokenizer: Tokenizer, max_seq_len: int, folder: Path) -> None:
     """tokenizer.json, which AutoTokenizer reads; tokenizer.model where there is such a thing."""
-    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-    write_json(folder / "tokenizer_config.json", {
+    write_json(folder / tokenizer_json.TOKENIZER, as_json(tokenizer))
+    write_json(folder / tokenizer_json.TOKENIZER_CONFIG, {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len, "unk_token": SPECIAL[UNK],
         "bos_token": SPECIAL[BOS], "eos_token": SPECIAL[EOS], "clean_up_tokenization_spaces": False})
     if tokenizer.vocab_size != BYTE_VOCAB_SIZE:
@@ -106,7 +135,7 @@ def write_tokenizer(tokenizer: Tokenizer, max_seq_len: int, folder: Path) -> Non
             f.write(tokenizer.file)
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict:
+def as_json(tokenizer: Tokenizer) -> dict:
     """The same vocabulary in the words of the tokenizers library: same text, same tokens, and back; but for "<s>",
     "</s>" and "<unk>" in a text, which are the special tokens there.
 
@@ -149,91 +178,171 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 # ---------------------------------------------------------------------------------------------
 # in
 
+class Stored:
+    """A tensor that still lies in its safetensors file."""
+
+    def __init__(self, file: Path, name: str, shape: tuple[int, ...], dtype: str):
+        self.file, self.name, self.shape, self.dtype = file, name, torch.Size(shape), dtype
+        self.head_rows = 0  # of each head, where the rows of its halves are apart (`halves`)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows at a time, and whole heads. The file is closed in between, which gives its pages back."""
+        from safetensors import SafetensorError, safe_open
+
+        heads = self.head_rows or 1
+        step = max(1, AT_ONCE // max(1, math.prod(self.shape[1:])) // heads) * heads
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, min(start + step, self.shape[0]))
+            try:
+                with safe_open(self.file, "pt") as f:
+                    part = f.get_slice(self.name)[rows]
+                    yield rows, neighbours(part, len(part) // heads) if self.head_rows else part
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.file}: {self.name}: cannot read: {error}") from error
+
+    def copy_to(self, target: Tensor) -> None:
+        for rows, part in self.parts():
+            target[rows].copy_(part)
+
+    def equals(self, other: "Stored") -> bool:
+        return self.shape == other.shape and all(
+            torch.equal(a, b) for (_, a), (_, b) in zip(self.parts(), other.parts(), strict=True))
+
+
 def read_folder(folder: str | Path) -> dict:
-    """The Llama in a folder as a checkpoint: `model` in float32 under llama2.c's names, `model_args`.
+    """The Llama in a folder as a checkpoint: `model` under llama2.c's names, each tensor `Stored`; `model_args`;
+    `special_tokens`, BOS and the ids that end a text.
 
     Errors: ValueError naming file and key, or tensor, what was found and what was expected.
     """
     folder = Path(folder)
     args = read_config(folder / "config.json")
-    found = read_tensors(folder)
-    found = {name: w for name, w in found.items() if not name.endswith("rotary_emb.inv_freq")}  # older ones have it
-    if args.tie_embeddings:
-        found.pop("lm_head.weight", None)
+    found = stored_tensors(folder)
+    for name in [name for name in found if name.endswith("rotary_emb.inv_freq")]:  # folders of older versions
+        check_frequencies(found.pop(name), args)
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if args.tie_embeddings and head and embedding:
+        if not head.equals(embedding):
+            raise ValueError(f"{head.file}: lm_head.weight: expected the numbers of model.embed_tokens.weight, as "
+                             f"tie_word_embeddings is true in {folder / 'config.json'}, found others; if the head is one "
+                             "of its own, make it false")
+        del found["lm_head.weight"]
     state = {}
     for name, shape in layout(args, version=1):
         theirs = renamed(name, NAMES, "model.layers.")
         if theirs not in found:
-            raise ValueError(f"{folder}: has no tensor {theirs}")
-        w = found.pop(theirs)
-        if tuple(w.shape) != shape or not w.is_floating_point():
-            raise ValueError(f"{folder}: {theirs}: expected shape {shape} of floats, found {tuple(w.shape)} {w.dtype}")
-        state[name] = turned(name, w.float(), args, neighbours)
+            untied = "; tie_word_embeddings is not true" if theirs == "lm_head.weight" else ""
+            raise ValueError(f"{folder}: has no tensor {theirs}{untied}")
+        w = state[name] = found.pop(theirs)
+        if w.shape != shape or w.dtype not in DTYPES:
+            raise ValueError(f"{folder}: {theirs}: expected shape {shape} of {', '.join(DTYPES)}, found "
+                             f"{tuple(w.shape)} {w.dtype}")
+        w.head_rows = args.head_dim if name.endswith(("wq.weight", "wk.weight")) else 0
     if found:
-        raise ValueError(f"{folder}: holds a tensor that this model has not: {next(iter(found))}")
-    return {"model": state, "model_args": args.as_dict()}
+        raise ValueError(f"{folder}: unexpected tensor {next(iter(found))}")
+    if all(w.dtype == "BF16" for name, w in state.items() if len(w.shape) == 2):
+        args.param_dtype = "bfloat16"
+    return {"model": state, "model_args": args.as_dict(), "special_tokens": special_tokens(folder)}
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read: {error.strerror or error}; a Hugging Face folder has one") from error
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; [[[[[...
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, found {type(content).__name__}")
-    return content
+def special_tokens(folder: Path) -> tuple[int, tuple[int, ...]]:
+    """BOS and the ids that end a text, by config.json; Llama 2's where it does not tell."""
+    path = folder / "config.json"
+    starts, ends = (token_ids(read_object(path), key, path) for key in ("bos_token_id", "eos_token_id"))
+    return (starts or [BOS])[0], tuple(ends or [EOS])
+
+
+def check_frequencies(stored: Stored, args: ModelArgs) -> None:
+    """ValueError where a folder has RoPE's frequencies as a tensor, and they are not those of its config.json."""
+    expected = rope_frequencies(args)
+    if stored.shape != expected.shape or stored.dtype not in DTYPES:
+        raise ValueError(f"{stored.file}: {stored.name}: expected shape {tuple(expected.shape)}, found "
+                         f"{tuple(stored.shape)} {stored.dtype}")
+    numbers = torch.empty_like(expected)
+    stored.copy_to(numbers)
+    if not torch.allclose(numbers, expected, rtol=1e-2):  # they may be stored in 16 bits
+        raise ValueError(f"{stored.file}: {stored.name}: expected the frequencies of rope_theta={args.rope_theta}, as "
+                         "config.json says, found others")
+
+
+def number(content: dict, key: str, default: float, path: Path) -> float:
+    value = content.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < 1e300:
+        raise ValueError(f"{path}: {key}: expected a number above 0, found {value!r}")
+    return float(value)
 
 
 def read_config(path: Path) -> ModelArgs:
-    """The shape in a config.json. Errors: ValueError for what model.py has not, by key."""
-    config = {key: value for key, value in read_json(path).items() if value is not None}
+    """The shape in a config.json. Errors: ValueError for what model.py cannot be, by key."""
+    config = {key: value for key, value in read_object(path).items() if value is not None}
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     for ours, there in SIZES.items():
         most = llama2c.SIZES[ours]
         if type(config.get(there)) is not int or not 1 <= config[there] <= most:
             raise ValueError(f"{path}: {there}: expected a number from 1 to {most}, found {config.get(there)!r}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, 4
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{path}: rope_scaling: expected none, found {rope}")
     size = {ours: config[there] for ours, there in SIZES.items()}
-    wanted = FIXED | {"head_dim": size["dim"] // size["n_heads"], "partial_rotary_factor": 1.0,
-                      "quantization_config": "none"}
-    given = {"model_type": None} | config | {key: rope[key] for key in ("rope_theta", "partial_rotary_factor")
-                                             if key in rope}
-    for key, value in wanted.items():
+    rope = read_rope(config, path)
+    given = {"model_type": None} | config
+    for key, value in (FIXED | {"partial_rotary_factor": 1.0, "quantization_config": "none"}).items():
         if given.get(key, value) != value:
             raise ValueError(f"{path}: {key}: expected {value}, found {given[key]!r}")
-    eps, tied = config.get("rms_norm_eps", 1e-6), config.get("tie_word_embeddings", False)  # transformers' defaults
-    if not isinstance(eps, float) or not 0 < eps < 1 or not isinstance(tied, bool):
-        raise ValueError(f"{path}: rms_norm_eps, tie_word_embeddings: expected a small number and true or false, "
-                         f"found {eps!r}, {tied!r}")
+    tied, head_dim = config.get("tie_word_embeddings", False), config.get("head_dim", 0)  # transformers' defaults
+    if not isinstance(tied, bool):
+        raise ValueError(f"{path}: tie_word_embeddings: expected true or false, found {tied!r}")
+    if type(head_dim) is not int or not 0 <= head_dim <= llama2c.SIZES["dim"]:
+        raise ValueError(f"{path}: head_dim: expected a number from 1 to {llama2c.SIZES['dim']}, found {head_dim!r}")
+    eps = number(config, "rms_norm_eps", 1e-6, path)
+    if eps >= 1:
+        raise ValueError(f"{path}: rms_norm_eps: expected a small number, found {eps}")
     try:
-        return ModelArgs(**size, norm_eps=eps, tie_embeddings=tied)
+        return ModelArgs(**size, **rope, head_dim=head_dim, norm_eps=eps, tie_embeddings=tied)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or those that model.safetensors.index.json names, each from its file."""
+def read_rope(config: dict, path: Path) -> dict:
+    """ModelArgs' names of how a config.json has RoPE: by rope_parameters (transformers 5), or by rope_scaling beside
+    rope_theta.
+    """
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    ours = {"default": "none", "linear": "linear", "llama3": "llama3"}.get(kind if isinstance(kind, str) else "")
+    if ours is None:
+        raise ValueError(f"{path}: {key}: expected an object of rope_type default, linear or llama3, found {kind!r}")
+    if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor: expected 1.0, found {partial!r}")
+    found = {"rope_theta": number(config | rope, "rope_theta", ROPE_THETA, path), "rope_scaling": ours}
+    for name in OF_SCALING[ours]:
+        if ROPE[name] not in rope:
+            raise ValueError(f"{path}: {key}: {kind}: expected {ROPE[name]}, found {', '.join(rope)}")
+        value = number(rope, ROPE[name], 0.0, path)
+        found[name] = int(value) if name == "rope_original_seq_len" else value
+    return found
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of model.safetensors, or those that model.safetensors.index.json names, each in its file."""
     need_safetensors()
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     parts, index = None, folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
-        parts = read_json(index).get("weight_map")
+        parts = read_object(index).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(n, str) and Path(n).name == n for n in parts.values()):
             raise ValueError(f"{index}: weight_map: expected tensors with names of files in this folder")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for name in sorted(set(parts.values())) if parts else ["model.safetensors"]:
-        if not (folder / name).is_file():
+        path = folder / name
+        if not path.is_file():
             pickled = "; pickles are not read" if (folder / "pytorch_model.bin").exists() else ""
-            raise ValueError(f"{folder / name}: no such file; expected the weights as safetensors{pickled}")
+            raise ValueError(f"{path}: no such file; expected the weights as safetensors{pickled}")
         try:
-            found = load_file(folder / name)
+            with safe_open(path, "pt") as f:
+                for key in f.keys():
+                    if not parts or parts.get(key) == name:
+                        slice_ = f.get_slice(key)
+                        tensors[key] = Stored(path, key, tuple(slice_.get_shape()), slice_.get_dtype())
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder / name}: not safetensors, or broken: {error}") from error
-        tensors |= {key: w for key, w in found.items() if not parts or parts.get(key) == name}
+            raise ValueError(f"{path}: not safetensors, or broken: {error}") from error
     return tensors

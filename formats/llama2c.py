@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import ModelArgs, Transformer
+from model import ROPE_THETA, ModelArgs, Transformer
 from system.files import atomic_write
 
 NORM_EPS = 1e-5  # what readers of every version assume; the file has no place for it
@@ -34,8 +34,8 @@ SIZES = {"dim": 1 << 16, "hidden_dim": 1 << 20, "n_layers": 1 << 10, "n_heads": 
 def layout(args: ModelArgs, version: int) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor in the file's order; a shape of one number is that of a norm."""
     D, H, V, S = args.dim, args.hidden_dim, args.vocab_size, args.max_seq_len
-    K, half = D // args.n_heads * args.n_kv_heads, D // args.n_heads // 2
-    shapes = {"wq": (D, D), "wk": (K, D), "wv": (K, D), "wo": (D, D), "w1": (H, D), "w2": (D, H), "w3": (H, D)}
+    Q, K, half = args.head_dim * args.n_heads, args.head_dim * args.n_kv_heads, args.head_dim // 2
+    shapes = {"wq": (Q, D), "wk": (K, D), "wv": (K, D), "wo": (D, Q), "w1": (H, D), "w2": (D, H), "w3": (H, D)}
     embedding, last = [("tok_embeddings.weight", (V, D))], [("norm.weight", (D,))]
     output = [] if args.tie_embeddings else [("output.weight", (V, D))]
     rope = [("rope_cos", (S, half)), ("rope_sin", (S, half))]  # readers skip these, but count on their space
@@ -88,14 +88,23 @@ def int8_bytes(t: Tensor, group: int) -> bytes:
     return q.numpy().tobytes() + float_bytes(scale)
 
 
+def check_unstated(args: ModelArgs, path: str | Path) -> None:
+    """ValueError where a model is other than readers assume, and the file has no place to say so."""
+    assumed = {"norm_eps": NORM_EPS, "rope_theta": ROPE_THETA, "rope_scaling": "none",
+               "head_dim": args.dim // args.n_heads}
+    for name, value in assumed.items():
+        if (found := getattr(args, name)) != value:
+            raise ValueError(f"{path}: this format cannot say {name}: its readers take {value}, the model has {found}; "
+                             "export it with --hf or --gguf")
+
+
 def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
     """Write trunk and NTP head in llama2.c's version 0 (float32), 1 (float32, longer header) or 2 (int8).
 
     Errors: ValueError if the format cannot say what the model is, or the file cannot be written.
     """
     args, state = model.as_llama()
-    if args.norm_eps != NORM_EPS:
-        raise ValueError(f"{path}: this format's readers take norm_eps={NORM_EPS}, the model has {args.norm_eps}")
+    check_unstated(args, path)
     # In version 0 a negative vocabulary size says that an unembedding of its own follows at the end.
     sign = -1 if version == 0 and not args.tie_embeddings else 1
     sizes = {name: getattr(args, name) for name in SIZES}

@@ -91,7 +91,7 @@ def test_a_byte_vocabulary_has_its_space_where_llama_cpp_looks(tmp_path):
 
 def test_what_cannot_be_written_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     path = save(random_model(), tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="no tokenizer.model or tokenizer.bin in .*; name one with --tokenizer"):
+    with pytest.raises(ValueError, match="no tokenizer.model, tokenizer.json or tokenizer.bin in .*; name one with --tokenizer"):
         export.main([str(path), f"--gguf={tmp_path / 'm.gguf'}"])
     with pytest.raises(ValueError, match="rnn"):
         write_gguf(random_model(trunk="rnn"), tokenizer, tmp_path / "m.gguf")

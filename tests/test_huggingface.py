@@ -134,6 +134,105 @@ def test_what_transformers_writes_is_read(transformers, tmp_path, changes):
     assert torch.equal(half.layers[1].attention.wq.weight, model.layers[1].attention.wq.weight.bfloat16().float())
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+         "eos_token_id": 2, "tie_word_embeddings": True}
+TODAYS = [{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, {"rope_parameters": LINEAR},
+          {"rope_parameters": LLAMA3}, {"head_dim": 24}, {"rms_norm_eps": 1e-3}, {"tie_word_embeddings": False},
+          {"num_key_value_heads": 4}, {"bos_token_id": 298, "eos_token_id": [299, 297]},
+          {"rope_parameters": LLAMA3, "head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": False}]
+
+
+def their_model(transformers, folder: Path, dtype=torch.float32, shards: bool = False, **changes) -> Path:
+    """A folder as transformers writes it, of a random Llama with lively weights."""
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | changes))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(5.0).add_(torch.randn_like(p) * 0.02)
+    theirs.to(dtype).save_pretrained(folder, **{"max_shard_size": "30KB"} if shards else {})
+    return folder
+
+
+def opened(transformers, folder: Path):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", TODAYS)
+def test_todays_llamas_go_in_and_come_out(transformers, tmp_path, changes, dtype):
+    """With the logits that transformers has, and out again with the same ones, and the same config."""
+    folder = their_model(transformers, tmp_path / "theirs", dtype, shards=dtype != torch.float32, **changes)
+    theirs, ours = opened(transformers, folder), load_model(folder)
+    assert worst(ours, theirs) < 1e-4
+    export.main([str(folder), f"--hf={tmp_path / 'ours'}"])
+    back = opened(transformers, tmp_path / "ours")
+    assert worst(ours, back) < 1e-4
+    assert all(torch.equal(p, q) for p, q in zip(theirs.parameters(), back.parameters(), strict=True))
+    for key in (*SMALL, "head_dim", "rope_parameters"):
+        assert getattr(back.config, key) == getattr(theirs.config, key), key
+    assert load_model(tmp_path / "ours").args == ours.args
+
+
+@pytest.mark.parametrize("rope", [{"rope_theta": 500000, "rope_scaling": {k: v for k, v in LLAMA3.items()
+                                                                          if k != "rope_theta"}},
+                                  {"rope_scaling": {"type": "linear", "factor": 4}}, {"rope_theta": 2e6}])
+def test_configs_of_older_versions_and_with_a_byte_order_mark(transformers, tmp_path, rope):
+    folder = their_model(transformers, tmp_path / "hf")
+    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "rope_parameters"}
+    (folder / "config.json").write_text(json.dumps(config | rope))
+    theirs = opened(transformers, folder)
+    (folder / "config.json").write_text(json.dumps(config | rope), encoding="utf-8-sig")
+    assert worst(load_model(folder), theirs) < 1e-4
+
+
+def test_formats_that_cannot_say_it_name_the_field(transformers, tmp_path):
+    for changes, field in ((TODAYS[0], "rope_theta"), (TODAYS[1], "rope_scaling"), (TODAYS[3], "head_dim"),
+                           (TODAYS[4], "norm_eps")):
+        folder = their_model(transformers, tmp_path / field, **changes)
+        for version in (0, 1, 2):
+            with pytest.raises(ValueError, match=f"m.bin: this format cannot say {field}: .* --hf or --gguf"):
+                export.main([str(folder), str(tmp_path / "m.bin"), f"--version={version}"])
+    assert not (tmp_path / "m.bin").exists()
+
+
+def test_a_head_that_the_config_contradicts_is_refused_and_an_equal_one_is_fine(transformers, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = their_model(transformers, tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(folder).args.tie_embeddings
+    head[299, 31] += 0.5  # the last number
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "lm_head.weight: expected the numbers of model.embed_tokens.weight", "tie_word_embeddings")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert worst(load_model(folder), opened(transformers, folder)) < 1e-4
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": 1e4 ** -(torch.arange(0, 8, 2) / 8)}
+    save_file(weights | {"lm_head.weight": head} | frequencies, folder / "model.safetensors", {"format": "pt"})
+    load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "rope_parameters": TODAYS[0][
+        "rope_parameters"]}))
+    refused(folder, "inv_freq: expected the frequencies of rope_theta=500000.0")
+
+
+def test_a_tensor_is_copied_in_parts(transformers, tmp_path, monkeypatch):
+    """So no tensor is in memory twice; whole heads at a time, whose rows change places."""
+    folder = their_model(transformers, tmp_path / "hf", head_dim=24)
+    whole = load_model(folder)
+    monkeypatch.setattr(huggingface, "AT_ONCE", 1)
+    stored = huggingface.read_folder(folder)["model"]
+    assert len(list(stored["layers.0.attention.wq.weight"].parts())) == 4
+    assert len(list(stored["tok_embeddings.weight"].parts())) == 300
+    for a, b in zip(whole.parameters(), load_model(folder).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_rows_are_turned_by_halves_of_each_head():
     w = torch.arange(8.0)[:, None]  # two heads of four
     assert halves(w, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -175,14 +274,19 @@ def refused(folder: Path, *says: str) -> None:
     ("num_hidden_layers", 10**9, "num_hidden_layers"), ("num_hidden_layers", 4, "has no tensor model.layers.3."),
     ("num_hidden_layers", 1 << 20, "num_hidden_layers"), ("num_hidden_layers", 2, "model.layers.2."),
     ("num_key_value_heads", 3, "n_kv_heads=3"), ("vocab_size", 500, "(500, 32)"),
-    ("vocab_size", True, "vocab_size"), ("rope_theta", 5e5, "rope_theta: expected 10000.0, found 500000.0"),
-    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling"), ("rope_scaling", 3, "rope_scaling"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, "rope_theta"), ("head_dim", 16, "head_dim"),
-    ("num_key_value_heads", None, "(16, 32)"), ("bos_token_id", 0, "bos_token_id: expected 1, found 0"),
-    ("eos_token_id", [2, 7], "eos_token_id"), ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+    ("vocab_size", True, "vocab_size"), ("rope_theta", "5e5", "rope_theta: expected a number above 0, found '5e5'"),
+    ("rope_theta", 0, "rope_theta"), ("rope_theta", 10**400, "rope_theta"),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "llama3: expected low_freq_factor, found rope_type, factor"),
+    ("rope_scaling", 3, "rope_scaling"), ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "found 'dynamic'"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5}, "rope_parameters: expected"),
+    ("rope_parameters", {"rope_type": ["linear"]}, "rope_parameters: expected"),
+    ("rope_scaling", {"type": "linear", "factor": 0.5}, "rope_factor=0.5"),
+    ("head_dim", 16, "q_proj.weight: expected shape (64, 32)"), ("head_dim", 7, "head_dim=7"), ("head_dim", "8", "head_dim"),
+    ("num_key_value_heads", None, "(16, 32)"), ("bos_token_id", "<s>", "bos_token_id: expected a token id"),
+    ("eos_token_id", [2, "x"], "eos_token_id"), ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ("quantization_config", {"bits": 4}, "quantization_config"),
     ("hidden_act", "gelu", "hidden_act"), ("attention_bias", True, "attention_bias"),
-    ("rms_norm_eps", "x", "rms_norm_eps"),
+    ("mlp_bias", True, "mlp_bias"), ("rms_norm_eps", "x", "rms_norm_eps"), ("rms_norm_eps", 1, "rms_norm_eps"),
     ("tie_word_embeddings", False, "has no tensor lm_head.weight"), ("tie_word_embeddings", 1, "tie_word_embeddings")])
 def test_configs_of_other_models_are_refused_by_key(folder, key, value, says):
     config = json.loads((folder / "config.json").read_text())
@@ -202,10 +306,11 @@ def test_broken_folders_are_refused(folder):
     refused(folder, "broken")
     save_file(weights | {"model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 16)}, path)
     refused(folder, "model.layers.0.self_attn.q_proj.weight: expected shape (32, 32)", "found (32, 16)")
-    save_file(weights | {"model.norm.weight": torch.zeros(32, dtype=torch.int64)}, path)
-    refused(folder, "model.norm.weight", "int64")
+    for dtype, name in ((torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")):
+        save_file(weights | {"model.norm.weight": torch.zeros(32, dtype=dtype)}, path)
+        refused(folder, "model.norm.weight: expected shape (32,) of F64, F32, F16, BF16", name)
     save_file(weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, path)
-    refused(folder, "holds a tensor that this model has not: model.layers.0.self_attn.q_proj.bias")
+    refused(folder, "unexpected tensor model.layers.0.self_attn.q_proj.bias")
     path.unlink()
     refused(folder, "no such file")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")

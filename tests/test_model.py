@@ -35,7 +35,7 @@ def test_forward_is_the_next_token_head():
     model, x = make(n_future_heads=1), tokens()
     z = model(x)
     assert z.shape == (2, 10, 31)
-    torch.testing.assert_close(z, model.norm(model.trunk(x)) @ model.output.weight.T)
+    torch.testing.assert_close(z, model.norm(model.trunk(x).last) @ model.output.weight.T)
     assert not torch.allclose(z, model.readouts(x, model.trunk(x), [1])[1].logits())
 
 
@@ -125,10 +125,11 @@ def test_a_residual_head_starts_as_the_next_token_head():
     torch.testing.assert_close(model.readouts(x, model.trunk(x), [1])[1].logits(), model(x))
     with torch.no_grad():
         model.future_heads[0].residual.weight.normal_()
-    h = model.trunk(x)
+    states = model.trunk(x)
+    h = states.last
     moved = h @ model.future_heads[0].residual.weight.T
     want = model.norm(h + moved * torch.sigmoid(moved)) @ model.output.weight.T
-    torch.testing.assert_close(model.readouts(x, h, [1])[1].logits(), want)
+    torch.testing.assert_close(model.readouts(x, states, [1])[1].logits(), want)
 
 
 def test_a_block_head_is_one_more_layer():
@@ -143,7 +144,7 @@ def test_a_block_head_is_one_more_layer():
 def test_a_sequential_head_reads_the_tokens_in_between_and_the_head_before():
     """By hand, position by position of DeepSeek-V3's equations: the input of depth i at t is x[t+i]."""
     model, x = make(head="sequential", n_future_heads=2), tokens(1, 8)
-    states = model.trunk(x)
+    states = model.trunk(x).last
     for i, head in enumerate(model.future_heads, 1):
         length = 8 - i
         both = [torch.cat((head.state_norm(states[0, t]), head.token_norm(model.tok_embeddings(x[0, t + i]))))
@@ -242,6 +243,44 @@ def test_blocks_of_heads_start_as_copies_of_the_last(head):
     assert not torch.equal(model.future_heads[0].block.attention.wq.weight, model.layers[-1].attention.wq.weight)
 
 
+def test_a_copy_of_the_last_block_that_reads_what_it_reads_is_the_next_token_head():
+    """So such a head starts at the NTP head's own distribution; one that reads its output starts anywhere."""
+    x = tokens()
+    for head_input in ("before_last", "last"):
+        model = lab("block", head_input=head_input)
+        model.start_as_last_block([2])
+        same = torch.equal(model.readouts(x, model.trunk(x), [2])[2].logits(), model(x))
+        assert same == (head_input == "before_last")
+    model = lab("residual", head_input="before_last")
+    states = model.trunk(x)
+    want = states.before_last + torch.nn.functional.silu(model.future_heads[0].residual(states.before_last))
+    torch.testing.assert_close(model.readouts(x, states, [1])[1].logits(), model.norm(want) @ model.output.weight.T)
+    torch.testing.assert_close(model.layers[-1](states.before_last, *model.places(10, None)), states.last)
+
+
+def test_matrices_of_the_trunk_may_be_bfloat16():
+    """Norms and heads stay float32, and so does the residual stream; products want autocast."""
+    wide, model, x = lab("block"), lab("block", param_dtype="bfloat16"), tokens()
+    model.load_state_dict(wide.state_dict())
+    types = {name: p.dtype for name, p in model.named_parameters()}
+    for name, dtype in types.items():
+        of_trunk = not name.startswith(HEADS) and not name.endswith("norm.weight")
+        assert dtype == (torch.bfloat16 if of_trunk else torch.float32), name
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.trunk(x)
+        assert states.last.dtype == torch.float32
+        torch.testing.assert_close(model(x), wide(x), atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match="param_dtype=bfloat16: not with trunk=rnn"):
+        make(trunk="rnn", param_dtype="bfloat16")
+
+
+def test_heads_of_another_size_than_a_share_of_the_model():
+    model, x = make(head_dim=6, n_kv_heads=2), tokens()
+    assert model.layers[0].attention.wq.weight.shape == (24, 16) and model.rope_cos.shape == (12, 3)
+    assert model.layers[0].attention.wo.weight.shape == (16, 24) and model(x).shape == (2, 10, 31)
+    assert make().args.head_dim == 4
+
+
 def test_without_a_block_there_is_nothing_to_copy():
     for changes in ({"head": "linear"}, {"head": "block", "trunk": "rnn"}):
         with pytest.raises(ValueError, match="head_init=last_block"):
@@ -272,7 +311,7 @@ def test_a_bag_is_read_as_the_mean_of_its_tokens():
 def test_an_elman_trunk():
     """h_t = tanh(W x_t + U h_(t-1) + b), by hand, and no position sees what comes after it."""
     model, x = make(trunk="rnn", n_layers=1), tokens()
-    h, state = model.trunk(x), torch.zeros(2, 16)
+    h, state = model.trunk(x).last, torch.zeros(2, 16)
     rnn = model.rnn
     for t in range(10):
         state = torch.tanh(model.tok_embeddings(x[:, t]) @ rnn.weight_ih_l0.T + rnn.bias_ih_l0
@@ -319,6 +358,17 @@ def test_wrong_shapes_are_refused():
         make(n_heads=3)
     with pytest.raises(ValueError, match="n_kv_heads=3"):
         make(n_kv_heads=3)
+    with pytest.raises(ValueError, match="head_dim=5"):
+        make(head_dim=5)
+    with pytest.raises(ValueError, match="rope_scaling=llama3.*rope_original_seq_len"):
+        make(rope_scaling="llama3", rope_factor=8.0)
+    with pytest.raises(ValueError, match="rope_factor=8.0: needs rope_scaling"):
+        make(rope_factor=8.0)
+    with pytest.raises(ValueError, match="rope_scaling=yarn"):
+        make(rope_scaling="yarn")
+    for changes in ({"head": "linear"}, {"head": "shared"}, {"head": "block", "trunk": "rnn"}):
+        with pytest.raises(ValueError, match="head_input=before_last"):
+            make(head_input="before_last", **changes)
     with pytest.raises(ValueError, match="head=deep"):
         make(head="deep")
     with pytest.raises(ValueError, match="trunk=tree"):

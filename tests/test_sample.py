@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, start
 
 import sample
-from model import KVCache, ModelArgs, Transformer
+from model import KVCache, ModelArgs, States, Transformer
 from sample import Printer, Tally, compare, generate, main, picker, probabilities, static_tree
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, ByteTokenizer
 
@@ -105,19 +105,19 @@ def test_logits_with_a_cache_are_those_without(changes, sizes):
     assert len(cache.entries) == len(model.unrolled())
 
 
-@pytest.mark.parametrize("head", GUESSERS)
-def test_heads_with_a_cache_are_those_without(head):
-    model, cache = lively(head=head, n_future_heads=3), KVCache(20)
+@pytest.mark.parametrize("head,head_input", [*((head, "last") for head in GUESSERS), ("block", "before_last")])
+def test_heads_with_a_cache_are_those_without(head, head_input):
+    model, cache = lively(head=head, head_input=head_input, n_future_heads=3), KVCache(20)
     x = torch.randint(0, V, (1, 20), generator=torch.Generator().manual_seed(1))
-    h = model.trunk(x)
+    states = model.trunk(x)
     found = []
     for part in (slice(0, 9), slice(9, 10), slice(10, 14), slice(14, 20)):
         T = part.stop - part.start
         cache.begin(*chain(T))
-        readouts = model.readouts(x[:, part], h[:, part], [1, 2, 3], cache)
+        readouts = model.readouts(x[:, part], States(*(h[:, part] for h in states)), [1, 2, 3], cache)
         found.append([readouts[i].logits() for i in (1, 2, 3)])
         cache.keep(torch.arange(T))
-    whole = model.readouts(x, h, [1, 2, 3])
+    whole = model.readouts(x, states, [1, 2, 3])
     for i in (1, 2, 3):
         torch.testing.assert_close(torch.cat([f[i - 1] for f in found], 1), whole[i].logits(), atol=1e-5, rtol=1e-5)
     assert len(cache.entries) == (3 if head == "block" else 0)
@@ -321,7 +321,7 @@ def test_texts_are_distributed_as_the_model_says(setting, n, k):
 def test_a_rule_that_takes_guesses_too_easily_is_noticed(monkeypatch, k):
     """The test of the test: a draft among the three likeliest tokens is accepted."""
 
-    def lenient(tree, tokens, logits, pick):
+    def lenient(tree, tokens, logits, pick, ends):
         path, picked = [0], []
         while True:
             row = path[-1]
@@ -467,7 +467,7 @@ def test_program_speculative(checkpoint, capsys, flags):
 def test_a_difference_to_plain_decoding_is_told(checkpoint, capsys, monkeypatch):
     """With heads that change the text, as rounding could."""
 
-    def wrong(tree, tokens, logits, pick):
+    def wrong(tree, tokens, logits, pick, ends):
         return [0], [5 if len(tokens) > 1 else pick(logits[0])]
 
     monkeypatch.setattr(sample, "walk", wrong)

@@ -17,6 +17,7 @@ from typing import Protocol
 import sentencepiece
 
 from system.files import atomic_write, refuse_irregular
+from text import tokenizer_json
 
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # id of raw byte 0x00; the other 255 follow
@@ -30,6 +31,8 @@ class Tokenizer(Protocol):
     """What the rest of the lab asks of a tokenizer."""
 
     vocab_size: int
+    bos: int  # the token before each text
+    ends: tuple[int, ...]  # tokens that end a text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS; [] for an empty text."""
@@ -47,6 +50,8 @@ class SentencePieceTokenizer:
     >>> SentencePieceTokenizer("data/toy/tok512/tokenizer.model").encode("Once upon")  # doctest: +SKIP
     [403, 407]
     """
+
+    bos, ends = BOS, (EOS,)
 
     def __init__(self, path: str | Path):
         self.file = read_file(path)
@@ -91,7 +96,7 @@ class ByteTokenizer:
     'Hi'
     """
 
-    vocab_size = BYTE_VOCAB_SIZE
+    vocab_size, bos, ends = BYTE_VOCAB_SIZE, BOS, (EOS,)
 
     def encode(self, text: str) -> list[int]:
         return [FIRST_BYTE + b for b in (" " + text).encode("utf-8")] if text else []
@@ -115,16 +120,21 @@ def vocab_folder(dataset_folder: str | Path, vocab_size: int) -> Path:
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a `data/<dataset>/tok<V>` folder; V = 259 is the byte tokenizer, which needs no file."""
+    as_json = Path(folder) / tokenizer_json.TOKENIZER
+    if as_json.exists():
+        return open_tokenizer(as_json, vocab_size)
     if vocab_size == BYTE_VOCAB_SIZE:
         return ByteTokenizer()
     return open_tokenizer(Path(folder) / "tokenizer.model", vocab_size)
 
 
 def open_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a file, `.model` or `.bin`, or in a folder that has one of them."""
+    """The tokenizer in a file, `.model`, `.bin` or `tokenizer.json`, or in a folder that has one of them."""
     path = Path(path)
     if path.is_dir():
-        path /= "tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.bin"
+        path = vocabulary_file(path, vocab_size)
+    if path.name == tokenizer_json.TOKENIZER:
+        return tokenizer_json.JsonTokenizer(path.parent, vocab_size)
     if path.suffix == ".bin":
         if vocab_size == BYTE_VOCAB_SIZE:
             read_bin(path, vocab_size)  # for its errors
@@ -134,6 +144,20 @@ def open_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(f"{path}: expected {vocab_size} tokens, found {tokenizer.vocab_size}")
     return tokenizer
+
+
+def vocabulary_file(folder: Path, vocab_size: int) -> Path:
+    """Of the files that a folder may have: a SentencePiece model of V tokens, else tokenizer.json, else a .bin.
+
+    Some folders of Hugging Face have all of them, and tokens that only tokenizer.json knows.
+    """
+    model, as_json = folder / "tokenizer.model", folder / tokenizer_json.TOKENIZER
+    if not as_json.exists():
+        return model if model.exists() else folder / "tokenizer.bin"
+    try:
+        return model if SentencePieceTokenizer(model).vocab_size == vocab_size else as_json
+    except ValueError:  # there is none, or it is of another kind
+        return as_json
 
 
 def read_file(path: str | Path) -> bytes:
