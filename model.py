@@ -491,7 +491,7 @@ class Transformer(nn.Module):
 
     def readouts(self, tokens: Tensor, states: States, heads: Iterable[int | str], cache: KVCache | None = None
                  ) -> dict[int | str, Readout]:
-        """{head: what it makes of the trunk's states}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further ahead.
+        """{head: what it makes of the trunk's states}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further.
 
         "spelling" is that of the letters, its weight (spelling_letters * alphabet_size, D); "order" that
         of the order of tokens. tokens (B, T) are those of the states. A cache is that of the heads' blocks.

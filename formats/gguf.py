@@ -9,16 +9,21 @@ are no multiple of that (the feed-forward of 260K models: 172) is kept in f16.
 What this leaves out on purpose: reading, and future heads, which llama.cpp has no place for in a Llama.
 """
 
+import json
 import math
 from pathlib import Path
 
 from formats.llama2c import renamed
-from model import ROPE_THETA, Transformer
+from model import ModelArgs, Transformer, rope_frequencies, unscaled_frequencies
 from system.files import atomic_write
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, FIRST_BYTE, SPECIAL, UNK, Tokenizer
+from text.tokenizer_json import JsonTokenizer
 
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # ours -> the format's name of such a file
 LARGEST = {"f32": math.inf, "f16": 65504.0, "q8_0": 127 * 65504.0}  # number that fits; q8_0 has scales in float16
+# How Llama 3's tokenizer.json splits a text, by which llama.cpp knows it.
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
 BLOCK = 32  # numbers of a row that share a scale in q8_0
 NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
          "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
@@ -79,9 +84,13 @@ def write_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, kind:
         writer.add_head_count(args.n_heads)
         writer.add_head_count_kv(args.n_kv_heads)
         writer.add_layer_norm_rms_eps(args.norm_eps)
-        writer.add_rope_dimension_count(args.dim // args.n_heads)
-        writer.add_rope_freq_base(ROPE_THETA)
-        add_vocabulary(writer, tokenizer)
+        writer.add_key_length(args.head_dim)
+        writer.add_value_length(args.head_dim)
+        add_rope(writer, args)
+        if isinstance(tokenizer, JsonTokenizer):
+            add_json_vocabulary(writer, tokenizer, path)
+        else:
+            add_vocabulary(writer, tokenizer)
         for name, w in state.items():
             numbers = w.detach().float().cpu().numpy()
             as_kind = gguf.GGMLQuantizationType[kind_of(numbers.shape, kind).upper()]
@@ -90,6 +99,20 @@ def write_gguf(model: Transformer, tokenizer: Tokenizer, path: str | Path, kind:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def add_rope(writer, args: ModelArgs) -> None:
+    """RoPE's base and scaling. llama.cpp has llama3's as a divisor for each pair's angle, in a tensor."""
+    import gguf
+
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_rope_freq_base(args.rope_theta)
+    if args.rope_scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(args.rope_factor)
+    elif args.rope_scaling == "llama3":
+        divisors = unscaled_frequencies(args.head_dim, args.rope_theta) / rope_frequencies(args)
+        writer.add_tensor("rope_freqs.weight", divisors.numpy())
 
 
 def add_vocabulary(writer, tokenizer: Tokenizer) -> None:
@@ -107,3 +130,46 @@ def add_vocabulary(writer, tokenizer: Tokenizer) -> None:
     writer.add_unk_token_id(UNK)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(True)
+
+
+def pre_tokenizer_of(content: dict) -> str | None:
+    """llama.cpp's name of how a byte-level BPE splits a text before it merges; None where it has none."""
+    steps = content.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    *first, last = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+    if content.get("normalizer"):
+        return None
+    if not first and last == byte_level | {"use_regex": True}:
+        return "gpt-2"
+    if first == [split] and last == byte_level | {"use_regex": False}:
+        return "llama-bpe"
+    return None
+
+
+def add_json_vocabulary(writer, tokenizer: JsonTokenizer, path: str | Path) -> None:
+    """A tokenizer.json that is GPT-2's or Llama 3's kind. Errors: ValueError for others, which llama.cpp has not."""
+    import gguf
+
+    content = json.loads(tokenizer.file)
+    model, pre = content.get("model", {}), pre_tokenizer_of(content)
+    if model.get("type") != "BPE" or pre is None:
+        raise ValueError(f"{path}: tokenizer.json: expected a byte-level BPE that splits texts as GPT-2 or Llama 3 "
+                         "does, which llama.cpp knows; found another")
+    names = dict.fromkeys(range(tokenizer.vocab_size)) | {i: name for name, i in model["vocab"].items()}
+    types = [gguf.TokenType.UNUSED if name is None else gguf.TokenType.NORMAL for name in names.values()]
+    for token in content.get("added_tokens", []):
+        names[token["id"]] = token["content"]
+        types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([f"[PAD{i}]" if name is None else name for i, name in names.items()])
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(tokenizer.bos)
+    if tokenizer.ends:
+        writer.add_eos_token_id(tokenizer.ends[0])
+    writer.add_eot_token_id(tokenizer.bos)  # a BOS begins the next text: readers stop there
+    writer.add_add_bos_token(True)

@@ -224,8 +224,8 @@ def read_folder(folder: str | Path) -> dict:
     if args.tie_embeddings and head and embedding:
         if not head.equals(embedding):
             raise ValueError(f"{head.file}: lm_head.weight: expected the numbers of model.embed_tokens.weight, as "
-                             f"tie_word_embeddings is true in {folder / 'config.json'}, found others; if the head is one "
-                             "of its own, make it false")
+                             f"tie_word_embeddings is true in {folder / 'config.json'}, found others; if the head has "
+                             "numbers of its own, make it false")
         del found["lm_head.weight"]
     state = {}
     for name, shape in layout(args, version=1):

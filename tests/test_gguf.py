@@ -1,5 +1,6 @@
 """GGUF files: their content, by the gguf package's reader; and llama.cpp's story, where it is installed."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from conftest import SHARED
 from test_export import greedy, random_model, save
 from test_huggingface import TEXTS
+from test_tokenizer_json import json_tokenizer
 
 import export
 from formats import gguf
@@ -91,7 +93,7 @@ def test_a_byte_vocabulary_has_its_space_where_llama_cpp_looks(tmp_path):
 
 def test_what_cannot_be_written_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     path = save(random_model(), tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="no tokenizer.model, tokenizer.json or tokenizer.bin in .*; name one with --tokenizer"):
+    with pytest.raises(ValueError, match="no tokenizer.model, .* in .*; name one with --tokenizer"):
         export.main([str(path), f"--gguf={tmp_path / 'm.gguf'}"])
     with pytest.raises(ValueError, match="rnn"):
         write_gguf(random_model(trunk="rnn"), tokenizer, tmp_path / "m.gguf")
@@ -109,6 +111,55 @@ def test_numbers_that_a_type_cannot_hold_are_refused(tokenizer, tmp_path):
         with pytest.raises(ValueError, match=f"layers.0.attention.wo.weight: .* does not fit {kind}; expected f32"):
             write_gguf(model, tokenizer, tmp_path / "m.gguf", kind)
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 5e5}, {"rope_scaling": "linear", "rope_factor": 4.0},
+                                     {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_seq_len": 16,
+                                      "rope_theta": 5e5, "head_dim": 24}])
+def test_rope_and_heads_as_todays_llamas_have_them(tokenizer, tmp_path, changes):
+    """Divisors of angles are held against transformers' own frequencies."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    model = random_model(**changes)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", "f32")
+    settings, tensors = contents(tmp_path / "m.gguf")
+    hd = model.args.head_dim
+    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base")
+    assert [settings[f"llama.{key}"] for key in keys] == [hd, hd, hd, model.args.rope_theta]
+    scaling = settings.get("llama.rope.scaling.type"), settings.get("llama.rope.scaling.factor")
+    assert scaling == (("linear", 4.0) if changes.get("rope_scaling") == "linear" else (None, None))
+    divisors = tensors.pop("rope_freqs.weight", ("F32", np.ones(hd // 2, np.float32)))[1]
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}
+    if changes.get("rope_scaling") == "llama3":
+        config = LlamaConfig(head_dim=hd, rope_parameters=rope)
+        theirs = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+        plain = 5e5 ** -(np.arange(0, hd, 2) / hd)
+        assert np.allclose(plain / divisors, theirs, rtol=1e-5) and divisors.max() == 8.0
+    else:
+        assert (divisors == 1).all()
+    assert tensors["blk.0.attn_q.weight"][1].shape == (4 * hd, 32)
+
+
+def test_a_json_vocabulary_is_inside(tmp_path):
+    tokenizer = json_tokenizer(tmp_path, 600, split=gguf.LLAMA3_SPLIT)
+    write_gguf(random_model(vocab_size=600), tokenizer, tmp_path / "m.gguf")
+    settings, _ = contents(tmp_path / "m.gguf")
+    assert settings["tokenizer.ggml.model"] == "gpt2" and settings["tokenizer.ggml.pre"] == "llama-bpe"
+    assert settings["tokenizer.ggml.bos_token_id"] == tokenizer.bos and tokenizer.ends[0] != EOS
+    assert settings["tokenizer.ggml.eos_token_id"] == tokenizer.ends[0]
+    tokens, types = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 600 and types[tokenizer.bos] == 3 and types[599] == 5
+    assert tokens[tokenizer.encode(" there")[0]] == "Ġthere"
+    first, second = settings["tokenizer.ggml.merges"][-1].split(" ")
+    assert first + second in tokens
+    for split, pre in ((None, "gpt-2"), ("x", None)):
+        content = json.loads(json_tokenizer(tmp_path / pre if pre else tmp_path, 600, split=split).file)
+        assert gguf.pre_tokenizer_of(content) == pre
+    with pytest.raises(ValueError, match="tokenizer.json: expected a byte-level BPE that splits"):
+        write_gguf(random_model(vocab_size=600), json_tokenizer(tmp_path, 600, split="x"), tmp_path / "n.gguf")
+    assert not (tmp_path / "n.gguf").exists()
 
 
 def test_gguf_files_are_not_read(tokenizer, tmp_path):

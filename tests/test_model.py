@@ -7,6 +7,7 @@ import torch
 
 from losses import Objective, all_losses
 from model import FUTURE_HEADS, HEADS, ModelArgs, Transformer, rope_table, rotate
+from step import kernels
 from text.letters import Letters, alphabet_size
 
 ARGS = {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 31, "max_seq_len": 12}
@@ -272,6 +273,25 @@ def test_matrices_of_the_trunk_may_be_bfloat16():
         torch.testing.assert_close(model(x), wide(x), atol=0.1, rtol=0.1)
     with pytest.raises(ValueError, match="param_dtype=bfloat16: not with trunk=rnn"):
         make(trunk="rnn", param_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{"head_dim": 6}, {"head_dim": 24, "n_kv_heads": 1}, {
+    "rope_scaling": "llama3", "rope_theta": 5e5, "rope_factor": 8.0, "rope_original_seq_len": 8}])
+def test_the_fast_path_is_the_same_llama(changes, dtype):
+    changes = {"head_input": "before_last", "head": "block", "n_future_heads": 2, "param_dtype": dtype} | changes
+    models, results = [make(**changes), kernels.KernelTransformer(ModelArgs(**ARGS | changes))], []
+    models[1].load_state_dict(models[0].state_dict())
+    scale = dict.fromkeys(("ntp", "nitp_2"), torch.tensor(0.1))
+    for model, module in zip(models, (None, kernels)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            results.append(Objective(model, kernels=module)(tokens(), tokens(seed=2), scale)[0])
+        results[-1].backward()
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.1, "atol": 0.02}
+    torch.testing.assert_close(*results, **near)
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert p.grad is q.grad is None or p.grad.dtype == q.grad.dtype == p.dtype
+        torch.testing.assert_close(p.grad, q.grad, **near)
 
 
 def test_heads_of_another_size_than_a_share_of_the_model():

@@ -124,7 +124,7 @@ def test_the_tokenizer_is_looked_for_with_the_data_then_beside_the_model(data_di
     source = data_dir / "toy" / "tok512"
     config = {"data_dir": str(data_dir), "dataset": "toy"}
     assert find_tokenizer(tmp_path / "ckpt.pt", {"config": config}, 512).vocab_size == 512
-    with pytest.raises(ValueError, match=f"ckpt.pt: no tokenizer.model, tokenizer.json or tokenizer.bin in {tmp_path}; name one"):
+    with pytest.raises(ValueError, match=f"ckpt.pt: no tokenizer.model, .* in {tmp_path}; name one"):
         find_tokenizer(tmp_path / "ckpt.pt", {}, 512)
     with pytest.raises(ValueError, match=f"gone/tok512 or {tmp_path}"):
         find_tokenizer(tmp_path / "ckpt.pt", {"config": config | {"dataset": "gone"}}, 512)

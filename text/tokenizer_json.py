@@ -82,8 +82,8 @@ class JsonTokenizer:
             starts = starts or token_ids(content, "bos_token_id", path)
             ends = ends + token_ids(content, "eos_token_id", path)
         if not starts:
-            raise ValueError(f"{folder / TOKENIZER_CONFIG}: bos_token: expected the token that starts a text; config.json "
-                             "does not tell bos_token_id either")
+            raise ValueError(f"{folder / TOKENIZER_CONFIG}: bos_token: expected the token that starts a text; "
+                             "config.json has no bos_token_id either")
         self.bos = starts[0]
         self.ends = tuple(i for i in dict.fromkeys(ends) if i != self.bos)
         if largest := [i for i in (self.bos, *self.ends) if i >= self.vocab_size]:
