@@ -65,10 +65,17 @@ class Shape:
     n_layers: AtLeast1 = 5  # transformer blocks
     n_heads: AtLeast1 = 8  # query heads; dim must be an even multiple
     n_kv_heads: AtLeast1 = 4  # key/value heads; a divisor of n_heads
+    head_dim: AtLeast0 = 0  # numbers in a query, key or value; 0: dim / n_heads
     hidden_dim: AtLeast0 = 0  # width of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
     multiple_of: AtLeast1 = 4  # see hidden_dim
     norm_eps: Positive = 1e-5  # RMSNorm's epsilon; run.c uses 1e-5
     tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
+    rope_theta: Positive = 10000.0  # base of RoPE's angles; run.c uses 10000
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"  # how RoPE's angles are stretched for longer contexts
+    rope_factor: Annotated[float, Range(1)] = 1.0  # by how much
+    rope_low_freq_factor: Positive = 1.0  # llama3: waves longer than rope_original_seq_len / this are stretched
+    rope_high_freq_factor: Positive = 4.0  # llama3: waves shorter than rope_original_seq_len / this are not
+    rope_original_seq_len: AtLeast0 = 0  # llama3: the context before it was stretched
     trunk: Literal["transformer", "rnn"] = "transformer"  # rnn: n_layers of Elman's, for comparison; not exported
     recurrence: AtLeast1 = 1  # how often the layers between prelude and coda are applied
     prelude_layers: AtLeast0 = 1  # layers before the ones that recur
@@ -81,6 +88,7 @@ class Heads:
 
     n_future_heads: AtLeast0 = 0  # n; head i predicts x[t+1+i]
     head: Literal["linear", "residual", "block", "sequential", "shared"] = "linear"  # type of the future heads
+    head_input: Literal["last", "before_last"] = "last"  # heads read the state after, or before, the trunk's last block
     spelling_letters: AtLeast0 = 0  # letters of the following text, a small head for each
     spelling_case: Literal["true", "lower", "upper"] = "true"  # letters as they are, or all lower or upper case
     order_window: Annotated[int, Range(0, 32)] = 0  # tokens ahead that a head ranks by distance; 0: no such head
@@ -141,6 +149,7 @@ class Computing:
 
     device: str = "auto"  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bfloat16 where it is fast
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk's matrices, which bfloat16 rounds
     path: Literal["auto", "plain", "fast"] = "auto"  # fast: step/kernels.c, on CPUs; plain: PyTorch; auto: the fastest
     compile: bool = False  # torch.compile the plain path
 
@@ -193,6 +202,8 @@ def check_heads(s: Settings) -> None:
                                  "lower nitp_weight instead")
     if s.head == "sequential" and s.aux_grad_power:
         raise ValueError("aux_grad_power=True: not with head=sequential, whose heads read one another")
+    if s.head_input == "before_last" and s.n_future_heads == 0:
+        raise ValueError("head_input=before_last: needs future heads, found n_future_heads=0")
     blocks = s.head in ("block", "sequential") and s.trunk == "transformer" and s.n_future_heads
     if s.head_init == "last_block" and not blocks:
         raise ValueError(f"head_init=last_block: needs future heads with a block, and a Transformer; found "

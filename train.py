@@ -45,6 +45,7 @@ from study.log import Log
 from synthetic import Answers
 from text.letters import Letters, token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
+from text.tokenizer_json import TOKENIZER
 from tinystories import TrainBatches, Windows, eval_batches, eval_windows
 
 # ---------------------------------------------------------------------------------------------
@@ -79,6 +80,7 @@ class Data(NamedTuple):
     bags: TrainBatches  # while tokens are in superposition: as many bags in a row as else tokens
     validation: "Validation"
     texts: list[bytes] | None  # what each token spells; None where tokens are no text
+    bos: int  # the token before each story
 
 
 def load_data(s: Settings, machine: Machine) -> Data:
@@ -93,11 +95,13 @@ def load_data(s: Settings, machine: Machine) -> Data:
     bags = batches
     if s.superposition > 1:
         _, bags = rows_and_batches(s.max_seq_len * s.superposition)
-    texts, is_text = None, (folder / "tokenizer.model").exists() or s.vocab_size == BYTE_VOCAB_SIZE
-    if is_text and (folder / "tokenizer.bin").exists():
-        texts = token_texts(load_tokenizer(folder, s.vocab_size))
+    texts, bos = None, BOS
+    is_text = (folder / "tokenizer.model").exists() or s.vocab_size == BYTE_VOCAB_SIZE
+    if is_text and (folder / "tokenizer.bin").exists() or (folder / TOKENIZER).exists():
+        tokenizer = load_tokenizer(folder, s.vocab_size)
+        texts, bos = token_texts(tokenizer), tokenizer.bos
     validation_rows = Windows(folder / "val.bin", s.vocab_size, s.max_seq_len)
-    return Data(rows, batches, bags, load_validation(s, validation_rows, texts), texts)
+    return Data(rows, batches, bags, load_validation(s, validation_rows, texts), texts, bos)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -127,13 +131,15 @@ class Training:
             self.wrapped = DistributedDataParallel(self.wrapped, find_unused_parameters=has_heads)
 
 
-def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None) -> Objective:
+def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None, bos: int = BOS) -> Objective:
     """A new model with its losses, both of the kind that the path wants. texts: of the tokens, for spelling."""
+    if s.param_dtype == "bfloat16" != str(path.dtype).removeprefix("torch."):
+        raise ValueError(f"param_dtype=bfloat16: needs products in bfloat16 (--dtype=bfloat16), found {path}")
     model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
     if s.spelling_letters and texts is None:
         raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer.model, "
                          "so no letters")
-    return Objective(model, BOS if s.mask_document_ends else None, kernels if path.fast else None,
+    return Objective(model, bos if s.mask_document_ends else None, kernels if path.fast else None,
                      consistency=(s.consistency_direction, s.consistency_temperature), teacher=s.consistency_teacher,
                      letters=(Letters(texts, s.spelling_case), s.spelling_letters) if s.spelling_letters else None,
                      order_window=s.order_window, bag=s.superposition,
@@ -146,12 +152,12 @@ def losses_of(s: Settings) -> tuple[str, ...]:
 
 
 def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, checkpoint: dict | None = None,
-          source: Path | None = None) -> Training:
+          source: Path | None = None, bos: int = BOS) -> Training:
     """A model with its losses and optimizer; weights from a checkpoint where there is one, else random."""
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     path = choose_path(s, machine.device)
-    objective = make_objective(s, path, texts)
+    objective = make_objective(s, path, texts, bos)
     model = objective.model
     fresh = [name for name, _ in model.named_parameters()]
     if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
@@ -290,7 +296,9 @@ def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...
 def facts(s: Settings, model: Transformer, train: Windows, validation: Validation, machine: Machine,
           path: StepPath) -> dict:
     """What the log says of a run besides its settings; runs are comparable where these are the same (compare.py)."""
-    vocabulary = train.path.parent / "tokenizer.bin"
+    vocabulary = train.path.parent / TOKENIZER
+    if not vocabulary.exists():
+        vocabulary = train.path.parent / "tokenizer.bin"
     targets = b"".join(y.numpy().tobytes() for _, y in validation.batches)
     return machine.facts(path) | {
         "parameters": model.parameter_counts()["trunk"], "train_tokens": len(train.tokens),
@@ -374,7 +382,7 @@ def train(s: Settings) -> int:
 
     # data; the model, its losses and optimizer
     data = load_data(s, machine)
-    run = build(s, machine, data.texts, checkpoint, source)
+    run = build(s, machine, data.texts, checkpoint, source, data.bos)
     progress = Progress()
     if s.init_from == "resume":
         progress = restore(checkpoint, source, run)

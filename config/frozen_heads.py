@@ -1,7 +1,9 @@
-"""Four heads on a pretrained trunk: copies of its last block, trained for 200 steps while the trunk is frozen.
+"""Four heads on a pretrained trunk: copies of its last block that read what it reads.
 
-`--init_from=` takes any checkpoint, ours or llama2.c's, and its trunk's shape. After the 200 steps the trunk gets a
-tenth of the heads' gradient. `--freeze_trunk_iters=-1` never trains it: heads for a finished model.
+Each head starts at the NTP head's own distribution. For 200 steps only the heads learn, then the trunk joins and gets a
+tenth of their gradient. The embedding, which all heads share, never changes. `--init_from=` takes any model, ours,
+llama2.c's or a Hugging Face folder, and its trunk's shape. `--freeze_trunk_iters=-1` never trains the trunk: heads for
+a finished model.
 """
 out_dir = "out/frozen_heads"
 init_from = "out/stories260k_base/ckpt.pt"
@@ -15,11 +17,13 @@ gradient_accumulation_steps = 4  # 8,192 tokens a step
 n_future_heads = 4
 head = "block"
 head_init = "last_block"
+head_input = "before_last"
 nitp_weight = 1.0
 aux_grad_scale = 0.1
 freeze_trunk_iters = 200
+freeze_embeddings = True
 # optimisation
-learning_rate = 5e-4
+learning_rate = 1e-4
 max_iters = 1000
 warmup_iters = 50
 beta2 = 0.99

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from formats.checkpoint import has_another_vocabulary, model_args_of, read_checkpoint
+from model import ModelArgs
 from settings import Heads, Settings, Shape, names_of, shape_of
 from step.machine import Machine, note
 from system.files import atomic_write
@@ -60,7 +61,10 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
 
 
 def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
-    """Refuse a checkpoint that this run cannot go on from; note the settings that have changed."""
+    """Refuse a checkpoint that this run cannot go on from; note the settings that have changed.
+
+    A shape that the command line does not mention is the run's.
+    """
     if missing := [k for k, kind in RESUMED.items() if not isinstance(checkpoint.get(k), kind)]:
         raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; "
                          f"--init_from={path} with another --out_dir starts a new run from it")
@@ -68,6 +72,10 @@ def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
         raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}, max_iters={s.max_iters}")
     for f in fields(Settings):
         then, now = checkpoint["config"].get(f.name, f.default), getattr(s, f.name)
+        if f.name in names_of(Shape) and now == f.default != then:  # it may come from the model that the run began with
+            setattr(s, f.name, then)
+            note(f"{f.name}={then}, from {path}")
+            now = then
         if f.name in names_of(Shape, Heads) and then != now:
             raise ValueError(f"{f.name}={now}: the run in {path} has {then}; a resumed run keeps its shape")
         if f.name in checkpoint["config"] and then != now and f.name not in ("init_from", "eval_only"):
@@ -77,7 +85,7 @@ def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
 def take_shape(checkpoint: dict, path: Path, s: Settings) -> None:
     """Give the run the trunk of a checkpoint: its shape goes into `s`, heads of another kind are left out."""
     theirs, ours = model_args_of(checkpoint, path), shape_of(s)
-    drop_other_heads(checkpoint, theirs.head, s)
+    drop_other_heads(checkpoint, theirs, s)
     ours_to_choose = {"max_seq_len", "multiple_of"}
     if s.recurrence > 1:
         ours_to_choose |= {"recurrence", "prelude_layers", "coda_layers"}
@@ -91,11 +99,11 @@ def take_shape(checkpoint: dict, path: Path, s: Settings) -> None:
         note(f"{path}: its {s.vocab_size} tokens are not those of {folder}: what it has learnt of them is lost")
 
 
-def drop_other_heads(checkpoint: dict, head: str, s: Settings) -> None:
+def drop_other_heads(checkpoint: dict, theirs: ModelArgs, s: Settings) -> None:
     """Leave out of a checkpoint's model heads of another kind, though their tensors may have the same names."""
     config = checkpoint["config"] if isinstance(checkpoint.get("config"), dict) else {}
     other = []
-    if head != s.head:
+    if (theirs.head, theirs.head_input) != (s.head, s.head_input):
         other.append("future_heads.")
     if any(config.get(name) != getattr(s, name) for name in ("spelling_letters", "spelling_case")):
         other.append("spelling_heads.")

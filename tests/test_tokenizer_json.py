@@ -119,7 +119,7 @@ def test_a_sentencepiece_model_of_as_many_tokens_comes_first(data_dir, folder, t
 
 @pytest.mark.parametrize("content,says", [
     ("", "not JSON"), ("[1]", "expected an object"), ("{}", "not a tokenizer"), ("[" * 100_000, "not JSON"),
-    ('{"model": {"type": "BPE", "vocab": {"a": 700}, "merges": []}, "version": "1.0"}', "at most 600 tokens, found 701"),
+    ('{"model": {"type": "BPE", "vocab": {"a": 700}, "merges": []}, "version": "1.0"}', "most 600 tokens, found 701")
 ])
 def test_broken_files_are_refused_by_name(tmp_path, content, says):
     (tmp_path / "tokenizer.json").write_text(content)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from text.tokenizer import FIRST_BYTE, Tokenizer
+from text.tokenizer_json import JsonTokenizer
 
 OTHER, END = 0, 1  # classes of every alphabet
 COMMON = " \n.,!?;:'\"-" + string.digits
@@ -30,6 +31,8 @@ def alphabet_size(case: str) -> int:
 def token_texts(tokenizer: Tokenizer) -> list[bytes]:
     """The text that each token stands for, in UTF-8; empty for <unk>, BOS and EOS."""
     texts = [piece for piece, _ in tokenizer.pieces()]
+    if isinstance(tokenizer, JsonTokenizer):  # which has no ids that all vocabularies share
+        return texts
     return [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)] + texts[FIRST_BYTE + 256 :]
 
 
