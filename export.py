@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         need_safetensors()
     if args.gguf:
         need_gguf()
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint, mapped=True)
     model = model_of(checkpoint, args.checkpoint)
     try:  # before anything is written
         model.as_llama()

@@ -290,7 +290,7 @@ def check_model(model: Transformer, path: Path, speculative: bool) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint, mapped=True)
     model = model_of(checkpoint, args.checkpoint)
     check_model(model, args.checkpoint, args.speculative)
     tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.args.vocab_size, args.tokenizer)

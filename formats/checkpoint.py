@@ -5,18 +5,17 @@
 
 | what                                   | how it is known                                            |
 |----------------------------------------|------------------------------------------------------------|
-| checkpoint, ours or llama2.c's         | torch.save wrote it; tensors and plain values only         |
+| checkpoint, ours or llama2.c's         | torch.save wrote it (torch_file.py)                        |
 | llama2.c's model.bin, versions 0, 1, 2 | any other file; its header must ask for the file's size    |
 | Hugging Face folder of a Llama         | it is a folder, with config.json and safetensors           |
 
 Nothing in a file is executed, and nothing is built before its sizes are known to agree with the file's.
 
-What this leaves out on purpose: the formats themselves (llama2c.py, huggingface.py), and GGUF, which is
+What this leaves out on purpose: the formats themselves (torch_file.py, llama2c.py, huggingface.py), and GGUF, which is
 written only.
 """
 
 import os
-import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,16 +23,20 @@ import torch
 from torch import Tensor
 
 from formats import huggingface, llama2c
+from formats.torch_file import read_torch
 from model import HEADS, ModelArgs, Transformer
 from system.files import refuse_irregular
 from text.tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, open_tokenizer, vocab_folder
 
-MOST = {"max_seq_len": llama2c.SIZES["max_seq_len"], "recurrence": 1 << 10, "n_future_heads": 1 << 10}
+MOST = llama2c.SIZES | {"recurrence": 1 << 10, "n_future_heads": 1 << 10, "head_dim": llama2c.SIZES["dim"]}
+MOST_OTHERS = 1 << 24  # of any other whole number in model_args
 MOST_ROPE = 1 << 28  # max_seq_len * head dim: tables of a gigabyte
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, mapped: bool = False) -> dict:
     """What `path` holds: at least `model` (name -> tensor, llama2.c's names) and `model_args` (a dict).
+
+    mapped: leave a checkpoint's tensors in its file until they are copied (torch_file.read_torch).
 
     Errors: ValueError naming the file if it is missing, broken, or something else.
     """
@@ -53,44 +56,8 @@ def read_checkpoint(path: str | Path) -> dict:
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: tensors without the model's sizes; give the folder that has its config.json, too")
     if start[:2] == b"PK" or start[:1] == b"\x80":  # a zip file, or an old bare pickle
-        return read_torch(path)
+        return read_torch(path, mapped)
     return llama2c.read_trunk(path)
-
-
-def read_torch(path: Path) -> dict:
-    """A checkpoint as torch.save writes it, ours or llama2.c's."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # broken files raise whatever PyTorch's reader stumbles over
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint, or a broken one: {reason}") from error
-    parts = checkpoint if isinstance(checkpoint, dict) else {}
-    if not all(isinstance(parts.get(k), dict) for k in ("model", "model_args")):
-        found = ", ".join(map(str, parts)) or f"a {type(checkpoint).__name__}"
-        raise ValueError(f"{path}: expected a checkpoint with `model` and `model_args`, found {found[:200]}")
-    if not all(isinstance(name, str) for name in parts["model"]):
-        raise ValueError(f"{path}: model: expected names of tensors, found other keys")
-    # llama2.c saves the module that torch.compile wraps; ours never does.
-    checkpoint["model"] = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
-    for name, t in checkpoint["model"].items():
-        if flaw := flaw_of(t):
-            raise ValueError(f"{path}: {name}: expected a tensor of floats, found {flaw}")
-    return checkpoint
-
-
-def flaw_of(t: object) -> str:
-    """What keeps this from being a plain tensor of floats with all its numbers; nothing if nothing does."""
-    if not isinstance(t, Tensor):
-        return type(t).__name__
-    if t.layout is not torch.strided or t.is_nested or t.device.type != "cpu":
-        return f"a tensor that is {'nested' if t.is_nested else t.layout}, on {t.device.type}"
-    if not t.is_floating_point():
-        return str(t.dtype)
-    if t.numel() * t.element_size() > t.untyped_storage().nbytes():  # expanded: a small file, an endless tensor
-        return f"shape {tuple(t.shape)}, but numbers for {t.untyped_storage().nbytes()} bytes"
-    return ""
 
 
 def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
@@ -122,9 +89,10 @@ def stated(model_args: dict, path: str | Path) -> dict:
     for name, value in args.items():
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
-        if type(value) is int and not 0 <= value <= MOST.get(name, value):
-            wanted = f"an int from 0 to {MOST[name]}" if name in MOST else "an int >= 0"
-            raise ValueError(f"{path}: model_args: {name}: expected {wanted}, found {value}")
+        most = MOST.get(name, MOST_OTHERS)
+        if type(value) is int and not 0 <= value <= most:
+            found = value if abs(value) < 1 << 64 else "a number of more than 64 bits"
+            raise ValueError(f"{path}: model_args: {name}: expected an int from 0 to {most}, found {found}")
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
         if args.get(name, 0) < 1:
             raise ValueError(f"{path}: model_args: {name}: expected an int >= 1, found {args.get(name)}")
@@ -142,7 +110,7 @@ def complete(args: dict, state: dict[str, Tensor], path: str | Path) -> None:
     if args.get("head") != "shared":  # which has no tensors
         counts["n_future_heads"] = len({n.split(".")[1] for n in state if n.startswith("future_heads.")})
     for name, found in counts.items():
-        if args.setdefault(name, 0) != found:
+        if args.setdefault(name, found) != found:
             raise ValueError(f"{path}: model_args: {name}={args[name]}, but there are tensors for {found}")
     w1, embedding, output = (state.get(f"{name}.weight") for name in ("layers.0.feed_forward.w1", "tok_embeddings",
                                                                       "output"))
@@ -199,7 +167,7 @@ def model_of(checkpoint: dict, path: str | Path) -> Transformer:
 
 def load_model(path: str | Path) -> Transformer:
     """The model in `path`, whatever kind of file that is, in float32."""
-    return model_of(read_checkpoint(path), path).float()
+    return model_of(read_checkpoint(path, mapped=True), path).float()
 
 
 def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: str | Path | None = None) -> Tokenizer:
