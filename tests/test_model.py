@@ -173,12 +173,17 @@ def test_what_a_head_may_see(head):
             assert torch.allclose(a, b, atol=1e-6) == (changed > last)
 
 
+def total(objective, x, y, names) -> torch.Tensor:
+    """The sum of these losses, each position weighing 0.1."""
+    return objective(x, objective.targets(y, tuple(names)), dict.fromkeys(names, torch.tensor(0.1)))[0]
+
+
 def gradients(model, names, x=None, **options) -> dict[str, torch.Tensor]:
     """Of the sum of these losses, by parameter; those that it does not reach are left out."""
     x = tokens() if x is None else x
     model.zero_grad()
     objective = Objective(model, **{"letters": (Letters([b"ab"] * 31, "lower"), 2), "order_window": 4} | options)
-    objective(x, tokens(*x.shape, seed=2), dict.fromkeys(names, torch.tensor(0.1)))[0].backward()
+    total(objective, x, tokens(*x.shape, seed=2), names).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
@@ -282,10 +287,9 @@ def test_the_fast_path_is_the_same_llama(changes, dtype):
     changes = {"head_input": "before_last", "head": "block", "n_future_heads": 2, "param_dtype": dtype} | changes
     models, results = [make(**changes), kernels.KernelTransformer(ModelArgs(**ARGS | changes))], []
     models[1].load_state_dict(models[0].state_dict())
-    scale = dict.fromkeys(("ntp", "nitp_2"), torch.tensor(0.1))
     for model, module in zip(models, (None, kernels)):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            results.append(Objective(model, kernels=module)(tokens(), tokens(seed=2), scale)[0])
+            results.append(total(Objective(model, kernels=module), tokens(), tokens(seed=2), ("ntp", "nitp_2")))
         results[-1].backward()
     near = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.1, "atol": 0.02}
     torch.testing.assert_close(*results, **near)
@@ -354,14 +358,14 @@ def test_initial_weights():
 
 def test_every_parameter_learns_when_every_loss_weighs():
     model = make(n_future_heads=2)
-    Objective(model)(tokens(), tokens(seed=2), dict.fromkeys(all_losses(2), torch.tensor(0.1)))[0].backward()
+    total(Objective(model), tokens(), tokens(seed=2), all_losses(2)).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 def test_future_losses_reach_the_trunk_but_not_the_ntp_heads_matrix_when_untied():
     model = make(n_future_heads=1, tie_embeddings=False)
-    Objective(model)(tokens(), tokens(seed=2), {"nitp_1": torch.tensor(0.1)})[0].backward()
+    total(Objective(model), tokens(), tokens(seed=2), ("nitp_1",)).backward()
     assert model.output.weight.grad is None
     assert model.layers[0].attention.wq.weight.grad.abs().sum() > 0
 
