@@ -17,45 +17,22 @@ What this leaves out on purpose: training (ablate.py), searching (sweep.py), and
 from system.program import program
 
 import argparse
-import csv
-import io
 import json
 import math
 import shlex
 import statistics
 import sys
-import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
-from study.groups import (
-    MANY,
-    Figures,
-    choose_baseline,
-    deviation_interval,
-    families,
-    figures,
-    group_runs,
-    seeds_needed,
-    set_step_seconds,
-    warnings,
-)
+from study.figures import Figures, figures, set_step_seconds
+from study.groups import choose_baseline, families, group_runs, warnings
+from study.intervals import MANY, deviation_interval, seeds_needed
 from study.runs import Reader, Run
+from study.tables import Table, as_csv, as_markdown, as_text, number
 from system.files import atomic_write
 
 EFFECTS = (0.005, 0.01, 0.02)  # nats, for which the number of seeds is told
 KEPT_DIGITS = 7  # significant ones, of figures in logs that are kept
-
-
-class Table(NamedTuple):
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-
-def number(value: float | None, digits: int = 4, missing: str = "–") -> str:
-    return missing if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def end_note(args: argparse.Namespace) -> str:
@@ -64,12 +41,17 @@ def end_note(args: argparse.Namespace) -> str:
     return f" The end is the mean of the last {args.last} evaluations." if args.last > 1 else ""
 
 
+def ends(f: Figures) -> list[str]:
+    """Where a set-up ends, as cells."""
+    return [f.group.label, str(len(f.group.runs)), number(f.end), number(f.spread), number(f.end_step, 0)]
+
+
 def table_along(found: dict[float, list[Figures]], args: argparse.Namespace) -> Table:
     """What each set-up comes to at each value of a setting, and its difference to the baseline there."""
-    rows = [[f"{value:g}" if k == 0 else "", f.group.label, str(len(f.group.runs)), number(f.end), number(f.spread),
-             number(f.end_step, 0), *(["–"] * 3 if k == 0 else [str(f.difference), f.difference.verdict,
-                                                               str(f.difference.n)])]
-            for value, each in found.items() for k, f in enumerate(each)]
+    rows = []
+    for value, (base, *others) in found.items():
+        rows.append([f"{value:g}", *ends(base), "–", "–", "–"])
+        rows += [["", *ends(f), str(f.difference), f.difference.verdict, str(f.difference.n)] for f in others]
     head = [args.along, "set-up", "seeds", "at the end", "between seeds", "at step", "difference", "verdict", "pairs"]
     return Table(
         f"Validation NTP against {args.along}", head, rows,
@@ -133,41 +115,26 @@ def noise(f: Figures) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 # how it is shown
 
-def as_text(table: Table) -> str:
-    """For a terminal: columns padded, numbers to the right."""
-    rows = [table.head, *table.rows]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(table.head))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    note = textwrap.wrap(table.note, max(len(lines[0]), 100))
-    return "\n".join([table.title, "", lines[0], "-" * len(lines[0]), *lines[1:], *note])
-
-
-def as_markdown(table: Table) -> str:
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in (table.head, *table.rows)]
-    rows.insert(1, ["---"] + ["---:"] * (len(table.head) - 1))
-    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows), "", table.note])
-
-
-def as_csv(found: dict[float, list[Figures]], along: str | None) -> str:
-    """One row a set-up (at each value of the setting `along`), every figure in full; empty where there is none."""
+def csv_rows(found: dict[float, list[Figures]], along: str | None) -> list[dict]:
+    """A set-up each (at each value of the setting `along`), every figure in full."""
     accuracies = sorted({key for each in found.values() for f in each for key in f.accuracy})
-    rows = [({along: value} if along else {}) | {"set_up": f.group.label, "seeds": " ".join(map(str, f.group.runs)),
-             **{f"ntp_at_{step}": v for step, v in f.at.items()}, "ntp_end": f.end, "ntp_end_step": f.end_step,
-             "ntp_end_deviation": f.spread,
-             **{f"difference_at_{step}{suffix}": value for step, d in f.differences.items()
-                for suffix, value in (("", d.mean), ("_half_interval", d.half))},
-             "difference_end": f.difference.mean, "difference_end_half_interval": f.difference.half,
-             "pairs": f.difference.n, "steps_to_reach": f.steps_to_reach, "seconds_to_reach": f.seconds_to_reach,
-             "seeds_that_reach": f.reached, "step_time_ratio": f.cost, "equal_seconds": f.equal_seconds.mean,
-             "equal_seconds_half_interval": f.equal_seconds.half, "tokens_per_second": f.tokens_per_second,
-             "peak_mib": f.peak_mib, **{key: f.accuracy.get(key) for key in accuracies}}
-            for value, each in found.items() for f in each]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    return text.getvalue()
+    rows = []
+    for value, each in found.items():
+        for f in each:
+            row = {along: value} if along else {}
+            row |= {"set_up": f.group.label, "seeds": " ".join(map(str, f.group.runs))}
+            row |= {f"ntp_at_{step}": v for step, v in f.at.items()}
+            row |= {"ntp_end": f.end, "ntp_end_step": f.end_step, "ntp_end_deviation": f.spread}
+            for step, d in f.differences.items():
+                row |= {f"difference_at_{step}": d.mean, f"difference_at_{step}_half_interval": d.half}
+            row |= {"difference_end": f.difference.mean, "difference_end_half_interval": f.difference.half,
+                    "pairs": f.difference.n, "steps_to_reach": f.steps_to_reach,
+                    "seconds_to_reach": f.seconds_to_reach, "seeds_that_reach": f.reached,
+                    "step_time_ratio": f.cost, "equal_seconds": f.equal_seconds.mean,
+                    "equal_seconds_half_interval": f.equal_seconds.half,
+                    "tokens_per_second": f.tokens_per_second, "peak_mib": f.peak_mib}
+            rows.append(row | {key: f.accuracy.get(key) for key in accuracies})
+    return rows
 
 
 def deliver(text: str, where: str) -> None:
@@ -299,7 +266,7 @@ def main(argv: list[str]) -> int:
     if args.markdown:
         deliver("\n\n".join(map(as_markdown, shown)), args.markdown)
     if args.csv:
-        deliver(as_csv(found, args.along).rstrip("\n"), args.csv)
+        deliver(as_csv(csv_rows(found, args.along)).rstrip("\n"), args.csv)
     if args.plots or args.html:
         from study import report  # late: matplotlib
 

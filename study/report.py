@@ -19,7 +19,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend comes first)
 from matplotlib.ticker import EngFormatter  # noqa: E402
 
-from study.groups import Figures, Group, interval  # noqa: E402
+from study.figures import Figures  # noqa: E402
+from study.groups import Group  # noqa: E402
+from study.intervals import interval  # noqa: E402
 from system.files import atomic_write  # noqa: E402
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's bright; fine on dark as well
@@ -36,7 +38,8 @@ Draw = Callable[[pyplot.Axes], None]
 
 def named(group: Group) -> str:
     """The group's label as it is: matplotlib would read $...$ as mathematics, and leave _... out of legends."""
-    return " " * group.label.startswith("_") + group.label.replace("$", r"\$")
+    label = group.label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def look(k: int) -> dict:

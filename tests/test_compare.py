@@ -25,7 +25,9 @@ from scipy import stats
 import compare
 import train
 from study import groups
-from study.groups import at_length, crossing, group_runs, interval, seeds_needed
+from study.figures import at_length, crossing
+from study.groups import group_runs
+from study.intervals import MANY, interval, seeds_needed
 from study.runs import Reader, leveldb_records
 
 CONFIG = {"max_iters": 400, "batch_size": 32, "nitp_weight": 0.0, "n_future_heads": 0, "learning_rate": 0.002}
@@ -101,7 +103,7 @@ def test_so_many_seeds_find_the_effect_in_four_of_five_comparisons(effect):
 
     n = seeds_needed(0.01, 0.01 * effect)
     assert power(n + 1) > 0.8 and power(n - 1) < 0.82
-    assert seeds_needed(1.0, 1e-9) == groups.MANY
+    assert seeds_needed(1.0, 1e-9) == MANY
 
 
 def test_the_baseline_of_another_length_lies_between_its_runs():
