@@ -1,27 +1,80 @@
-"""Write a file whole or not at all.
+"""Read regular files only; write a file whole or not at all.
 
 A file that matters is written under a temporary name in the same folder, flushed to the disk, and
 moved into place in one step (POSIX rename), so whoever looks at its name sees the old content or
 the new one, never half of either: not after Ctrl-C, not after kill -9, not on a full disk.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from system.shown import shown
 
 
-def is_irregular(path: Path) -> bool:
-    """Is something there that is no file: a folder, a pipe, a device?"""
+def is_irregular(path: str | Path) -> bool:
+    """True for a path that exists and is a folder, a pipe or a device."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def refuse_irregular(path: Path) -> None:
-    """ValueError for a folder, a pipe or a device: the former cannot be a file, the others never end, or begin."""
+def refuse_irregular(path: str | Path) -> None:
+    """ValueError for a folder, a pipe or a device. Opening a pipe can block forever; a device may never end."""
     if is_irregular(path):
-        raise ValueError(f"{path}: expected a file, found a {'folder' if os.path.isdir(path) else 'pipe or device'}")
+        kind = "folder" if os.path.isdir(path) else "pipe or device"
+        raise ValueError(f"{shown(path)}: expected a file, found a {kind}")
+
+
+def open_regular(path: str | Path, mode: str = "rb", **open_options) -> IO:
+    """open() that reads regular files only. Errors: ValueError naming the file."""
+    refuse_irregular(path)
+    try:
+        return open(path, mode, **open_options)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ValueError(f"{shown(path)}: cannot read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """The content of a regular file of at most `most` bytes. Errors: ValueError naming the file."""
+    with open_regular(path) as f:
+        try:
+            content = f.read() if most is None else f.read(most + 1)
+        except OSError as error:
+            raise ValueError(f"{shown(path)}: cannot read: {error.strerror or error}") from error
+    if most is not None and len(content) > most:
+        raise ValueError(f"{shown(path)}: expected at most {most:,} bytes, found more")
+    return content
+
+
+def read_text(path: str | Path, most: int | None = None, errors: str = "strict") -> str:
+    """The same as UTF-8 text. errors: "strict" refuses other bytes by line; "replace" shows them as U+FFFD."""
+    content = read_bytes(path, most)
+    try:
+        return content.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{content[error.start]:02x}"
+        raise ValueError(f"{shown(path)}, line {line}: expected UTF-8, found {found}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads with one kind of error: ValueError, also for [[[[[... beyond Python's recursion limit."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: str | Path, most: int | None = None) -> Any:
+    """The JSON in a regular file. Errors: ValueError naming the file."""
+    text = read_text(path, most)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{shown(path)}: expected JSON: {error}") from error
 
 
 @contextmanager

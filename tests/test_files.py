@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from system.files import atomic_folder, atomic_write, refuse_irregular
+from system.files import atomic_folder, atomic_write, parse_json, read_bytes, read_json, read_text, refuse_irregular
 
 
 def test_new_content_replaces_old(tmp_path):
@@ -85,3 +85,32 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="cannot write"), atomic_folder(path / "mine", "abc"):
         pass
     assert (path / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize("read", [read_bytes, read_text, read_json])
+def test_readers_take_regular_files_only_and_name_what_they_refuse(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")  # a reader that opened it would wait for ever
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="expected a file, found a"):
+            read(path)
+    for path in (tmp_path / "none", tmp_path / "a\0b"):
+        with pytest.raises(ValueError, match=r"(none|a\\x00b): cannot read"):
+            read(path)
+    (tmp_path / "long").write_bytes(b"1" * 11)
+    with pytest.raises(ValueError, match="long: expected at most 10 bytes, found more"):
+        read(tmp_path / "long", 10)
+    assert read(tmp_path / "long", 11) in (b"1" * 11, "1" * 11, 11111111111)
+
+
+def test_bytes_that_are_no_utf8_and_json_without_an_end_are_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[1,\n\xff]")
+    with pytest.raises(ValueError, match="a.json, line 2: expected UTF-8, found byte 0xff"):
+        read_json(path)
+    assert read_text(path, errors="replace") == "[1,\n\N{REPLACEMENT CHARACTER}]"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="a.json: expected JSON: nested too deeply"):
+        read_json(path)
+    for text in ("[" * 100_000, '{"a":' * 100_000, "1" * 5000, "", "nan"):
+        with pytest.raises(ValueError):
+            parse_json(text)
