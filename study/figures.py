@@ -1,4 +1,4 @@
-"""What a comparison finds of each group of runs: means, differences to the baseline, times to reach it.
+"""What a comparison finds of each group of runs: means, differences to the baseline, times to get somewhere.
 
 Differences are paired by seed: base and variant of one seed share the trunk's initial weights and the order of the
 data.
@@ -9,22 +9,52 @@ What this leaves out on purpose: how figures are shown (tables.py, report.py).
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from study.groups import Group, of_other_length
-from study.intervals import Interval, interval
+from study.groups import Group, comparable
+from study.intervals import Interval, interval, pooled
 from study.runs import Run
+from study.seconds import StepRatio, at_equal_seconds
+
+SHARES = r"val/(acc|agree|exact)_\w+"  # keys that rise as a model learns; all others fall
+
+
+class Goal(NamedTuple):
+    """A value that a metric has to pass."""
+
+    key: str
+    value: float
+
+    @property
+    def rises(self) -> bool:
+        return bool(re.fullmatch(SHARES, self.key))
+
+    def __str__(self) -> str:
+        return f"{self.key} {'>=' if self.rises else '<='} {self.value:g}"
+
+
+class Passed(NamedTuple):
+    """How a group's runs came to a goal."""
+
+    reached: int  # runs that did
+    steps: float  # medians over runs, of which those that never did count as infinite; NaN: most never did
+    seconds: float
+    ratio: Interval  # of the logarithm of seconds to the baseline's, where both of a pair did
+    sooner: int  # pairs in which it was there before the baseline, or it alone was
+    pairs: int  # of which at least one was
 
 
 @dataclass
 class Figures:
-    """What is told of a group, beside the baseline."""
+    """What is found of a group, compared with the baseline."""
 
     group: Group
+    comparable: bool  # judged on the baseline's tokens
     at: dict[int, float]  # step -> mean val NTP
     end: float
     ends: list[float]  # of which it is the mean
@@ -40,80 +70,102 @@ class Figures:
     equal_seconds: Interval
     tokens_per_second: float
     peak_mib: float
-    accuracy: dict[str, float]  # acc_0, acc_1, ..., agree_1, ... at the end
+    shares: dict[str, float]  # acc_0, agree_1, exact_again, ... at the end
+    exact: dict[str, Interval]  # exact_again, ... -> difference to the baseline at the end
+    passed: dict[Goal, Passed]
 
 
-def set_step_seconds(groups: list[Group], measured: dict[str, list[float]]) -> list[str]:
-    """Stretch each run's seconds to the step times measured, {label: seconds of a step in each round}.
+class Ends:
+    """Where a run ends: the mean of the baseline's last evaluations, of others as many steps before their own end.
 
-    The first group's are medians over rounds; others' those times the median of ratios within rounds, since machines
-    drift between them. The baseline's at other lengths are the baseline's. Returns what was not measured, in words.
+    best: each run's lowest evaluation instead, wherever that is.
+    Errors: ValueError if the baseline has fewer than `last` evaluations after its start.
     """
-    base, lengths, unmeasured = groups[0], of_other_length(groups), []
-    for group in groups if measured else ():
-        of = base.label if group in lengths else group.label
-        if of not in measured or base.label not in measured:
-            unmeasured.append(f"{group.label}: its step time was not measured in turns with {base.label}'s; "
-                              "its seconds are those of its logs")
-            continue
-        ratio = statistics.median(a / b for a, b in zip(measured[of], measured[base.label], strict=True))
-        for run in group.runs.values():
-            if run.seconds_per_step > 0.0:
-                run.stretch(statistics.median(measured[base.label]) * ratio / run.seconds_per_step)
-    return unmeasured
+
+    def __init__(self, base: Group, last: int, best: bool):
+        evaluated = base.first.points("val/ntp")[0]
+        if last > max((evaluated > 0).sum(), 1):
+            raise ValueError(f"--last={last}: {base.label} has {(evaluated > 0).sum()} evaluations after its start")
+        self.back, self.best = base.first.length - evaluated[-last:], best
+
+    def __call__(self, run: Run) -> float:
+        values = run.points("val/ntp")[1] if self.best else run.at("val/ntp", run.length - self.back)
+        return float(values.min() if self.best else values.mean())
+
+    def step(self, run: Run) -> float:
+        at, values = run.points("val/ntp")
+        return float(at[values.argmin()] if self.best else run.length)
 
 
-def figures(groups: list[Group], steps: list[int], last: int = 1, best: bool = False) -> list[Figures]:
+def figures(groups: list[Group], ratios: list[StepRatio], steps: list[int], last: int = 1, best: bool = False,
+            pool: bool = False, goals: Iterable[Goal] = ()) -> list[Figures]:
     """Of each group; the first is the baseline.
 
-    last: the end is the mean of so many evaluations of the baseline, of others as many steps before their own end.
-    best: it is each run's lowest evaluation instead, wherever that is.
-    Errors: ValueError if the baseline has not so many behind its start.
+    ratios: of each group's step time. steps: at which val NTP is reported. last, best: see Ends. pool: one deviation
+    of paired differences for all groups. goals: to which steps and seconds are counted.
     """
-    base, lengths = groups[0], of_other_length(groups)
-    evaluated = base.first.points("val/ntp")[0]
-    if last > max((evaluated > 0).sum(), 1):
-        raise ValueError(f"--last={last}: {base.label} has {(evaluated > 0).sum()} evaluations behind its start")
-    back = base.first.length - evaluated[-last:]
-
-    def end(run: Run) -> float:
-        return float(run.points("val/ntp")[1].min() if best else run.at("val/ntp", run.length - back).mean())
-
-    def end_step(run: Run) -> float:
-        at, values = run.points("val/ntp")
-        return float(at[values.argmin()] if best else run.length)
-
-    found = []
-    for group in groups:
-        pairs, runs = group.pairs(base), list(group.runs.values())
-        each = [end(a) - end(b) for a, b in pairs] if group.length == base.length else []
-        ends = [end(run) for run in runs]
-        same_seeds = [base.runs[seed] for seed in group.runs if seed in base.runs]
-        target = statistics.fmean(end(run) for run in same_seeds or base.runs.values())
-        reach = crossing(*mean_curve(group), target)
-        found.append(Figures(
-            group=group,
-            at={step: group.mean(partial(ntp_at, step=step)) for step in steps},
-            end=statistics.fmean(ends),
-            ends=ends,
-            end_step=group.mean(end_step),
-            spread=statistics.stdev(ends) if len(ends) > 1 else math.nan,
-            differences={step: interval([ntp_at(a, step) - ntp_at(b, step) for a, b in pairs]) for step in steps},
-            difference=interval(each),
-            each=each,
-            steps_to_reach=reach,
-            seconds_to_reach=None if reach is None else group.mean(lambda run, reach=reach: run.at("seconds", reach)),
-            reached=sum(crossing(*run.points("val/ntp"), target) is not None for run in runs),
-            cost=median(step_cost(run, base.runs[seed]) for seed, run in group.runs.items() if seed in base.runs),
-            equal_seconds=at_equal_seconds(group, base, lengths, end),
-            tokens_per_second=group.mean(tokens_per_second),
-            peak_mib=group.mean(lambda run: max(run.points("peak_mib")[1], default=math.nan)),
-            accuracy=accuracies(group)))
+    end = Ends(groups[0], last, best)
+    found = [figures_of(group, groups, step, steps, end) for group, step in zip(groups, ratios, strict=True)]
+    for f in found:
+        f.passed = {goal: passed(f.group, groups[0], goal) for goal in goals}
+    if pool:
+        pool_deviations(found)
     return found
 
 
+def figures_of(group: Group, groups: list[Group], step: StepRatio, steps: list[int], end: Ends) -> Figures:
+    base = groups[0]
+    pairs, runs = group.pairs(base), list(group.runs.values())
+    each = [end(a) - end(b) for a, b in pairs] if group.length == base.length else []
+    ends = [end(run) for run in runs]
+    same_tokens = comparable(group.first, base.first)
+    same_seeds = [b for _, b in group.partners(base).values()]
+    target = statistics.fmean(end(run) for run in same_seeds or base.runs.values()) if same_tokens else -math.inf
+    reach = staying(*mean_curve(group), target)
+    return Figures(
+        group=group,
+        comparable=same_tokens,
+        at={at: group.mean(partial(ntp_at, step=at)) for at in steps},
+        end=statistics.fmean(ends),
+        ends=ends,
+        end_step=group.mean(end.step),
+        spread=statistics.stdev(ends) if len(ends) > 1 else math.nan,
+        differences={at: interval([ntp_at(a, at) - ntp_at(b, at) for a, b in pairs]) for at in steps},
+        difference=interval(each),
+        each=each,
+        steps_to_reach=reach,
+        seconds_to_reach=None if reach is None else group.mean(partial(seconds_at, step=reach)),
+        reached=sum(staying(*run.points("val/ntp"), target) is not None for run in runs),
+        cost=step.ratio,
+        equal_seconds=at_equal_seconds(group, groups, step, end),
+        tokens_per_second=group.mean(tokens_per_second),
+        peak_mib=group.mean(lambda run: max(run.points("peak_mib")[1], default=math.nan)),
+        shares=shares(group),
+        exact=exact_differences(group, base),
+        passed={})
+
+
+def pool_deviations(found: list[Figures]) -> None:
+    """One deviation of paired differences for all set-ups, at the end, at each step and at equal seconds."""
+    sources = {"pairs", "pairs and gains"}
+    for f, d in zip(found, pooled([f.difference for f in found], sources), strict=True):
+        f.difference = d
+    for f, d in zip(found, pooled([f.equal_seconds for f in found], sources), strict=True):
+        f.equal_seconds = d
+    for at in found[0].differences:
+        for f, d in zip(found, pooled([f.differences[at] for f in found], sources), strict=True):
+            f.differences[at] = d
+
+
+# ---------------------------------------------------------------------------------------------
+# parts of the above
+
 def ntp_at(run: Run, step: float) -> float:
     return float(run.at("val/ntp", step))
+
+
+def seconds_at(run: Run, step: float) -> float:
+    return float(run.at("seconds", step))
 
 
 def mean_curve(group: Group) -> tuple[np.ndarray, np.ndarray]:
@@ -121,23 +173,28 @@ def mean_curve(group: Group) -> tuple[np.ndarray, np.ndarray]:
     return x, values.mean(0)
 
 
-def accuracies(group: Group) -> dict[str, float]:
-    """acc_0, acc_1, ..., agree_1, ... at the end, means over seeds."""
-    keys = {key for run in group.runs.values() for line in run.lines for key in line
-            if re.fullmatch(r"val/(acc|agree)_\d+", key)}
-    return {key.removeprefix("val/"): group.mean(lambda run, key=key: run.last(key)) for key in sorted(keys)}
-
-
 def tokens_per_second(run: Run) -> float:
     return float(run.at("tokens", run.length) / (run.at("seconds", run.length) or math.nan))
 
 
-def median(values: Iterable[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return statistics.median(known) if known else math.nan
+def keys_like(group: Group, pattern: str) -> list[str]:
+    """Keys of its logs, in the order in which a person counts: acc_2 before acc_10."""
+    keys = {key for run in group.runs.values() for line in run.lines for key in line if re.fullmatch(pattern, key)}
+    return sorted(keys, key=lambda key: (key.split("_")[0], len(key), key))
 
 
-def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
+def shares(group: Group) -> dict[str, float]:
+    """acc_0, acc_1, agree_1, exact_again, ... at the end, means over seeds."""
+    return {key.removeprefix("val/"): group.mean(partial(Run.last, key=key)) for key in keys_like(group, SHARES)}
+
+
+def exact_differences(group: Group, base: Group) -> dict[str, Interval]:
+    """{exact_<group of answers>: the difference to the baseline at the end}."""
+    return {key.removeprefix("val/"): interval([a.last(key) - b.last(key) for a, b in group.pairs(base)])
+            for key in keys_like(group, r"val/exact_\w+")}
+
+
+def staying(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
     """From where on the line through the points stays at or below `target`; None: it does not end there.
 
     Not where it first is: noise alone would be first there, early, in all but the run that set the target.
@@ -151,30 +208,52 @@ def crossing(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
     return float(np.interp(target, [y[k + 1], y[k]], [x[k + 1], x[k]]))
 
 
-def at_equal_seconds(group: Group, base: Group, lengths: list[Group], end: Callable[[Run], float]) -> Interval:
-    """The difference to the baseline of the length that takes as long, for each seed that has two such lengths.
-
-    Between whole runs, since a run that is cut off has not let its learning rate fall; and up to 5% beyond the longest.
-    Each pair by its own seconds, so that the interval is wide where clocks were unsteady.
-    """
-    differences = []
-    for seed, run in group.runs.items() if group not in lengths else ():
-        known = sorted((g.runs[seed].length, end(g.runs[seed])) for g in lengths if seed in g.runs)
-        if seed in base.runs and len(known) > 1:
-            wanted = run.length * step_cost(run, base.runs[seed])
-            if 0.95 * known[0][0] <= wanted <= 1.05 * known[-1][0]:
-                differences.append(end(run) - at_length(*zip(*known, strict=True), wanted))
-    return interval(differences)
+def first_pass(run: Run, goal: Goal) -> float:
+    """The step at which the line through a run's points first passes a goal; infinite if it never does."""
+    x, y = run.points(goal.key)
+    target = goal.value
+    if goal.rises:
+        y, target = -y, -target
+    passes = np.flatnonzero(y <= target)
+    if not len(passes):
+        return math.inf
+    k = passes[0]
+    return float(np.interp(target, [y[k], y[k - 1]], [x[k], x[k - 1]]) if k else x[0])
 
 
-def at_length(lengths: tuple[int, ...], losses: tuple[float, ...], length: float) -> float:
-    """The loss of a run of `length` steps, between runs of other lengths: straight over the logarithm of the length."""
-    x = np.log(lengths)
-    k = int(np.clip(np.searchsorted(lengths, length) - 1, 0, len(x) - 2))
-    share = (np.log(length) - x[k]) / (x[k + 1] - x[k])
-    return float(losses[k] + share * (losses[k + 1] - losses[k]))
+def passed(group: Group, base: Group, goal: Goal) -> Passed:
+    def seconds(run: Run) -> float:
+        step = first_pass(run, goal)
+        return step if math.isinf(step) else seconds_at(run, step)
+
+    def median(values: list[float]) -> float:
+        middle = statistics.median(values)
+        return math.nan if math.isinf(middle) else middle
+
+    runs = list(group.runs.values())
+    times = [(seconds(a), seconds(b)) for a, b in group.partners(base).values()] if group is not base else []
+    return Passed(
+        reached=sum(math.isfinite(first_pass(run, goal)) for run in runs),
+        steps=median([first_pass(run, goal) for run in runs]),
+        seconds=median([seconds(run) for run in runs]),
+        ratio=interval([math.log(a / b) for a, b in times if 0.0 < a < math.inf and 0.0 < b < math.inf]),
+        sooner=sum(a < b for a, b in times),
+        pairs=sum(math.isfinite(min(a, b)) for a, b in times))
 
 
-def step_cost(run: Run, base: Run) -> float:
-    """A step's time over the baseline's."""
-    return run.seconds_per_step / (base.seconds_per_step or math.nan)
+def parse_goal(word: str) -> Goal:
+    """KEY=VALUE. Errors: ValueError."""
+    key, _, value = word.partition("=")
+    try:
+        return Goal(key, float(value))
+    except ValueError:
+        raise ValueError(f"--until={word}: expected KEY=VALUE, as in val/exact_in_1=0.24") from None
+
+
+def known_goals(goals: list[Goal], groups: Iterable[Group]) -> None:
+    """ValueError for a goal that no run has a value of."""
+    keys = {key for group in groups for run in group.runs.values() for line in run.lines for key in line}
+    for goal in goals:
+        if goal.key not in keys:
+            near = sorted(key for key in keys if key.startswith("val/"))
+            raise ValueError(f"--until={goal.key}: no run has it; there are {', '.join(near)}")

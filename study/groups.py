@@ -1,4 +1,4 @@
-"""Runs in groups: those that differ in the seed only. And what else groups differ in than what they compare.
+"""Groups of runs that differ in the seed only, and remarks on what else groups differ in besides the objective.
 
 What this leaves out on purpose: where runs come from (runs.py), what is found of groups (figures.py).
 """
@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from settings import Heads, Looking, names_of
-from study.runs import HARMLESS, OWN_FACTS, Run
+from study.runs import HARMLESS, OWN_FACTS, Remark, Run, joined
+from system.shown import shown
 
 OBJECTIVE = names_of(Heads, Looking)  # what set-ups are meant to differ in
 COMPUTED = {"device", "path", "dtype"}  # facts of a run's arithmetic
+MOST_NAMED = 3  # settings in a label
 
 
 @dataclass
 class Group:
-    """Runs that differ in the seed alone."""
+    """Runs that differ in the seed only: a set-up."""
 
     label: str
     runs: dict[int | str, Run] = field(default_factory=dict)  # by seed; where that is unknown by where they are
@@ -33,11 +35,16 @@ class Group:
     def length(self) -> int:
         return max(run.length for run in self.runs.values())
 
+    def partners(self, base: "Group") -> dict[int | str, tuple[Run, Run]]:
+        """{seed: (run, the baseline's of the same seed)}; none if both were judged on other tokens."""
+        if not comparable(self.first, base.first):
+            return {}
+        return {seed: (run, base.runs[seed]) for seed, run in self.runs.items() if seed in base.runs}
+
     def pairs(self, base: "Group") -> list[tuple[Run, Run]]:
-        """(run, the baseline's of the same seed), of those that let the learning rate fall at the same pace."""
-        if self.first.config.get("max_iters") != base.first.config.get("max_iters"):
-            return []
-        return [(run, base.runs[seed]) for seed, run in self.runs.items() if seed in base.runs]
+        """The partners, if their learning rates fall at the same pace."""
+        same = self.first.config.get("max_iters") == base.first.config.get("max_iters")
+        return list(self.partners(base).values()) if same else []
 
     def mean(self, value: Callable[[Run], float]) -> float:
         found = [v for v in map(value, self.runs.values()) if not math.isnan(v)]
@@ -57,31 +64,39 @@ class Group:
 # groups
 
 def settings_alike(a: Run, b: Run, but: set[str] = frozenset()) -> bool:
-    """Have both runs the same settings, as far as both logs tell; or no log of settings, and but for seeds one name?"""
-    def told(run: Run) -> dict:
-        return run.config | {"init_from": run.config.get("init_from", "scratch").replace("resume", "scratch")}
+    """Do both runs have the same settings, as far as both logs say? Without settings: the same name but for the seed?
 
+    but: settings that may differ.
+    """
     if not a.config or not b.config:
         return not a.config and not b.config and split_name(a)[0] == split_name(b)[0] and not but
-    mine, theirs = told(a), told(b)
+    mine, theirs = settings_of(a), settings_of(b)
     return all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys() - HARMLESS - but)
+
+
+def settings_of(run: Run) -> dict:
+    """A run's settings. init_from is what it began with, and of another run's checkpoint the path without the seed."""
+    start = str(run.config.get("init_from", "scratch"))
+    if start in ("resume", "auto"):
+        start = "scratch"
+    return run.config | {"init_from": re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", start)}
 
 
 def split_name(run: Run) -> tuple[str, int | None]:
     """A run's name without its seed, and the seed: base-1337, base_1337, base_seed1337.
 
-    Where the log does not tell the seed, a number at the end of the name is it.
+    Where the log does not say the seed, a number at the end of the name is it.
     """
     found = re.fullmatch(rf"(.+?)[-_](?:seed)?({r'[0-9]+' if run.seed is None else run.seed})", run.name)
     return (found[1], int(found[2])) if found else (run.name, run.seed)
 
 
 def computed_alike(a: Run, b: Run) -> bool:
-    """Have both runs gone through the same arithmetic, as far as both logs tell?"""
+    """Did both runs go through the same arithmetic, as far as both logs say?"""
     return all(a.facts[key] == b.facts[key] for key in COMPUTED & a.facts.keys() & b.facts.keys())
 
 
-def group_runs(runs: list[Run], problems: list[str]) -> list[Group]:
+def group_runs(runs: list[Run], problems: list[Remark]) -> list[Group]:
     """In the order of their first runs; labels are names without seeds, and with settings where these are alike.
 
     Runs of one seed that went through other arithmetic are in two groups; of two seeds in one, with a warning.
@@ -96,23 +111,40 @@ def group_runs(runs: list[Run], problems: list[str]) -> list[Group]:
         if group is None:
             groups.append(group := Group(name))
         if key in group.runs:
-            problems.append(f"{run.where}: the same settings and seed as {group.runs[key].where}; left out")
+            problems.append(Remark(run.where, f"the same settings and seed as {group.runs[key].where}; left out"))
         else:
             group.runs[key] = run
     for group in groups:
         for key, run in list(group.runs.items()):
             if run.length < group.length:
-                problems.append(f"{run.where}: ends at step {run.length:,}, its group at {group.length:,}; left out")
+                what = f"ends at step {run.length:,}, its group at {group.length:,}; left out"
+                problems.append(Remark(run.where, what))
                 del group.runs[key]
-    for label in {g.label for g in groups}:
-        alike = [g for g in groups if g.label == label]
-        for number, group in enumerate(alike[1:], 2):
-            first, config = alike[0].first.config, group.first.config
-            differ = [f"{k}={v}" for k, v in config.items() if k not in HARMLESS and first.get(k, v) != v]
-            differ += [f"{k}={v}" for k, v in group.first.facts.items()
-                       if k in COMPUTED and alike[0].first.facts.get(k, v) != v]
-            group.label += f" ({', '.join(differ) or number})"
+    tell_apart(groups)
     return groups
+
+
+def tell_apart(groups: list[Group]) -> None:
+    """Give groups of one label labels of their own, by the settings in which they differ from the first of them."""
+    taken = set()
+    for label in dict.fromkeys(g.label for g in groups):
+        first, *others = [g for g in groups if g.label == label]
+        for number, group in enumerate(others, 2):
+            differ = [f"{key}={shown(new, 40)}" for key, _, new in differences(group, first)][:MOST_NAMED]
+            group.label = f"{label} ({', '.join(differ) or number})"
+            if group.label in taken:
+                group.label = f"{label} ({number})"
+            taken.add(group.label)
+
+
+def differences(group: Group, base: Group) -> list[tuple[str, object, object]]:
+    """(setting or fact, the baseline's value, the group's) where they differ, as far as both logs say."""
+    ours, theirs = settings_of(group.first), settings_of(base.first)
+    found = [(key, theirs[key], new) for key, new in ours.items()
+             if key not in HARMLESS and key in theirs and theirs[key] != new]
+    ours, theirs = group.first.facts, base.first.facts
+    return found + [(key, theirs[key], new) for key, new in ours.items()
+                    if key in COMPUTED and key in theirs and theirs[key] != new]
 
 
 def choose_baseline(groups: list[Group], label: str | None) -> list[Group]:
@@ -121,7 +153,7 @@ def choose_baseline(groups: list[Group], label: str | None) -> list[Group]:
         return groups
     found = [g for g in groups if g.label == label]
     if not found:
-        raise ValueError(f"--baseline={label}: expected one of {', '.join(g.label for g in groups)}")
+        raise ValueError(f"--baseline={shown(label)}: expected one of {', '.join(g.label for g in groups)}")
     return found + [g for g in groups if g is not found[0]]
 
 
@@ -131,7 +163,7 @@ def of_other_length(groups: list[Group]) -> list[Group]:
     return groups[:1] + [g for g in groups[1:] if settings_alike(g.first, groups[0].first, length)]
 
 
-def families(runs: list[Run], setting: str, problems: list[str]) -> dict[float, list[Run]]:
+def families(runs: list[Run], setting: str, problems: list[Remark]) -> dict[float, list[Run]]:
     """The runs by their value of a setting, smallest first. Runs whose log has no number for it are left out."""
     found: dict[float, list[Run]] = {}
     for run in runs:
@@ -139,43 +171,64 @@ def families(runs: list[Run], setting: str, problems: list[str]) -> dict[float, 
         if type(value) in (int, float):
             found.setdefault(value, []).append(run)
         else:
-            problems.append(f"{run.where}: {setting}: expected a number, found {value!r}; left out")
+            what = f"{shown(setting, 40)}: expected a number, found {shown(repr(value), 40)}; left out"
+            problems.append(Remark(run.where, what))
     return dict(sorted(found.items()))
 
 
-def warnings(groups: list[Group]) -> list[str]:
-    """What runs differ in beside the objective and the seed, and what seconds are worth."""
+# ---------------------------------------------------------------------------------------------
+# what else they differ in
+
+def comparable(a: Run, b: Run) -> bool:
+    """Were both judged on the same tokens, as far as both logs say?"""
+    key = "val_crc32"
+    return a.facts.get(key) is None or b.facts.get(key) is None or a.facts[key] == b.facts[key]
+
+
+def remarks_on(groups: list[Group]) -> list[Remark]:
+    """What runs differ in besides the objective and the seed."""
     found, base = [], groups[0]
+    lengths = of_other_length(groups)
     for group in groups:
-        runs, facts = list(group.runs.values()), group.first.facts
-        for key in sorted({key for run in runs for key in run.facts} - OWN_FACTS):
-            values = dict.fromkeys(str(run.facts[key]) for run in runs if key in run.facts)
-            if len(values) > 1:
-                found.append(f"{group.label}: its seeds differ in {key}: {', '.join(values)}")
-        each = [run.seconds_per_step for run in runs if run.seconds_per_step > 0.0]
-        if len(each) > 1 and max(each) > 1.1 * min(each):
-            found.append(f"{group.label}: its seeds' step times are up to {max(each) / min(each) - 1.0:.0%} apart, "
-                         "though they do the same: seconds of a shared machine (ablate.py measures them in turns)")
-        if facts.get("device") == "cpu" and len(facts.get("cores", ())) > facts.get("threads", math.inf):
-            found.append(f"{group.label}: not pinned to cores of its own: seconds may be those of a shared machine")
-        if not group.first.config:
-            found.append(f"{group.label}: logs without settings; grouped by name, and not checked for differences")
-        if unknown := [key for key in group.runs if isinstance(key, str)]:
-            found.append(f"{group.label}: the seed of {', '.join(unknown)} is not known; in no pair")
-        if group is base:
+        found += remarks_on_seeds(group)
+        if group in lengths:  # the baseline at another length differs as it should
             continue
-        for ours, theirs, ignored in ((group.first.config, base.first.config, HARMLESS | OBJECTIVE | {"init_from"}),
-                                      (facts, base.first.facts, OWN_FACTS)):
-            for key in sorted(ours.keys() & theirs.keys() - ignored):
-                if ours[key] != theirs[key]:
-                    remark = f"{group.label}: {key}={ours[key]}, {base.label} has {theirs[key]}"
-                    if key == "val_crc32":
-                        remark += "; val NTP is of other tokens and cannot be compared"
-                    found.append(remark)
-        if alone := [str(key) for key in group.runs.keys() ^ base.runs.keys() if isinstance(key, int)]:
-            found.append(f"{group.label}: seeds {', '.join(sorted(alone))} have no partner in one of it and "
-                         f"{base.label}, and are in no difference")
+        found += remarks_on_pairs(group, base)
         if group.length != base.length:
-            found.append(f"{group.label}: ends at step {group.length:,}, {base.label} at {base.length:,}; "
-                         "no difference at the end")
+            found.append(Remark(group.label, f"ends at step {group.length:,}, {base.label} at {base.length:,}; "
+                                             "no difference at the end"))
+    return joined(found)
+
+
+def remarks_on_seeds(group: Group) -> list[Remark]:
+    """What the runs of a group differ in."""
+    found = []
+    runs = list(group.runs.values())
+    for key in sorted({key for run in runs for key in run.facts} - OWN_FACTS):
+        values = dict.fromkeys(shown(run.facts[key], 40) for run in runs if key in run.facts)
+        if len(values) > 1:
+            found.append(Remark(group.label, f"its seeds differ in {shown(key, 40)}: {', '.join(values)}"))
+    if not group.first.config:
+        found.append(Remark(group.label, "logs without settings; grouped by name, and not checked for differences"))
+    if unknown := [key for key in group.runs if isinstance(key, str)]:
+        found.append(Remark(group.label, f"the seed of {', '.join(unknown)} is not known; in no pair"))
+    return found
+
+
+def remarks_on_pairs(group: Group, base: Group) -> list[Remark]:
+    """What a group and the baseline differ in that is no part of the question."""
+    found, facts = [], group.first.facts
+    if not comparable(group.first, base.first):
+        found.append(Remark(group.label, f"other validation tokens than {base.label}: val NTP cannot be compared",
+                            grave=True))
+    ignored = HARMLESS | OBJECTIVE | {"init_from", "max_iters"}
+    for ours, theirs, skipped in ((group.first.config, base.first.config, ignored),
+                                  (facts, base.first.facts, OWN_FACTS | {"val_crc32"})):
+        for key in sorted(ours.keys() & theirs.keys() - skipped):
+            if ours[key] != theirs[key]:
+                found.append(Remark(group.label, f"{shown(key, 40)}={shown(ours[key], 40)}, {base.label} has "
+                                                 f"{shown(theirs[key], 40)}"))
+    if alone := sorted(str(key) for key in group.runs.keys() ^ base.runs.keys() if isinstance(key, int)):
+        found.append(Remark(group.label, f"seeds {', '.join(alone)} are in only one of it and {base.label}, and in no "
+                                         "difference"))
     return found

@@ -5,9 +5,9 @@
     wandb/offline-run-...         what wandb kept with --wandb_mode=offline; wandb: all of them
     wandb:entity/project[/run]    at wandb, through its public API
 
-What is broken in a log is told by run and line, and left out; the rest is read.
+What is broken in a log is reported by run and line, and left out; the rest is read.
 
-What this leaves out on purpose: everything that one run does not know of the others (compare.py).
+What this leaves out on purpose: everything that one run does not know of the others (groups.py).
 """
 
 import json
@@ -17,16 +17,45 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from settings import Computing, Output, names_of
+from system.files import parse_json, read_bytes
+from system.shown import shown
 
-SHOWN = 3  # complaints about the lines of one run
+MOST_COMPLAINTS = 3  # about the lines of one run
+MOST_NAMES = 12  # in one remark
 LARGEST = 1e30  # what is beyond it is no loss, no time and no memory
 HARMLESS = names_of(Output, Computing) | {"seed", "data_dir"}  # settings; how a run was computed is among its facts
 OWN_FACTS = {"cores", "parameters"}  # of each run its own
 KINDS = {"seed": int, "max_iters": int, "init_from": str, "cores": list, "threads": int}  # of settings and facts in use
+
+
+class Remark(NamedTuple):
+    """What a reader should know of a run, a file or a set-up."""
+
+    who: str
+    what: str
+    grave: bool = False  # figures of it are left out, or would mislead
+
+    def __str__(self) -> str:
+        return f"{self.who}: {self.what}"
+
+
+def joined(remarks: Iterable[Remark]) -> list[Remark]:
+    """Equal remarks on several as one, in the order of the first of them."""
+    who: dict[tuple[str, bool], list[str]] = {}
+    for remark in remarks:
+        who.setdefault((remark.what, remark.grave), []).append(remark.who)
+    found = []
+    for (what, grave), names in who.items():
+        names = list(dict.fromkeys(names))
+        if len(names) > MOST_NAMES:
+            names[MOST_NAMES:] = [f"and {len(names) - MOST_NAMES} more"]
+        found.append(Remark(", ".join(names), what, grave))
+    return found
 
 
 @dataclass
@@ -83,14 +112,14 @@ class Reader:
 
     def __init__(self):
         self.runs: list[Run] = []
-        self.problems: list[str] = []
+        self.problems: list[Remark] = []
 
     def read(self, word: str) -> None:
         """Add the runs that `word` stands for (see above). Errors: ValueError if there is nothing of the kind."""
         try:
             self._read(word)
         except OSError as error:
-            raise ValueError(f"{word[:200]}: cannot read: {error.strerror}") from error
+            raise ValueError(f"{shown(word)}: cannot read: {error.strerror}") from error
 
     def _read(self, word: str) -> None:
         if word.startswith("wandb:"):
@@ -100,14 +129,20 @@ class Reader:
             logs = [path / "log.jsonl"] if (path / "log.jsonl").exists() else sorted(path.glob("*/log.jsonl"))
             offline = sorted([*path.glob("run-*.wandb"), *path.glob("offline-run-*/run-*.wandb")])
             if not logs and not offline:
-                raise ValueError(f"{path}: no run there; expected log.jsonl or a wandb offline run, in it or one below")
+                raise ValueError(f"{shown(path)}: no run there; expected log.jsonl or a wandb offline run, in it or "
+                                 "one below")
         elif path.is_file():
             logs, offline = ([], [path]) if path.suffix == ".wandb" else ([path], [])
         else:
-            raise ValueError(f"{path}: no such file or folder; a run is a folder with log.jsonl, a .jsonl file, "
+            raise ValueError(f"{shown(path)}: no such file or folder; a run is a folder with log.jsonl, a .jsonl file, "
                              "a wandb offline folder, or wandb:entity/project[/run]")
         for log in logs:
-            self._read_log(log)
+            try:
+                self._read_log(log)
+            except ValueError as error:  # one of many that cannot be read
+                if len(logs) == 1 and not offline:
+                    raise
+                self.problems.append(Remark(*str(error).split(": ", 1)))
         resumed: dict[str, tuple[Run, list]] = {}  # wandb writes a file for each time that a run goes on
         for file in offline:
             self._read_offline(file, resumed)
@@ -118,34 +153,36 @@ class Reader:
     # where lines come from
 
     def _read_log(self, path: Path) -> None:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        text = read_bytes(path).decode("utf-8", errors="replace")
         runs: dict[str, list] = {}  # by name
         whole = text.count("\n")  # lines; what is behind the last of them was not finished
         name = path.resolve().parent.name if path.name == "log.jsonl" else path.stem
         for number, row in enumerate(text.splitlines(), 1):
             try:
-                line = json.loads(row)
-            except (ValueError, RecursionError):  # RecursionError: [[[[[...
+                line = parse_json(row)
+            except ValueError:
                 line = "half-written" if number == whole + 1 else "not JSON"
             own = line.pop("run", name) if isinstance(line, dict) else name
             runs.setdefault(str(own), []).append((f"line {number}", line))
         if not runs:
-            self.problems.append(f"{path}: empty")
+            self.problems.append(Remark(shown(path), "empty"))
         for own, rows in runs.items():
-            self._add(Run(own.rpartition("/")[2], str(path) if own == name else f"{path}, {own}"), rows)
+            where = shown(path) if own == name else f"{shown(path)}, {shown(own, 60)}"
+            self._add(Run(own.rpartition("/")[2], where), rows)
 
     def _read_offline(self, path: Path, resumed: dict[str, tuple[Run, list]]) -> None:
         """Put what a file has of a run into `resumed`, by the run's id."""
         from wandb.proto.wandb_internal_pb2 import Record
 
         config, rows, id, name = {}, [], path.stem, path.stem
-        data = path.read_bytes()
+        data = read_bytes(path)
         if not data.startswith(b":W&B"):
-            self.problems.append(f"{path}: not a file of wandb's: it begins with {data[:4]!r}")
+            self.problems.append(Remark(shown(path), f"not a file of wandb's: it begins with {data[:4]!r}"))
             return
         for number, content in enumerate(leveldb_records(data), 1):
             if content is None:
-                self.problems.append(f"{path}, record {number}: half-written or broken; the rest is left out")
+                self.problems.append(Remark(f"{shown(path)}, record {number}",
+                                            "half-written or broken; the rest is left out"))
                 break
             try:
                 record = Record.FromString(content)
@@ -158,38 +195,38 @@ class Reader:
                     rows.append((f"record {number}", {item.key or ".".join(item.nested_key): json.loads(item.value_json)
                                                      for item in record.history.item}))
             except Exception as error:  # protobuf's DecodeError, json's: whatever a broken file brings
-                self.problems.append(f"{path}, record {number}: {error!r}")
-        _, before = resumed.setdefault(id, (Run(name, str(path)), []))
+                self.problems.append(Remark(f"{shown(path)}, record {number}", shown(repr(error))))
+        _, before = resumed.setdefault(id, (Run(name, shown(path)), []))
         before += [("its config", split_config(config)), *rows]
 
     def _read_online(self, word: str) -> None:
         """Errors: ValueError if wandb cannot be asked, or knows no such run."""
         parts = word.removeprefix("wandb:").strip("/").split("/")
         if len(parts) not in (2, 3) or not all(parts):
-            raise ValueError(f"{word}: expected wandb:entity/project or wandb:entity/project/run")
+            raise ValueError(f"{shown(word)}: expected wandb:entity/project or wandb:entity/project/run")
         import wandb
 
         try:
             api = wandb.Api()
             runs = [api.run("/".join(parts))] if len(parts) == 3 else list(api.runs("/".join(parts)))
         except Exception as error:  # no login, no network, no such project: wandb has many kinds of them
-            raise ValueError(f"{word}: wandb says: {' '.join(str(error).split())[:300]}") from error
+            raise ValueError(f"{shown(word)}: wandb says: {shown(' '.join(str(error).split()), 300)}") from error
         if not runs:
-            raise ValueError(f"{word}: this project has no runs")
+            raise ValueError(f"{shown(word)}: this project has no runs")
         for run in runs:
             where = f"wandb:{'/'.join(run.path)}"
             try:
                 rows = [(f"step {row.get('_step')}", row) for row in run.scan_history()]
                 self._add(Run(run.name, where), [("its config", split_config(dict(run.config))), *rows])
             except Exception as error:
-                self.problems.append(f"{where}: wandb says: {' '.join(str(error).split())[:300]}")
+                self.problems.append(Remark(where, f"wandb says: {shown(' '.join(str(error).split()), 300)}"))
 
     # -------------------------------------------------------------------------------------------
     # what lines say
 
     def _add(self, run: Run, rows: Iterable[tuple[str, object]]) -> None:
         """Take into `run` what is sound of `rows`, (where, a line); and the run, if anything can be compared."""
-        run.name = " ".join(run.name.encode("utf-8", "replace").decode().split()) or "unnamed"
+        run.name = shown(" ".join(run.name.encode("utf-8", "replace").decode().split()), 60) or "unnamed"
         complaints: list[str] = []
         by_iter: dict[int, dict] = {}
         untimed: list[str] = []
@@ -200,7 +237,7 @@ class Reader:
             elif "config" in line:
                 complaints += self._take_header(run, where, line)
             elif type(line.get("iter")) is not int or not 0 <= line["iter"] < LARGEST:
-                complaints.append(f"{where}: expected a whole number as iter, found {str(line.get('iter'))[:20]}; "
+                complaints.append(f"{where}: expected a whole number as iter, found {shown(line.get('iter'), 20)}; "
                                   "left out")
             else:
                 if line["iter"] <= latest:
@@ -210,8 +247,8 @@ class Reader:
                 for key, value in line.items():
                     if type(value) in (int, float) and -LARGEST < value < LARGEST:  # NaN is not
                         numbers[key] = value
-                    elif value is not None and not key.startswith("_"):
-                        complaints.append(f"{where}: {key} is {str(value)[:20]}; left out")
+                    elif value is not None and ("/" in key or key in ("tokens", "seconds")):  # a story is no number
+                        complaints.append(f"{where}: {shown(key, 40)} is {shown(value, 20)}; left out")
                 if "val/ntp" in numbers and not {"tokens", "seconds"} <= numbers.keys():
                     untimed.append(where)
                 by_iter[line["iter"]] = by_iter.get(line["iter"], {}) | numbers
@@ -224,9 +261,10 @@ class Reader:
             self.runs.append(run)
             if run.length < (planned := run.config.get("max_iters", 0)):
                 complaints.append(f"ends at iter {run.length} of {planned}")
-        more = [f"and {len(complaints) - SHOWN} more like these"] if len(complaints) > SHOWN + 1 else []
-        shown = complaints[:SHOWN] + complaints[-1:] if more else complaints
-        self.problems += [f"{run.where}: {text}" for text in shown + more]
+        if len(complaints) > MOST_COMPLAINTS + 1:
+            more = f"and {len(complaints) - MOST_COMPLAINTS} more like these"
+            complaints = [*complaints[:MOST_COMPLAINTS], complaints[-1], more]
+        self.problems += [Remark(run.where, text) for text in complaints]
 
     def _take_header(self, run: Run, where: str, line: dict) -> list[str]:
         """Into the run what is sound of its settings and facts; returns complaints."""
@@ -238,12 +276,12 @@ class Reader:
                 found = {}
             for key in KINDS.keys() & found.keys():
                 if type(found[key]) is not KINDS[key]:
-                    complaints.append(f"{where}: {name}: {key} is {str(found[key])[:20]}; left out")
+                    complaints.append(f"{where}: {name}: {key} is {shown(found[key], 20)}; left out")
             sound.append({k: v for k, v in found.items() if type(v) is KINDS.get(k, type(v))})
         config, facts = sound
-        if run.config:  # a run that goes on: where it started from it said before
+        if run.config:  # a run that goes on: where it started from is in its first header
             config["init_from"] = run.config.get("init_from", "scratch")
-            differ = [f"{key}={new[key]}, was {old[key]}" for old, new, ignored in (
+            differ = [f"{shown(key, 40)}={shown(new[key], 40)}, was {shown(old[key], 40)}" for old, new, ignored in (
                           (run.config, config, HARMLESS | {"max_iters"}), (run.facts, facts, OWN_FACTS))
                       for key in sorted(old.keys() & new.keys() - ignored) if old[key] != new[key]]
             if differ:

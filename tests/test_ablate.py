@@ -57,7 +57,7 @@ def test_one_command_trains_compares_and_goes_on(lab, capsys):
     assert {path.name for path in (lab / "out").iterdir() if path.is_dir()} == names
     told = capsys.readouterr()
     ends = [figures(lab, f"spelling-{seed}")[-1]["val/ntp"] for seed in (1, 2)]
-    assert f"{sum(ends) / 2:.4f}" in told.out and "base10: ends at step 10, base at 8" in told.err
+    assert f"{sum(ends) / 2:.4f}" in told.out and "max_iters\u00a08\u00a0→\u00a010" in told.out
     assert "<svg" in (lab / "out" / "report.html").read_text()
     measured = json.loads((lab / "out" / "step_seconds.json").read_text())["seconds"]
     assert measured.keys() == {"base", "spelling"} and all(len(v) == 1 and v[0] > 0 for v in measured.values())
