@@ -51,7 +51,7 @@ class Data:
     data_dir: str = "data"  # folder of all data sets
     dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
     train_fraction: FractionAbove0 = 1.0  # train on only this leading part of train.bin, over and over
-    eval_iters: AtLeast1 = 25  # validation batches of 32 rows per evaluation, the same ones in every run
+    eval_iters: AtLeast1 = 25  # validation batches (32 rows each) per evaluation, the same in every run
     seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
 
 
@@ -126,7 +126,7 @@ class Looking:
 
 @dataclass
 class Optimisation:
-    """Optimisation."""
+    """How the parameters are updated."""
 
     batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
     gradient_accumulation_steps: AtLeast1 = 1  # micro-batches per iteration
@@ -155,7 +155,7 @@ class Computing:
 
 
 @dataclass
-class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  # fields are collected from the last
+class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  # fields come from the last base first
     """All of them, in the order of this file."""
 
 
@@ -194,7 +194,7 @@ def check(s: Settings) -> None:
 
 
 def check_heads(s: Settings) -> None:
-    """Refuse settings that some heads and trunks do not have."""
+    """Refuse settings that the chosen heads or trunk do not support."""
     if s.head == "shared" and s.n_future_heads and (s.nitp_weight or s.consistency_weight):
         for name, usual in (("aux_grad_scale", 1.0), ("aux_grad_power", False)):
             if getattr(s, name) != usual:

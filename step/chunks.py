@@ -6,7 +6,7 @@ Every objective is one of two formulas: the cross-entropy of a head's logits aga
 the divergence of a head's softmax from the next-token (NTP) head's. losses.py chooses the targets.
 
 There are three ways through, and they agree within rounding. Whole: all logits at once, which
-torch.compile fuses and which is fastest for a small vocabulary. Chunked: a slice of rows at a time, with
+torch.compile fuses. Chunked: a slice of rows at a time, with
 its gradients, so that memory does not grow with the vocabulary. C: step/kernels.py, chunked as well, on a CPU.
 
 B batch, T positions, N = B T rows, D model dim, V classes of a head.
@@ -85,12 +85,13 @@ def divergence(log_p: Tensor, log_q: Tensor, direction: str = "forward", tempera
 
 
 def rows_of(shift: int, start: int, end: int) -> tuple[slice, slice]:
-    """Of target rows start..end of a head with this shift: where their features are in (N, D), and which rows have any.
+    """(slice of a head's features, slice of target rows) for those of rows start..end that have features.
 
-    The first `shift` rows of a batch have no features before them; none of them is valid.
+    Rows are flattened over the batch. The first `shift` of them have no features; the first `shift` of each later
+    sequence get those of the sequence before it. Targets are not valid on either.
     """
     first = min(max(start, shift), end)
-    return slice(first - min(shift, first), end - min(shift, end)), slice(first, end)
+    return slice(max(first - shift, 0), max(end - shift, 0)), slice(first, end)
 
 
 def losses_of_head(head: Head, features: Tensor, weight: Tensor, rows: slice, log_p: Tensor | None
@@ -137,7 +138,7 @@ class InChunks(torch.autograd.Function):
         for start in range(0, N, rows):
             for k, head in enumerate(heads):
                 inputs, chunk = rows_of(head.shift, start, min(start + rows, N))
-                # float32: a GradScaler's factor is not yet in these gradients, which float16 would lose
+                # float32: these gradients are not loss-scaled yet and would underflow in float16
                 with (torch.autocast(tensors[0].device.type, enabled=False),
                       torch.set_grad_enabled(any(learns[2 * k : 2 * k + 2]))):
                     features = tensors[2 * k].detach()[inputs].float().requires_grad_(learns[2 * k])

@@ -24,7 +24,6 @@ from scipy import stats
 
 import compare
 import train
-from study import groups
 from study.figures import figures, staying
 from study.groups import group_runs
 from study.runs import Reader, leveldb_records
