@@ -288,7 +288,7 @@ def induction(source: Path, vocab_size: int, length: int, sequences: int, seed: 
     folder = vocab_folder(source, vocab_size)
     for path in (source / "train.txt", source / "val.txt"):
         if not path.exists():
-            raise ValueError(f"{path}: no such text; {how_to_make(folder / 'train.bin', vocab_size)}")
+            raise ValueError(f"{path}: no such text; {how_to_make(source, vocab_size)}")
     spelling = Spelling(load_tokenizer(folder, vocab_size))
     stories = {split: list(islice(read_stories(source / f"{split}.txt"), MOST_STORIES)) for split in ("train", "val")}
     words = {word for split in stories.values() for story in split for word in re.findall("[A-Za-z]+", story)}

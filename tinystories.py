@@ -3,7 +3,7 @@
     python tinystories.py toy --vocab_size=512                # stories written by a small generator, no network
     python tinystories.py download [--version=v1|v2]          # TinyStories from Hugging Face, resumable
     python tinystories.py local TRAIN.txt [--val=VAL.txt]     # any text of your own
-    python tinystories.py train_vocab --dataset=NAME --vocab_size=512
+    python tinystories.py train_vocab --dataset=NAME --vocab_size=512    # or --from=tokenizer.model: one that exists
     python tinystories.py pretokenize --dataset=NAME --vocab_size=512
 
 The first three write `data/<dataset>/{train,val}.txt`, stories separated by <|endoftext|> lines, and
@@ -45,7 +45,10 @@ from text.tokenizer import (
     BYTE_VOCAB_SIZE,
     MAX_VOCAB_SIZE,
     ByteTokenizer,
+    Tokenizer,
+    bin_bytes,
     load_tokenizer,
+    open_tokenizer,
     vocab_folder,
     write_bin,
 )
@@ -59,6 +62,7 @@ DOWNLOADS = {  # version: {split: file}
     "v1": {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"},
     "v2": {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"},
 }
+DATA_SETS = {"tinystories": "v1", "tinystories_v2": "v2"}  # where `download` puts each version
 HUGGING_FACE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 
 
@@ -288,6 +292,21 @@ def train_vocab(folder: Path, vocab_size: int) -> None:
     write_bin(load_tokenizer(out, vocab_size), out / "tokenizer.bin")
 
 
+def take_vocab(folder: Path, tokenizer: Tokenizer, source: Path) -> None:
+    """Make a tokenizer, read from `source`, the data set's vocabulary of its size; never replace another one."""
+    out = vocab_folder(folder, tokenizer.vocab_size)
+    model = out / "tokenizer.model"
+    if model.exists():
+        if bin_bytes(open_tokenizer(model, tokenizer.vocab_size)) != bin_bytes(tokenizer):
+            raise ValueError(f"{model}: holds another vocabulary than {source}; choose another --dataset, "
+                             f"or delete {out}")
+    elif tokenizer.vocab_size != BYTE_VOCAB_SIZE:  # bytes need no tokenizer.model
+        with atomic_write(model) as f:
+            f.write(tokenizer.file)
+    write_bin(tokenizer, out / "tokenizer.bin")
+    print(f"{out}: has the {tokenizer.vocab_size:,} tokens of {source}", file=sys.stderr)
+
+
 def already_there(path: Path, source: Path) -> bool:
     """Was `path` made before? ValueError if `source`, which it was made from, is newer."""
     if not path.exists():
@@ -301,7 +320,7 @@ def already_there(path: Path, source: Path) -> bool:
 def text_lines(path: Path, limit: int = VOCAB_TEXT) -> Iterator[str]:
     """Lines of the stories in the first `limit` characters of a text made by write_texts; long ones in parts."""
     if not path.exists():
-        raise ValueError(f"{path}: no such text; `python tinystories.py toy`, `download` or `local FILE` makes one")
+        raise ValueError(f"{path}: no such text; {how_to_make(path.parent)}")
     for story in read_stories(path):
         for line in filter(None, story.split("\n")):
             yield from (line[i : i + LONGEST_LINE] for i in range(0, len(line), LONGEST_LINE))
@@ -362,19 +381,26 @@ def token_type(vocab_size: int) -> type:
 # ---------------------------------------------------------------------------------------------
 # batches
 
-def how_to_make(tokens: Path, vocab_size: int) -> str:
-    """The commands that make a token file."""
-    folder = tokens.parent.parent
-    if folder.name in GENERATED:
-        return f"make it with\n    python synthetic.py {folder.name}"
-    options = f"--dataset={folder.name} --vocab_size={vocab_size}"
+def how_to_make(folder: Path, vocab_size: int | None = None) -> str:
+    """The commands that make the data set `folder`, with its tokens of a vocabulary of that size."""
+    name = folder.name
+    if name in GENERATED:
+        return f"make it with\n    python synthetic.py {name}"
+    options = f" --dataset={name}"
+    if vocab_size is not None:
+        options += f" --vocab_size={vocab_size}"
     if str(folder.parent) != "data":
         options += f" --data_dir={folder.parent}"
     if (folder / "train.txt").exists():
-        commands = ("make it with", "train_vocab", "pretokenize")
+        commands = ["train_vocab", "pretokenize"]
+    elif name == "toy":
+        commands = ["toy"]
+    elif name in DATA_SETS:
+        commands = [f"download --version={DATA_SETS[name]}", "local FILE"]
     else:
-        commands = ("make it with one of", "download", "local FILE", "toy")
-    return commands[0] + "".join(f"\n    python tinystories.py {command} {options}" for command in commands[1:])
+        commands = ["local FILE"]
+    one_of = "one of" if "local FILE" in commands[1:] else ""
+    return f"make it with {one_of}".rstrip() + "".join(f"\n    python tinystories.py {c}{options}" for c in commands)
 
 
 class Windows:
@@ -387,7 +413,7 @@ class Windows:
 
     def __init__(self, path: Path, vocab_size: int, T: int, fraction: float = 1.0):
         if not path.exists():
-            raise ValueError(f"{path}: no such data set; {how_to_make(path, vocab_size)}")
+            raise ValueError(f"{path}: no such data set; {how_to_make(path.parent.parent, vocab_size)}")
         self.path, self.T = path, T
         itemsize = np.dtype(token_type(vocab_size)).itemsize
         if not path.is_file():
@@ -457,28 +483,41 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, help: str, dataset: str | None, vocab_required: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--data_dir", type=Path, default="data", help="folder of all data sets")
-        sub.add_argument("--dataset", default=dataset, help="name of the data set")
-        sub.add_argument("--vocab_size", type=vocab_size, default=argparse.SUPPRESS, required=vocab_required,
-                         help="tokens; 259 is the byte tokenizer")
+    def command(name: str, help: str, dataset: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of all data sets (default: data)")
+        sub.add_argument("--dataset", help=f"name of the data set (default: {dataset})")
+        sub.add_argument("--vocab_size", type=vocab_size, help="tokens; 259 is the byte tokenizer")
+        if name != "pretokenize":
+            sub.add_argument("--from", dest="source", type=Path, metavar="FILE",
+                             help="take the vocabulary of this tokenizer.model or tokenizer.bin; none is trained")
         return sub
 
     command("toy", "write generated stories", "toy")
-    sub = command("download", "fetch TinyStories from Hugging Face", None)
-    sub.add_argument("--version", choices=tuple(DOWNLOADS), default="v1", help="v1: GPT-3.5 and GPT-4; v2: GPT-4 only")
-    sub = command("local", "take stories from a file of your own", "tinystories")
+    sub = command("download", "fetch TinyStories from Hugging Face", "tinystories, or tinystories_v2")
+    sub.add_argument("--version", choices=tuple(DOWNLOADS), default="v1",
+                     help="v1: GPT-3.5 and GPT-4 (default); v2: GPT-4 only")
+    sub = command("local", "take stories from a file of your own", "the name of the file")
     sub.add_argument("train", type=Path, metavar="TRAIN", help=f".txt with {END} lines or blank lines, or .jsonl")
     sub.add_argument("--val", type=Path, help="validation stories; without it one story in a hundred is held out")
-    command("train_vocab", "train a vocabulary on a data set's text", "tinystories", vocab_required=True)
-    sub = command("pretokenize", "turn a data set's text into tokens", "tinystories", vocab_required=True)
+    command("train_vocab", "train a vocabulary on a data set's text, or take one that exists", "tinystories")
+    sub = command("pretokenize", "turn a data set's text into tokens", "tinystories")
     sub.add_argument("--workers", type=int, default=0, choices=range(65), metavar="N", help="processes; 0: one a core")
     args = parser.parse_args(argv)
+    if args.command in ("train_vocab", "pretokenize") and not (args.vocab_size or getattr(args, "source", None)):
+        parser.error(f"{args.command}: needs --vocab_size")
     if args.dataset is None:
-        args.dataset = "tinystories" if args.version == "v1" else "tinystories_v2"
+        args.dataset = default_name(args)
     return args
+
+
+def default_name(args: argparse.Namespace) -> str:
+    """The data set's name where the command line has none."""
+    if args.command == "local":
+        return args.train.stem
+    if args.command == "download":
+        return next(name for name, version in DATA_SETS.items() if version == args.version)
+    return "toy" if args.command == "toy" else "tinystories"
 
 
 def vocab_size(text: str) -> int:
@@ -490,8 +529,10 @@ def vocab_size(text: str) -> int:
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    folder = args.data_dir / args.dataset
-    wanted = getattr(args, "vocab_size", None)
+    folder, wanted, source = args.data_dir / args.dataset, args.vocab_size, getattr(args, "source", None)
+    if source:  # opened first: a bad file is refused before the download, not after it
+        tokenizer = open_tokenizer(source, wanted)
+        wanted = tokenizer.vocab_size
     match args.command:
         case "toy":
             make_toy(folder)
@@ -499,10 +540,13 @@ def main(argv: list[str]) -> None:
             download(folder, args.version)
         case "local":
             make_local(folder, args.train, args.val)
-    if wanted and args.command != "pretokenize":
+    if source:
+        take_vocab(folder, tokenizer, source)
+    elif wanted and args.command != "pretokenize":
         train_vocab(folder, wanted)
     if wanted and args.command != "train_vocab":
         pretokenize(folder, wanted, getattr(args, "workers", 0))
+        print(f"{folder}: train with --dataset={args.dataset} --vocab_size={wanted}", file=sys.stderr)
 
 
 if __name__ == "__main__":

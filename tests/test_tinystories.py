@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import SHARED
 
 import tinystories
 from text.tokenizer import BOS, load_tokenizer
@@ -56,7 +57,7 @@ def test_local_with_and_without_validation_file(tmp_path):
     (tmp_path / "t.txt").write_text(f"\n{END}\n".join(stories))
     (tmp_path / "v.txt").write_text("Other one.\n\nOther two.\n")
     tinystories.main(["local", str(tmp_path / "t.txt"), f"--data_dir={tmp_path}/a"])
-    train, val = (list(read_stories(tmp_path / "a" / "tinystories" / f"{s}.txt")) for s in ("train", "val"))
+    train, val = (list(read_stories(tmp_path / "a" / "t" / f"{s}.txt")) for s in ("train", "val"))
     assert val == ["Story 99.", "Story 199."] and sorted(train + val) == sorted(stories)
     data = [f"--data_dir={tmp_path}/b", "--dataset=x"]
     tinystories.main(["local", str(tmp_path / "t.txt"), f"--val={tmp_path}/v.txt", *data])
@@ -72,8 +73,8 @@ def test_text_that_is_there_is_kept_and_never_replaced(tmp_path):
     (tmp_path / "t.txt").write_text("One.\n\nThree.")
     with pytest.raises(ValueError, match="other text already"):
         tinystories.main(command)
-    assert (tmp_path / "tinystories" / "val.txt").read_text() == f"Two.\n{END}\n"
-    assert sorted(p.name for p in (tmp_path / "tinystories").iterdir()) == ["train.txt", "val.txt"]
+    assert (tmp_path / "t" / "val.txt").read_text() == f"Two.\n{END}\n"
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["train.txt", "val.txt"]
 
 
 def test_a_bad_validation_file_leaves_nothing_behind(tmp_path):
@@ -81,7 +82,7 @@ def test_a_bad_validation_file_leaves_nothing_behind(tmp_path):
     (tmp_path / "v.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="v.txt"):
         tinystories.main(["local", str(tmp_path / "t.txt"), f"--val={tmp_path}/v.txt", f"--data_dir={tmp_path}/d"])
-    assert list((tmp_path / "d" / "tinystories").iterdir()) == []
+    assert list((tmp_path / "d" / "t").iterdir()) == []
 
 
 def test_one_story_cannot_be_split(tmp_path):
@@ -190,6 +191,60 @@ def test_one_command_makes_a_data_set_and_a_second_call_keeps_it(tmp_path, monke
     assert "already there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name,says", [
+    ("tinystories", ["download --version=v1 --dataset=tinystories", "local FILE --dataset=tinystories"]),
+    ("tinystories_v2", ["download --version=v2"]), ("toy", ["tinystories.py toy --dataset=toy"]),
+    ("mine", ["local FILE --dataset=mine"]), ("arithmetic", ["synthetic.py arithmetic"]),
+])
+def test_a_missing_data_set_is_made_by_what_makes_that_one(tmp_path, name, says):
+    commands = tinystories.how_to_make(tmp_path / name, 300)
+    assert all(command in commands for command in says)
+    assert ("tinystories.py toy" in commands) == (name == "toy")
+
+
+def test_a_vocabulary_that_exists_is_taken_as_it_is(data_dir, tmp_path):
+    source, folder = data_dir / "toy" / "tok512", tmp_path / "data" / "t" / "tok512"
+    (tmp_path / "t.txt").write_text("One dog.\n\nTwo dogs.")
+    command = ["local", str(tmp_path / "t.txt"), f"--data_dir={tmp_path}/data"]
+    for kind in ("model", "bin"):
+        tinystories.main([*command, f"--from={source}/tokenizer.{kind}"])  # its size need not be said
+        for name in ("tokenizer.model", "tokenizer.bin"):
+            assert (folder / name).read_bytes() == (source / name).read_bytes()
+    tokens = load_tokenizer(source, 512).encode("Two dogs.")
+    assert np.fromfile(folder / "val.bin", np.uint16).tolist() == [BOS, *tokens]
+    with pytest.raises(ValueError, match="tokenizer.model: expected 300 tokens, found 512"):
+        tinystories.main([*command, f"--from={source}/tokenizer.model", "--vocab_size=300"])
+    other = bytearray((source / "tokenizer.bin").read_bytes())
+    other[-1:] = b"~"
+    (tmp_path / "other.bin").write_bytes(other)
+    with pytest.raises(ValueError, match="tokenizer.model: holds another vocabulary than .*other.bin"):
+        tinystories.main([*command, f"--from={tmp_path}/other.bin"])
+    assert (folder / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    with pytest.raises(ValueError, match="t.txt: not a SentencePiece"):
+        tinystories.main(["train_vocab", "--dataset=new", f"--data_dir={tmp_path}", f"--from={tmp_path}/t.txt"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_vocabulary_may_come_from_a_bin_alone(data_dir, tmp_path):
+    source = data_dir / "toy" / "tok512"
+    command = ["train_vocab", "--dataset=new", f"--data_dir={tmp_path}", "--from"]
+    tinystories.main([*command, str(source / "tokenizer.bin")])
+    new = tmp_path / "new" / "tok512"
+    assert (new / "tokenizer.bin").read_bytes() == (source / "tokenizer.bin").read_bytes()
+    story = "Once upon a time, a café €5 😀."
+    assert load_tokenizer(new, 512).encode(story) == load_tokenizer(source, 512).encode(story)
+    tinystories.main([*command, str(data_dir / "toy" / "tok259" / "tokenizer.bin")])
+    assert [p.name for p in (tmp_path / "new" / "tok259").iterdir()] == ["tokenizer.bin"]
+
+
+@pytest.mark.skipif(not (SHARED / "llama2_tokenizer").exists(), reason="no shared/llama2_tokenizer")
+def test_llama2s_vocabulary_as_llama2c_writes_it(tmp_path):
+    source = SHARED / "llama2_tokenizer"
+    tinystories.main(["train_vocab", f"--data_dir={tmp_path}", f"--from={source}/tokenizer.model"])
+    for name in ("tokenizer.model", "tokenizer.bin"):
+        assert (tmp_path / "tinystories" / "tok32000" / name).read_bytes() == (source / name).read_bytes()
+
+
 # ---------------------------------------------------------------------------------------------
 # batches
 
@@ -260,7 +315,7 @@ def test_evaluation_batches_are_fixed_and_spread(tmp_path):
 def test_bad_token_files_are_refused_by_name(tmp_path):
     folder = tmp_path / "my" / "tok512"
     folder.mkdir(parents=True)
-    with pytest.raises(ValueError, match="toy --dataset=my") as caught:
+    with pytest.raises(ValueError, match="local FILE --dataset=my --vocab_size=512") as caught:
         Windows(folder / "train.bin", 512, 10)
     assert "train.bin" in str(caught.value) and f"--data_dir={tmp_path}" in str(caught.value)
     (tmp_path / "my" / "train.txt").write_text("One.")

@@ -77,6 +77,43 @@ def test_a_model_with_other_special_ids_is_refused(tmp_path):
         tokenizer.SentencePieceTokenizer(tmp_path / "m")
 
 
+def first_bin(new: bytes) -> bytes:
+    """A tokenizer.bin as llama2.c's first export wrote it: the byte token <0xE9> as the character U+00E9."""
+    for b in range(256):
+        old, name = chr(b).encode(), b"<0x%02X>" % b
+        new = new.replace(struct.pack("<fi", 0.0, 6) + name, struct.pack("<fi", 0.0, len(old)) + old)
+    return new
+
+
+def test_llama2cs_first_tokenizer_bin_is_read(data_dir, tmp_path):
+    folder = data_dir / "toy" / "tok512"
+    old = first_bin((folder / "tokenizer.bin").read_bytes())
+    assert len(old) == (folder / "tokenizer.bin").stat().st_size - 1152  # as llama2.c's, 432,717 for 433,869 bytes
+    (tmp_path / "old.bin").write_bytes(old)
+    ours, theirs = load_tokenizer(folder, 512), open_tokenizer(tmp_path / "old.bin", 512)
+    for text in TEXTS:
+        assert theirs.encode(text) == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    assert tokenizer.bin_bytes(theirs) == (folder / "tokenizer.bin").read_bytes()
+
+
+def test_a_vocabulary_without_byte_tokens_is_refused_by_name(tmp_path):
+    lines = [" ".join(f"{a}{b}{c}" for a in "bcdfgh" for b in "aeiou" for c in "lmnprst")] * 20
+    with open(tmp_path / "m.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=f, model_type="bpe",
+                                                 vocab_size=280, minloglevel=2, hard_vocab_limit=False)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    V = model.vocab_size()
+    pieces = [(model.id_to_piece(i).replace("▁", " ").encode(), model.get_score(i)) for i in range(V)]
+    content = struct.pack("<i", 9) + b"".join(struct.pack("<fi", score, len(p)) + p for p, score in pieces)
+    (tmp_path / "m.bin").write_bytes(content)
+    said = []
+    for kind in ("model", "bin"):
+        with pytest.raises(ValueError, match=f"m.{kind}: token 3: expected <0x00>.*byte_fallback") as caught:
+            open_tokenizer(tmp_path / f"m.{kind}", V)
+        said.append(str(caught.value).partition(": ")[2].replace("▁", " "))
+    assert said[0] == said[1]
+
+
 def test_broken_tokenizer_bins_are_refused(data_dir, tmp_path):
     path = tmp_path / "tokenizer.bin"
     write_bin(load_tokenizer(data_dir / "toy" / "tok512", 512), path)

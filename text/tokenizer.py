@@ -58,10 +58,10 @@ class SentencePieceTokenizer:
         self._open(path)
 
     @classmethod
-    def from_bin(cls, path: str | Path, vocab_size: int) -> "SentencePieceTokenizer":
-        """The tokenizer of a `tokenizer.bin`. Errors: ValueError if it cannot be read or has other than V tokens."""
+    def from_pieces(cls, pieces: list[tuple[bytes, float]], path: str | Path) -> "SentencePieceTokenizer":
+        """The tokenizer of the pieces of a `tokenizer.bin`; `path` is for errors."""
         self = cls.__new__(cls)
-        self.file = as_sentencepiece(read_bin(path, vocab_size))
+        self.file = as_sentencepiece(pieces)
         self._open(path)
         return self
 
@@ -74,6 +74,10 @@ class SentencePieceTokenizer:
         if (self._model.unk_id(), self._model.bos_id(), self._model.eos_id()) != (UNK, BOS, EOS):
             raise ValueError(f"{path}: expected <unk>, BOS, EOS at ids 0, 1, 2, found them at "
                              f"{self._model.unk_id()}, {self._model.bos_id()}, {self._model.eos_id()}")
+        for i in range(FIRST_BYTE, BYTE_VOCAB_SIZE):
+            name = self._model.id_to_piece(i) if i < self.vocab_size else "nothing"
+            if name != byte_name(i) or not self._model.is_byte(i):
+                raise not_a_byte(path, i, name)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -113,6 +117,16 @@ class ByteTokenizer:
             yield (b" " if b == ord(" ") else b"<0x%02X>" % b), 0.0
 
 
+def byte_name(i: int) -> str:
+    """How SentencePiece and tokenizer.bin spell the byte token with id i: <0x00> to <0xFF>."""
+    return f"<0x{i - FIRST_BYTE:02X}>"
+
+
+def not_a_byte(path: str | Path, i: int, found: str) -> ValueError:
+    return ValueError(f"{path}: token {i}: expected {byte_name(i)}, as Llama numbers bytes, found {found!r}; "
+                      "vocabularies without byte tokens (SentencePiece's byte_fallback) are not supported")
+
+
 def vocab_folder(dataset_folder: str | Path, vocab_size: int) -> Path:
     """Where a data set keeps a vocabulary and the tokens made with it: `data/<dataset>/tok<V>`."""
     return Path(dataset_folder) / f"tok{vocab_size}"
@@ -128,25 +142,26 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     return open_tokenizer(Path(folder) / "tokenizer.model", vocab_size)
 
 
-def open_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a file, `.model`, `.bin` or `tokenizer.json`, or in a folder that has one of them."""
+def open_tokenizer(path: str | Path, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer in a file, `.model`, `.bin` or `tokenizer.json`, or in a folder that has one. vocab_size: None: any.
+
+    Errors: ValueError if it cannot be read, has other than V tokens, or other tokens than bytes at ids 3 to 258.
+    """
     path = Path(path)
     if path.is_dir():
         path = vocabulary_file(path, vocab_size)
     if path.name == tokenizer_json.TOKENIZER:
         return tokenizer_json.JsonTokenizer(path.parent, vocab_size)
     if path.suffix == ".bin":
-        if vocab_size == BYTE_VOCAB_SIZE:
-            read_bin(path, vocab_size)  # for its errors
-            return ByteTokenizer()
-        return SentencePieceTokenizer.from_bin(path, vocab_size)
+        pieces = read_bin(path, vocab_size)
+        return ByteTokenizer() if len(pieces) == BYTE_VOCAB_SIZE else SentencePieceTokenizer.from_pieces(pieces, path)
     tokenizer = SentencePieceTokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
+    if vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(f"{path}: expected {vocab_size} tokens, found {tokenizer.vocab_size}")
     return tokenizer
 
 
-def vocabulary_file(folder: Path, vocab_size: int) -> Path:
+def vocabulary_file(folder: Path, vocab_size: int | None) -> Path:
     """Of the files that a folder may have: a SentencePiece model of V tokens, else tokenizer.json, else a .bin.
 
     Some folders of Hugging Face have all of them, and tokens that only tokenizer.json knows.
@@ -155,7 +170,7 @@ def vocabulary_file(folder: Path, vocab_size: int) -> Path:
     if not as_json.exists():
         return model if model.exists() else folder / "tokenizer.bin"
     try:
-        return model if SentencePieceTokenizer(model).vocab_size == vocab_size else as_json
+        return model if vocab_size in (None, SentencePieceTokenizer(model).vocab_size) else as_json
     except ValueError:  # there is none, or it is of another kind
         return as_json
 
@@ -171,14 +186,16 @@ def read_file(path: str | Path) -> bytes:
         raise ValueError(f"{path}: cannot read this tokenizer: {error.strerror or error}") from error
 
 
-def read_bin(path: str | Path, vocab_size: int) -> list[tuple[bytes, float]]:
-    """(bytes, merge score) of each token in a tokenizer.bin.
+def read_bin(path: str | Path, vocab_size: int | None) -> list[tuple[bytes, float]]:
+    """(bytes, merge score) of each token in a tokenizer.bin. vocab_size: None takes all that are there.
 
-    Errors: ValueError if it has more or fewer than V, bytes elsewhere than at ids 3 to 258, or other flaws.
+    A byte token is spelled <0xE9>, or as the character U+00E9 in UTF-8, which llama2.c's first files have.
+    Errors: ValueError if there are more or fewer than V, bytes elsewhere than at ids 3 to 258, or other flaws.
     """
     content = read_file(path)
+    most = MAX_VOCAB_SIZE if vocab_size is None else vocab_size
     pieces, at = [], 4
-    while at < len(content) and len(pieces) <= vocab_size:
+    while at < len(content) and len(pieces) <= most:
         score, n = struct.unpack_from("<fi", content, at) if at + 8 <= len(content) else (0.0, -1)
         if not 0 <= n <= len(content) - at - 8:
             swapped = " (a big-endian file?)" if content[:2] == b"\0\0" and content[2:4] != b"\0\0" else ""
@@ -186,13 +203,15 @@ def read_bin(path: str | Path, vocab_size: int) -> list[tuple[bytes, float]]:
                              f"{swapped}")
         pieces.append((content[at + 8 : at + 8 + n], score))
         at += 8 + n
-    if len(pieces) != vocab_size:
-        more = "more" if at < len(content) or len(pieces) > vocab_size else str(len(pieces))
-        raise ValueError(f"{path}: expected {vocab_size} tokens, found {more}")
+    if len(pieces) > most or vocab_size not in (None, len(pieces)):
+        expected = f"at most {most}" if vocab_size is None else vocab_size
+        found = "more" if at < len(content) or len(pieces) > most else len(pieces)
+        raise ValueError(f"{path}: expected {expected} tokens, found {found}")
+    for i in range(FIRST_BYTE, BYTE_VOCAB_SIZE):
+        piece = pieces[i][0] if i < len(pieces) else b"nothing"
+        if piece not in (byte_name(i).encode(), chr(i - FIRST_BYTE).encode()):
+            raise not_a_byte(path, i, piece.decode("utf-8", errors="replace"))
     for i, (piece, score) in enumerate(pieces):
-        if FIRST_BYTE <= i < BYTE_VOCAB_SIZE and piece not in (b"<0x%02X>" % (i - FIRST_BYTE), bytes([i - FIRST_BYTE])):
-            raise ValueError(f"{path}: token {i}: expected <0x{i - FIRST_BYTE:02X}>, as Llama numbers bytes, "
-                             f"found {piece!r}")
         if not math.isfinite(score) or not is_utf8(piece):
             raise ValueError(f"{path}: token {i}: expected UTF-8 and a score, found {piece!r} and {score}")
     return pieces
@@ -216,7 +235,7 @@ def as_sentencepiece(pieces: list[tuple[bytes, float]]) -> bytes:
         kinds = {UNK: kind.UNKNOWN, BOS: kind.CONTROL, EOS: kind.CONTROL}
         text = SPECIAL.get(i) or piece.decode("utf-8").replace(" ", "▁")
         if FIRST_BYTE <= i < BYTE_VOCAB_SIZE:
-            text = f"<0x{i - FIRST_BYTE:02X}>"
+            text = byte_name(i)
         model.pieces.add(piece=text, score=score,
                          type=kinds.get(i, kind.BYTE if i < BYTE_VOCAB_SIZE else kind.NORMAL))
     model.trainer_spec.model_type = proto.TrainerSpec.BPE
