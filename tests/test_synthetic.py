@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import synthetic
 import tinystories
-from bench.training import arithmetic
+from bench import arithmetic
 from formats.checkpoint import load_model
 from model import ModelArgs, Transformer
 from synthetic import Answers, Name, Spelling
