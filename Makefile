@@ -79,7 +79,7 @@ clean: ## remove what was built; keep data, runs and .venv
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/test-ready: .venv/ready requirements-dev.txt requirements-compare.txt requirements-export.txt
+.venv/test-ready: .venv/ready requirements-dev.txt requirements-compare.txt requirements-export.txt requirements-data.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -15,7 +15,7 @@ says what differs. What this leaves out on purpose: text for arithmetic and poly
 there is), generation token by token (Answers.score says why it is not needed), vocabularies above 65,536.
 """
 
-from system.program import program
+from system.program import between, program
 
 import argparse
 import json
@@ -381,7 +381,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--data_dir", type=Path, default="data", help="folder of all data sets")
         sub.add_argument("--dataset", default=name, help="name of the data set")
         sub.add_argument("--sequences", type=between(1, 10_000_000), default=sequences, help=unit)
-        sub.add_argument("--seed", type=int, default=1, help="of everything that is drawn")
+        sub.add_argument("--seed", type=between(0, 2**63 - 1), default=1, help="of everything that is drawn")
         return sub
 
     sub = command("arithmetic", "arithmetic progressions", 800, "training rows, each with its own start and step")
@@ -396,15 +396,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--beyond", type=between(0, 20), default=1, help="how many more in validation")
     sub.add_argument("--val_sequences", type=between(1, 10_000), default=200, help="for each number of operations")
     return parser.parse_args(argv)
-
-
-def between(low: int, high: int):
-    """An argument's type: a whole number from `low` to `high`."""
-    def number(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, found {text}")
-        return int(text)
-    return number
 
 
 def main(argv: list[str]) -> None:

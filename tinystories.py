@@ -16,20 +16,22 @@ TinyStories: Eldan & Li 2023 (arXiv 2305.07759). What this leaves out on purpose
 cleaning of the text.
 """
 
-from system.program import program
+from system.program import between, program
 
 import argparse
 import filecmp
 import io
 import json
 import os
+import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +42,11 @@ from tqdm import tqdm
 
 from system.files import atomic_write
 from text import toystories
+from text.stories import END, SEPARATORS, Story, StoryFile, files_of, read_stories, stem_of
 from text.tokenizer import (
     BOS,
     BYTE_VOCAB_SIZE,
+    EOS,
     MAX_VOCAB_SIZE,
     ByteTokenizer,
     Tokenizer,
@@ -53,8 +57,8 @@ from text.tokenizer import (
     write_bin,
 )
 
-END = "<|endoftext|>"
 SPLITS = ("train", "val")
+ANSWER, FIRST = 1, 2  # bits of a mask: a token of an answer, the first token of an example
 GENERATED = ("arithmetic", "induction", "polynomial")  # data sets that synthetic.py makes
 VOCAB_TEXT = 200_000_000  # characters of train.txt that train_vocab looks at; a vocabulary needs no more
 LONGEST_LINE = 100_000  # characters; SentencePiece passes over lines that are too long for it, so they are cut
@@ -63,114 +67,110 @@ DOWNLOADS = {  # version: {split: file}
     "v2": {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"},
 }
 DATA_SETS = {"tinystories": "v1", "tinystories_v2": "v2"}  # where `download` puts each version
+SHARD = re.compile(r"data\d+\.(json|bin)")  # llama2.c's names: data00.json of TinyStories_all_data, data00.bin
 HUGGING_FACE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 
 
 # ---------------------------------------------------------------------------------------------
 # text
 
-def read_stories(path: Path) -> Iterator[str]:
-    """The stories of a file: .jsonl with a `text` field, <|endoftext|> separated, or blank-line blocks.
+def write_stories(folder: Path, stories: Iterable[tuple[str, Story]]) -> None:
+    """Write `folder`/{train,val}.txt, or .jsonl for examples, both or neither. stories: (split, story).
 
-    Errors: ValueError naming the file and line if it cannot be read or holds no story.
+    Equal files are left alone. Errors: ValueError if they differ from what is there, or a split has no story.
     """
+    stories = iter(stories)
+    first = next(stories, ("train", ""))
+    ending = ".txt" if isinstance(first[1], str) else ".jsonl"
+    paths = {split: folder / (split + ending) for split in SPLITS}
+    new = {split: path.with_name(path.name + ".new") for split, path in paths.items()}
+    counts = dict.fromkeys(SPLITS, 0)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            if path.suffix == ".json":
-                raise ValueError(f"{path}: expected text or .jsonl, one object a line")
-            if path.suffix == ".jsonl":
-                pieces = jsonl_texts(f, path)
-            else:
-                marked = any(END in line for line in f)
-                f.seek(0)
-                pieces = split_at_marks(f) if marked else split_at_blank_lines(f)
-            empty = True
-            for piece in pieces:
-                # A marker inside a .jsonl text would end the story early once written out.
-                story = piece.replace("\r\n", "\n").replace(END, " ").strip()
-                if story:
-                    empty = False
-                    yield story
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}") from error
-    if empty:
-        raise ValueError(f"{path}: holds no story")
-
-
-def jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                text = json.loads(line)["text"]
-                text.encode("utf-8")  # refuses half a surrogate pair, which JSON allows
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}:{number}: expected {{"text": "..."}}, found {line.strip()[:60]!r}')
-            yield text
-
-
-def split_at_marks(lines: Iterable[str]) -> Iterator[str]:
-    story = []
-    for line in lines:
-        *ended, rest = line.split(END)
-        for part in ended:
-            yield "".join(story) + part
-            story = []
-        story.append(rest)
-    yield "".join(story)
-
-
-def split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    story = []
-    for line in lines:
-        if line.strip():
-            story.append(line)
-        else:
-            yield "".join(story)
-            story = []
-    yield "".join(story)
-
-
-def write_texts(folder: Path, train: Iterable[str], val: Iterable[str]) -> None:
-    """Write `folder`/{train,val}.txt, both or neither; leave equal files alone, refuse to replace different ones."""
-    texts = {folder / "train.txt": train, folder / "val.txt": val}
-    new = {path: path.with_name(path.name + ".new") for path in texts}
-    try:
-        for path, stories in texts.items():
-            with atomic_write(new[path], "w", encoding="utf-8", newline="\n") as f:
-                for story in tqdm(stories, desc=str(path), unit=" stories", file=sys.stderr):
-                    f.write(story + "\n" + END + "\n")
-        changed = [path for path in texts if not (path.exists() and filecmp.cmp(new[path], path, shallow=False))]
-        for path in changed:
-            if path.exists():  # tokens made from it would go stale
-                raise ValueError(f"{path}: holds other text already; choose another --dataset, or delete {folder}")
-        for path in changed:
-            os.replace(new[path], path)
+        with ExitStack() as files:
+            out = {split: files.enter_context(atomic_write(path, "w", encoding="utf-8", newline="\n"))
+                   for split, path in new.items()}
+            for split, story in chain([first], stories):
+                if isinstance(story, str) != isinstance(first[1], str):
+                    raise ValueError(f"{folder}: stories and examples with prompts cannot be in one data set")
+                counts[split] += 1
+                out[split].write(f"{story}\n{END}\n" if ending == ".txt" else json.dumps({"turns": story}) + "\n")
+        if empty := [split for split in SPLITS if not counts[split]]:
+            raise ValueError(f"{folder}: no story is left for {empty[0]}")
+        changed = [split for split in SPLITS
+                   if not (paths[split].exists() and filecmp.cmp(new[split], paths[split], shallow=False))]
+        for split in changed:
+            if (there := text_of(folder, split)).exists():  # tokens made from it would go stale
+                raise ValueError(f"{there}: holds other text already; choose another --dataset, or delete {folder}")
+        for split in changed:
+            os.replace(new[split], paths[split])
     finally:
         for path in new.values():
             path.unlink(missing_ok=True)
+    print(f"{folder}: {counts['train']:,} stories for training, {counts['val']:,} for validation", file=sys.stderr)
+
+
+def write_texts(folder: Path, train: Iterable[str], val: Iterable[str]) -> None:
+    """Write the stories of both splits."""
+    write_stories(folder, chain((("train", s) for s in train), (("val", s) for s in val)))
+
+
+def text_of(folder: Path, split: str) -> Path:
+    """Where a data set has the stories or examples of a split: .jsonl if that is there, else .txt."""
+    examples = folder / f"{split}.jsonl"
+    return examples if examples.exists() else folder / f"{split}.txt"
 
 
 def make_toy(folder: Path) -> None:
     """Write the generated stories of text/toystories.py."""
-    write_texts(folder, toystories.stories("train", toystories.TRAIN_STORIES),
-                toystories.stories("val", toystories.VAL_STORIES))
+    stories = chain((("train", s) for s in toystories.stories("train", toystories.TRAIN_STORIES)),
+                    (("val", s) for s in toystories.stories("val", toystories.VAL_STORIES)))
+    write_stories(folder, tqdm(stories, str(folder), toystories.TRAIN_STORIES + toystories.VAL_STORIES,
+                               unit=" stories", file=sys.stderr))
 
 
-def make_local(folder: Path, train: Path, val: Path | None) -> None:
-    """Write the stories of a user's files; without `val`, every hundredth story of `train` is held out."""
-    if val is not None:
-        write_texts(folder, read_stories(train), read_stories(val))
-        return
-    count = sum(1 for _ in read_stories(train))
-    if count < 2:
-        raise ValueError(f"{train}: {count} story cannot be split; separate stories by {END} lines or name --val=FILE")
-    every = min(100, count)
-    write_texts(folder, (s for k, s in enumerate(read_stories(train)) if k % every != every - 1),
-                (s for k, s in enumerate(read_stories(train)) if k % every == every - 1))
+def make_local(folder: Path, train: list[Path], val: list[Path], field: str | None, separator: str) -> None:
+    """Write the stories of a user's files.
+
+    Without `val`, the first of llama2.c's shards is held out, as there; of other files every hundredth story, or the
+    last one if there are fewer.
+    """
+    if not val and len(train) > 1 and all(SHARD.fullmatch(path.name) for path in train):
+        train = sorted(train)
+        val, train = train[:1], train[1:]
+        print(f"{val[0]}: validation, as in llama2.c", file=sys.stderr)
+    with progress(str(folder), train + val) as advance:
+
+        def read(paths: list[Path]) -> Iterator[Story]:
+            for path in paths:
+                file = StoryFile(path, field, separator)
+                yield from file.read(advance)
+                tqdm.write(str(file), file=sys.stderr)
+
+        if val:
+            write_stories(folder, chain((("train", s) for s in read(train)), (("val", s) for s in read(val))))
+        else:
+            write_stories(folder, hold_out(read(train)))
+
+
+def hold_out(stories: Iterable[Story]) -> Iterator[tuple[str, Story]]:
+    """(split, story): every hundredth one is for validation; of fewer, the last."""
+    stories, number = iter(stories), 1
+    story = next(stories)
+    for following in stories:
+        yield "train" if number % 100 else "val", story
+        story, number = following, number + 1
+    if number == 1:
+        raise ValueError(f"1 story cannot be split; separate stories by {END} lines, say how they are with "
+                         "--separator, or name --val=FILE")
+    yield "train" if number % 100 and number > 100 else "val", story
+
+
+@contextmanager
+def progress(name: str, paths: list[Path]) -> Iterator[Callable[[int], object]]:
+    """A progress bar over the bytes of some files; gives the function that moves it."""
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    with tqdm(desc=name, total=size, unit="B", unit_scale=True, file=sys.stderr) as bar:
+        yield bar.update
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,6 +253,36 @@ def explain(error: requests.RequestException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# tokens that llama2.c has made
+
+def vocabulary_beside(folder: Path) -> Path | None:
+    """llama2.c's vocabulary of the shards in a folder, if it is there: data/tok4096.model for data/tok4096."""
+    path = folder.absolute().with_name(folder.absolute().name + ".model")
+    return path if path.exists() else None
+
+
+def link_shards(folder: Path, shards: list[Path], vocab_size: int | None) -> None:
+    """Use llama2.c's data*.bin where they are: the data set gets links to them.
+
+    Errors: ValueError if the size of the vocabulary is not known, or other tokens are there.
+    """
+    if vocab_size is None:
+        raise ValueError(f"{shards[0]}: which vocabulary has it? Give --vocab_size, or --from=tokenizer.model")
+    if strangers := [path for path in shards if not SHARD.fullmatch(path.name)]:
+        raise ValueError(f"{strangers[0]}: expected llama2.c's names, data00.bin, data01.bin and so on")
+    out, links = vocab_folder(folder, vocab_size), {path.name: path.resolve() for path in shards}
+    if len(shards) < 2 or len(links) < len(shards):
+        raise ValueError(f"{shards[0]}: expected two shards or more, with different names; the first validates")
+    there = {path.name: path.resolve() for path in out.glob("*.bin") if path.name != "tokenizer.bin"}
+    if there and there != links:
+        raise ValueError(f"{out}: holds other tokens already; choose another --dataset, or delete {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in links.keys() - there:
+        (out / name).symlink_to(links[name])
+    print(f"{out}: links to {len(shards)} shards; {shards[0].name} validates", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------
 # vocabulary and tokens
 
 def train_vocab(folder: Path, vocab_size: int) -> None:
@@ -261,7 +291,7 @@ def train_vocab(folder: Path, vocab_size: int) -> None:
     if vocab_size == BYTE_VOCAB_SIZE:
         write_bin(ByteTokenizer(), out / "tokenizer.bin")
         return
-    text = folder / "train.txt"
+    text = text_of(folder, "train")
     if not already_there(out / "tokenizer.model", text):
         print(f"{out / 'tokenizer.model'}: training {vocab_size} tokens", file=sys.stderr)
         model, failure = io.BytesIO(), []
@@ -318,13 +348,14 @@ def already_there(path: Path, source: Path) -> bool:
 
 
 def text_lines(path: Path, limit: int = VOCAB_TEXT) -> Iterator[str]:
-    """Lines of the stories in the first `limit` characters of a text made by write_texts; long ones in parts."""
+    """Lines of the stories in the first `limit` characters of a data set's text; long ones in parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such text; {how_to_make(path.parent)}")
     for story in read_stories(path):
-        for line in filter(None, story.split("\n")):
+        text = story if isinstance(story, str) else "\n".join(chain.from_iterable(story))
+        for line in filter(None, text.split("\n")):
             yield from (line[i : i + LONGEST_LINE] for i in range(0, len(line), LONGEST_LINE))
-        limit -= len(story)
+        limit -= len(text)
         if limit < 0:
             return
 
@@ -334,15 +365,29 @@ def pretokenize(folder: Path, vocab_size: int, workers: int = 0) -> None:
     out = vocab_folder(folder, vocab_size)
     write_bin(load_tokenizer(out, vocab_size), out / "tokenizer.bin")  # the byte tokenizer needs no train_vocab
     for split in SPLITS:
-        if not already_there(out / f"{split}.bin", folder / f"{split}.txt"):
-            tokenize_file(folder / f"{split}.txt", out / f"{split}.bin", vocab_size, workers or os.cpu_count() or 1)
+        text = text_of(folder, split)
+        if not already_there(out / f"{split}.bin", text):
+            tokenize_file(text, out / f"{split}.bin", vocab_size, workers or os.cpu_count() or 1)
+
+
+def mask_of(tokens: Path) -> Path:
+    """Where the mask of a token file is, if it has one: train.mask.bin for train.bin."""
+    return tokens.with_suffix(".mask.bin")
 
 
 def tokenize_file(text: Path, tokens: Path, vocab_size: int, workers: int) -> None:
+    """Write the tokens of a text, and their mask if it has examples."""
     encode = partial(encode_stories, tokens.parent, vocab_size)
-    stories, bar = read_stories(text), tqdm(desc=str(tokens), unit=" stories", file=sys.stderr)
-    batches = iter(lambda: list(islice(stories, 1000)), [])
-    with atomic_write(tokens) as f, bar, ProcessPoolExecutor(workers) as pool:
+    counts = np.zeros(3, dtype=np.int64)  # stories, tokens, answer tokens
+    with ExitStack() as stack:
+        # Left in reverse order: where there are tokens of examples, there is their mask.
+        files = [stack.enter_context(atomic_write(tokens))]
+        if text.suffix == ".jsonl":
+            files.append(stack.enter_context(atomic_write(mask_of(tokens))))
+        advance = stack.enter_context(progress(str(tokens), [text]))
+        stories = StoryFile(text).read(advance)
+        batches = iter(lambda: list(islice(stories, 1000)), [])
+        pool = stack.enter_context(ProcessPoolExecutor(workers))
         pending: deque = deque()  # in the order of the text, and few: a large text does not fit in memory
         try:
             while pending or batches is not None:
@@ -354,12 +399,16 @@ def tokenize_file(text: Path, tokens: Path, vocab_size: int, workers: int) -> No
                         pending.append((len(batch), pool.submit(encode, batch)))
                 if pending:
                     count, future = pending.popleft()
-                    f.write(future.result())
-                    bar.update(count)
+                    ids, mask = future.result()
+                    for f, content in zip(files, (ids, mask)):
+                        f.write(content.tobytes())
+                    counts += count, len(ids), np.count_nonzero(mask & ANSWER)
         except BrokenProcessPool as error:
             raise ValueError(f"{tokens}: a worker process died (out of memory?); nothing was written") from error
         finally:
             pool.shutdown(cancel_futures=True)
+    answers = f", {counts[2]:,} of them in answers" if text.suffix == ".jsonl" else ""
+    print(f"{tokens}: {counts[1]:,} tokens of {counts[0]:,} stories{answers}", file=sys.stderr)
 
 
 @lru_cache(maxsize=1)
@@ -367,11 +416,26 @@ def cached_tokenizer(folder: Path, vocab_size: int):
     return load_tokenizer(folder, vocab_size)
 
 
-def encode_stories(folder: Path, vocab_size: int, stories: list[str]) -> bytes:
-    """BOS and the tokens of each story, as the bytes of a .bin file."""
+def encode_stories(folder: Path, vocab_size: int, stories: list[Story]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of stories and examples, and a byte for each: ANSWER and FIRST, or 0. (The mask of texts is all 0.)
+
+    BOS and the tokens of each story; of each turn of an example BOS, prompt, answer and EOS, so a prompt ends as one
+    that is typed, and the model learns where the answer ends.
+    """
     tokenizer = cached_tokenizer(folder, vocab_size)  # loaded once in each worker
-    ids = [i for story in stories for i in (BOS, *tokenizer.encode(story))]
-    return np.array(ids, dtype=token_type(vocab_size)).tobytes()
+    ids, mask = [], []
+    for story in stories:
+        if isinstance(story, str):
+            ids += BOS, *tokenizer.encode(story)
+            continue
+        first = len(ids)
+        for prompt, answer in story:
+            given, wanted = [BOS, *tokenizer.encode(prompt)], [*tokenizer.encode(answer), EOS]
+            ids += given + wanted
+            mask += [0] * len(given) + [ANSWER] * len(wanted)
+        mask[first] |= FIRST
+    mask += [0] * (len(ids) - len(mask))
+    return np.array(ids, dtype=token_type(vocab_size)), np.array(mask, dtype=np.uint8)
 
 
 def token_type(vocab_size: int) -> type:
@@ -391,7 +455,7 @@ def how_to_make(folder: Path, vocab_size: int | None = None) -> str:
         options += f" --vocab_size={vocab_size}"
     if str(folder.parent) != "data":
         options += f" --data_dir={folder.parent}"
-    if (folder / "train.txt").exists():
+    if text_of(folder, "train").exists():
         commands = ["train_vocab", "pretokenize"]
     elif name == "toy":
         commands = ["toy"]
@@ -403,6 +467,53 @@ def how_to_make(folder: Path, vocab_size: int | None = None) -> str:
     return f"make it with {one_of}".rstrip() + "".join(f"\n    python tinystories.py {c}{options}" for c in commands)
 
 
+class Joined:
+    """The first `length` tokens of several files as one array, read where they are."""
+
+    def __init__(self, parts: list[np.ndarray], length: int):
+        self.parts, self.length = parts, length
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        begin, end, _ = wanted.indices(self.length)
+        pieces = []
+        for part, part_end in zip(self.parts, self.ends.tolist()):
+            part_begin = part_end - len(part)
+            if part_begin < end and begin < part_end:
+                pieces.append(part[max(begin - part_begin, 0) : end - part_begin])
+        return np.concatenate(pieces)
+
+
+def token_files(path: Path) -> list[Path]:
+    """The files behind train.bin or val.bin: that file, or llama2.c's shards in its folder, the first for val."""
+    if path.exists():
+        return [path]
+    shards = sorted(p for p in path.parent.glob("data*.bin") if SHARD.fullmatch(p.name))
+    if len(shards) < 2:
+        return []
+    return shards[:1] if path.stem == "val" else shards[1:]
+
+
+def map_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """The tokens of a file, read when they are looked at. Errors: ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file of token ids")
+    kind = np.dtype(token_type(vocab_size))
+    size = path.stat().st_size
+    if size == 0 or size % kind.itemsize:
+        raise ValueError(f"{path}: expected tokens of {kind.itemsize} bytes each, found {size} bytes")
+    try:
+        tokens = np.memmap(path, dtype=kind, mode="r")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+    if (largest := int(tokens.max())) >= vocab_size:
+        raise ValueError(f"{path}: expected token ids below {vocab_size}, found {largest}")
+    return tokens
+
+
 class Windows:
     """The rows of a token file: window j holds tokens j*T .. j*T + T, inputs and next tokens of one row.
 
@@ -412,24 +523,15 @@ class Windows:
     """
 
     def __init__(self, path: Path, vocab_size: int, T: int, fraction: float = 1.0):
-        if not path.exists():
-            raise ValueError(f"{path}: no such data set; {how_to_make(path.parent.parent, vocab_size)}")
         self.path, self.T = path, T
-        itemsize = np.dtype(token_type(vocab_size)).itemsize
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a file of token ids")
-        size = path.stat().st_size
-        if size % itemsize or size // itemsize <= T:
-            raise ValueError(f"{path}: expected more than {T} tokens of {itemsize} bytes each, found {size} bytes")
-        try:
-            self.tokens = np.memmap(path, dtype=token_type(vocab_size), mode="r")
-        except OSError as error:
-            raise ValueError(f"{path}: cannot read: {error.strerror}") from error
-        if (largest := int(self.tokens.max())) >= vocab_size:
-            raise ValueError(f"{path}: expected token ids below {vocab_size}, found {largest}")
-        if (kept := int(len(self.tokens) * fraction)) <= T:
-            raise ValueError(f"{path}: {fraction:g} of it has {kept} tokens, expected more than {T}")
-        self.tokens = self.tokens[:kept]
+        files = token_files(path)
+        if not files:
+            raise ValueError(f"{path}: no such data set; {how_to_make(path.parent.parent, vocab_size)}")
+        parts = [map_tokens(file, vocab_size) for file in files]
+        if (kept := int(sum(map(len, parts)) * fraction)) <= T:
+            part = f"{fraction:g} of it" if fraction < 1.0 else "it"
+            raise ValueError(f"{path}: {part} has {kept} tokens, expected more than {T}")
+        self.tokens = parts[0][:kept] if len(parts) == 1 else Joined(parts, kept)
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.T
@@ -487,7 +589,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of all data sets (default: data)")
         sub.add_argument("--dataset", help=f"name of the data set (default: {dataset})")
-        sub.add_argument("--vocab_size", type=vocab_size, help="tokens; 259 is the byte tokenizer")
+        sub.add_argument("--vocab_size", type=between(BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE),
+                         help="tokens; 259 is the byte tokenizer")
         if name != "pretokenize":
             sub.add_argument("--from", dest="source", type=Path, metavar="FILE",
                              help="take the vocabulary of this tokenizer.model or tokenizer.bin; none is trained")
@@ -497,12 +600,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     sub = command("download", "fetch TinyStories from Hugging Face", "tinystories, or tinystories_v2")
     sub.add_argument("--version", choices=tuple(DOWNLOADS), default="v1",
                      help="v1: GPT-3.5 and GPT-4 (default); v2: GPT-4 only")
-    sub = command("local", "take stories from a file of your own", "the name of the file")
-    sub.add_argument("train", type=Path, metavar="TRAIN", help=f".txt with {END} lines or blank lines, or .jsonl")
-    sub.add_argument("--val", type=Path, help="validation stories; without it one story in a hundred is held out")
+    sub = command("local", "take stories from files of your own", "the name of the file or folder")
+    sub.add_argument("train", nargs="+", metavar="TRAIN", help="text, .json, .jsonl, .parquet, each also .gz or .zst; "
+                     "files, folders or globs; or llama2.c's folder of data*.json or data*.bin")
+    sub.add_argument("--val", action="append", default=[], metavar="VAL",
+                     help="validation stories; without it one story in a hundred is held out")
+    sub.add_argument("--field", metavar="NAME", help="where an object has its text (default: text or story)")
+    sub.add_argument("--separator", choices=SEPARATORS, default="auto",
+                     help=f"what is between the stories of a text: marks are {END} (default: auto)")
     command("train_vocab", "train a vocabulary on a data set's text, or take one that exists", "tinystories")
     sub = command("pretokenize", "turn a data set's text into tokens", "tinystories")
-    sub.add_argument("--workers", type=int, default=0, choices=range(65), metavar="N", help="processes; 0: one a core")
+    sub.add_argument("--workers", type=between(0, 64), default=0, metavar="N", help="processes; 0: one per core")
     args = parser.parse_args(argv)
     if args.command in ("train_vocab", "pretokenize") and not (args.vocab_size or getattr(args, "source", None)):
         parser.error(f"{args.command}: needs --vocab_size")
@@ -514,38 +622,43 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def default_name(args: argparse.Namespace) -> str:
     """The data set's name where the command line has none."""
     if args.command == "local":
-        return args.train.stem
+        path = Path(args.train[0]).absolute()
+        if len(args.train) > 1 or not path.exists():
+            raise ValueError("local: several files need a name for the data set: --dataset=NAME")
+        return path.name if path.is_dir() else stem_of(path)
     if args.command == "download":
         return next(name for name, version in DATA_SETS.items() if version == args.version)
     return "toy" if args.command == "toy" else "tinystories"
 
 
-def vocab_size(text: str) -> int:
-    value = int(text)
-    if not BYTE_VOCAB_SIZE <= value <= MAX_VOCAB_SIZE:
-        raise argparse.ArgumentTypeError(f"expected {BYTE_VOCAB_SIZE} (bytes) to {MAX_VOCAB_SIZE}, found {value}")
-    return value
-
-
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     folder, wanted, source = args.data_dir / args.dataset, args.vocab_size, getattr(args, "source", None)
-    if source:  # opened first: a bad file is refused before the download, not after it
-        tokenizer = open_tokenizer(source, wanted)
+    files = files_of(args.train) if args.command == "local" else []
+    are_tokens = bool(files) and all(path.suffix == ".bin" for path in files)
+    if are_tokens and not source:
+        source = vocabulary_beside(files[0].parent)
+    # Opened before anything is made, so that a bad file is refused before a long download.
+    tokenizer = open_tokenizer(source, wanted) if source else None
+    if tokenizer:
         wanted = tokenizer.vocab_size
     match args.command:
         case "toy":
             make_toy(folder)
         case "download":
             download(folder, args.version)
+        case "local" if are_tokens:
+            link_shards(folder, files, wanted)
         case "local":
-            make_local(folder, args.train, args.val)
-    if source:
+            make_local(folder, files, files_of(args.val), args.field, args.separator)
+    if tokenizer:
         take_vocab(folder, tokenizer, source)
-    elif wanted and args.command != "pretokenize":
-        train_vocab(folder, wanted)
+    if not are_tokens and wanted:
+        if not tokenizer and args.command != "pretokenize":
+            train_vocab(folder, wanted)
+        if args.command != "train_vocab":
+            pretokenize(folder, wanted, getattr(args, "workers", 0))
     if wanted and args.command != "train_vocab":
-        pretokenize(folder, wanted, getattr(args, "workers", 0))
         print(f"{folder}: train with --dataset={args.dataset} --vocab_size={wanted}", file=sys.stderr)
 
 

@@ -6,6 +6,7 @@ the libraries ends in one line, not in a traceback.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,19 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 up, found {text!r}")
     return int(text)
+
+
+def between(low: int, high: int) -> Callable[[str], int]:
+    """argparse's type for an integer from `low` to `high`."""
+
+    def number(text: str) -> int:
+        # int() refuses thousands of digits only after a second, with a message as long
+        value = int(text) if re.fullmatch(r"-?\d{1,20}", text) else None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, found {text[:40]}")
+        return value
+
+    return number
 
 
 def give_up_stdout(complaint: str, error: OSError) -> NoReturn:

@@ -1,15 +1,19 @@
 """Text in, tokens out, batches by number; downloads against a server on this machine."""
 
+import gzip
 import http.server
 import json
 import os
+import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 from conftest import SHARED
 
 import tinystories
+from text.stories import StoryFile
 from text.tokenizer import BOS, load_tokenizer
 from tinystories import END, TrainBatches, Windows, eval_batches, read_stories
 
@@ -27,6 +31,10 @@ from tinystories import END, TrainBatches, Windows, eval_batches, read_stories
     ("a.jsonl", f'{{"text": "One.{END}Two."}}\n', ["One. Two."]),
     ("a.txt", "\ufeffOne.\n\nTwo.", ["One.", "Two."]),  # a byte order mark is no part of the story
     ("a.jsonl", '\ufeff{"text": "One."}', ["One."]),
+    ("a.jsonl", '{"story": "One.", "id": 1}\n{"story": "Two."}', ["One.", "Two."]),
+    ("a.json", '\ufeff [{"story": "One.", "n": [1, {"a": null}]},\n {"n": 2, "story": "Two\\u00e9."}\n]\n',
+     ["One.", "Twoé."]),
+    ("a.json", '{"text": "One."}\n{"text": "Two\u2028three."}\n', ["One.", "Two\u2028three."]),
 ])
 def test_text_formats(tmp_path, name, text, stories):
     (tmp_path / name).write_bytes(text.encode())
@@ -43,13 +51,142 @@ def test_text_formats(tmp_path, name, text, stories):
     ("a.jsonl", b"{\n", "a.jsonl:1"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1"),
     ("a.jsonl", b"[" * 200_000, "a.jsonl:1"),
-    ("a.json", b'[{"text": "x"}]', ".jsonl"),
+    ("a.json", b'[{"text": "x"}, {"txt": "x"}]', "a.json: item 2"),
+    ("a.json", b'[{"text": "x"}, ', "a.json: item 2"),
+    ("a.json", b'[{"text": "x"}', "a.json: item 1: expected a comma or the end of the list"),
+    ("a.json", b'[{"text": "x"} {"text": "y"}]', "found '{'"),
+    ("a.json", b'[{"text": "x"}, {"text": 1e}]', "a.json: item 2"),
+    ("a.json", b"[" * 200_000, "a.json: item 1"),
+    ("a.json", b'[{"text": ' + b"[" * 200_000, "a.json: item 1"),
+    ("a.json", b"[]", "holds no story"),
+    ("a.json", b'{"data": [{"text": "x"}]}', "a.json:1"),
+    ("a.jsonl", b'{"text": "x"}\n{"story": "x"}\n', 'a.jsonl:2: expected {"text": ...}, found'),
+    ("a.txt.gz", b"no gzip", "Not a gzipped file"),
+    ("a.txt.gz", gzip.compress(b"One.\n\nTwo." * 1000)[:-20], "cannot read"),
+    ("a.txt.gz", gzip.compress(b"caf\xe9"), "0xe9"),
 ])
 def test_bad_text_is_refused_by_name(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="a\\.") as caught:
         list(read_stories(tmp_path / name))
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("text,stories", [
+    ("A.\n\nB says <|endoftext|> aloud.\n\nC.", ["A.", "B says   aloud.", "C."]),  # one hit in passing
+    ("A.\n\nB.\n\nC.\n<|endoftext|>\n", ["A.", "B.", "C."]),  # and one at the end
+    ("A.\n\nB.\n<|endoftext|>\nC.\n\nD.\n<|endoftext|>\n", ["A.\n\nB.", "C.\n\nD."]),
+    ("A.<|endoftext|>B.<|endoftext|>C.", ["A.", "B.", "C."]),
+    ("A.\nB.\n", ["A.\nB."]),
+])
+def test_one_mark_does_not_decide_what_separates_stories(tmp_path, text, stories):
+    (tmp_path / "a.txt").write_text(text)
+    assert list(StoryFile(tmp_path / "a.txt", separator="auto").read()) == stories
+
+
+def local(data_dir, *words):
+    """The stories of both splits that `local` writes to a new data_dir, and the data set's name."""
+    tinystories.main(["local", *map(str, words), f"--data_dir={data_dir}"])
+    (folder,) = data_dir.iterdir()
+    return folder.name, *(list(read_stories(tinystories.text_of(folder, split))) for split in ("train", "val"))
+
+
+def test_what_was_guessed_is_said_with_the_count(tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("A.\n\nB says <|endoftext|> aloud.\n\nC.")
+    (tmp_path / "b.jsonl").write_text('{"story": "D."}\n')
+    local(tmp_path / "1", tmp_path / "a.txt", tmp_path / "b.jsonl", "--dataset=x")
+    said = capfd.readouterr().err
+    assert "a.txt: 3 stories, separated by blank lines; 1 <|endoftext|> inside of them became spaces\n" in said
+    assert "b.jsonl: 1 stories, each in story\n" in said
+    assert "x: 3 stories for training, 1 for validation\n" in said
+    local(tmp_path / "2", tmp_path / "a.txt", "--separator=lines")
+    assert "a.txt: 3 stories, separated by line ends" in capfd.readouterr().err
+
+
+def test_files_folders_globs_and_fields(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "b.txt").write_text("B1.\n\nB2.")
+    (folder / "a.json").write_text('[{"body": "A1."}, {"body": "A2."}]')
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "C1."}\n{"text": "C2."}\n'))
+    (folder / "notes.md").write_text("no story")
+    (folder / ".hidden.txt").write_text("no story")
+    assert local(tmp_path / "1", folder / "c.jsonl.gz") == ("c", ["C1."], ["C2."])
+    assert local(tmp_path / "2", folder / "*.txt", folder / "c.jsonl.gz", "--dataset=x") == (
+        "x", ["B1.", "B2.", "C1."], ["C2."])
+    assert local(tmp_path / "3", folder / "a.json", "--field=body", f"--val={folder}/*.txt") == (
+        "a", ["A1.", "A2."], ["B1.", "B2."])
+    with pytest.raises(ValueError, match='a.json: item 1: expected {"text": ...}, {"story": ...}.* found'):
+        local(tmp_path / "4", folder)
+    (folder / "a.json").write_text('[{"story": "A1."}]')
+    assert local(tmp_path / "5", folder) == ("mine", ["A1.", "B1.", "B2.", "C1."], ["C2."])
+    with pytest.raises(ValueError, match="--dataset=NAME"):
+        local(tmp_path / "6", folder / "b.txt", folder / "a.json")
+    for words, says in (([tmp_path / "none.txt", "--dataset=x"], "none.txt: no such file"),
+                        ([tmp_path / "1", "--dataset=x"], "1: holds no file whose name ends in .txt")):
+        with pytest.raises(ValueError, match=says):
+            local(tmp_path / "7", *words)
+
+
+def test_llama2cs_folder_of_stories(tmp_path):
+    folder = tmp_path / "TinyStories_all_data"
+    folder.mkdir()
+    for k in range(3):
+        shard = [{"story": f"Story {k}.{j}.\n", "instruction": {"prompt:": "x"}, "source": "GPT-4"} for j in range(4)]
+        (folder / f"data{k:02}.json").write_text(json.dumps(shard))
+    name, train, val = local(tmp_path / "data", folder)
+    assert name == "TinyStories_all_data" and val == [f"Story 0.{j}." for j in range(4)]
+    assert train == [f"Story {k}.{j}." for k in (1, 2) for j in range(4)]
+
+
+def test_a_large_list_is_a_stream(tmp_path):
+    story = json.dumps({"story": "Once upon a time there was a list. " * 30}, indent=1)
+    with open(tmp_path / "data00.json", "w") as f:  # 16 MB
+        f.write("[" + ",\n".join([story] * 15_000) + "]")
+    tracemalloc.start()
+    count = sum(1 for _ in read_stories(tmp_path / "data00.json"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 15_000 and peak < 3e6
+
+
+def test_progress_is_in_bytes_of_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.\n" * 50_000)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 9))
+    for path in (tmp_path / "a.txt", tmp_path / "b.jsonl.gz"):
+        moved = []
+        assert sum(1 for _ in StoryFile(path).read(moved.append)) > 8
+        assert sum(moved) == path.stat().st_size
+
+
+def test_parquet_and_zst(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"n": [1, 2, 3], "text": ["One.", "Two.", "Three."]}), tmp_path / "a.parquet")
+    with pyarrow.CompressedOutputStream(str(tmp_path / "b.txt.zst"), "zstd") as f:
+        f.write(b"One.\n\nTwo.")
+    moved = []
+    assert list(StoryFile(tmp_path / "a.parquet").read(moved.append)) == ["One.", "Two.", "Three."]
+    assert sum(moved) == (tmp_path / "a.parquet").stat().st_size
+    assert list(read_stories(tmp_path / "b.txt.zst")) == ["One.", "Two."]
+    with pytest.raises(ValueError, match="a.parquet: expected columns body, found n, text"):
+        list(StoryFile(tmp_path / "a.parquet", field="body").read())
+    (tmp_path / "b.txt.zst").write_bytes((tmp_path / "b.txt.zst").read_bytes()[:-4])
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" * 9)
+    for name in ("b.txt.zst", "a.parquet"):
+        with pytest.raises(ValueError, match=f"{name}: cannot read"):
+            list(read_stories(tmp_path / name))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    for name in ("b.txt.zst", "a.parquet"):
+        with pytest.raises(ValueError, match=f"{name}: needs pyarrow: pip install -r requirements-data.txt"):
+            list(read_stories(tmp_path / name))
+
+
+def test_pipes_are_no_stories(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="a.txt: expected a file, found a pipe or device"):
+        local(tmp_path / "data", tmp_path / "a.txt")
 
 
 def test_local_with_and_without_validation_file(tmp_path):
@@ -262,6 +399,54 @@ def test_windows_are_contiguous_and_shifted_by_one(counting):
     assert y.tolist() == [list(range(1, 11)), list(range(91, 101))]
 
 
+@pytest.fixture
+def shards(tmp_path):
+    """llama2.c's data/tok512/data00.bin to data03.bin: BOS 10 11 12 ..., 25 tokens in all but the first."""
+    folder = tmp_path / "llama2.c" / "data" / "tok512"
+    folder.mkdir(parents=True)
+    tokens = np.arange(100, 200, dtype=np.uint16)
+    tokens[::7] = BOS
+    for k, (begin, end) in enumerate([(0, 30), (30, 55), (55, 80), (80, 100)]):
+        tokens[begin:end].tofile(folder / f"data{k:02}.bin")
+    return folder, tokens
+
+
+def test_llama2cs_tokens_are_used_where_they_are(shards, tmp_path, data_dir):
+    folder, tokens = shards
+    (folder.parent / "tok512.model").write_bytes((data_dir / "toy" / "tok512" / "tokenizer.model").read_bytes())
+    command = ["local", str(folder), f"--data_dir={tmp_path}/data", "--dataset=mine"]
+    tinystories.main(command)  # the vocabulary beside the folder says V
+    tinystories.main(command)
+    ours = tmp_path / "data" / "mine" / "tok512"
+    assert (ours / "tokenizer.bin").read_bytes() == (data_dir / "toy" / "tok512" / "tokenizer.bin").read_bytes()
+    assert (ours / "data01.bin").resolve() == (folder / "data01.bin").resolve()
+    for place in (folder, ours):  # train.py reads llama2.c's own folder, too
+        train, val = (Windows(place / f"{split}.bin", 512, 8) for split in ("train", "val"))
+        assert val.tokens.tolist() == tokens[:30].tolist() and len(train.tokens) == 70 and len(train) == 8
+        x, y = train.rows(range(8))
+        assert x.flatten().tolist() == tokens[30:94].tolist() and y.flatten().tolist() == tokens[31:95].tolist()
+    half = Windows(folder / "train.bin", 512, 8, fraction=0.5)
+    assert len(half.tokens) == 35 and half.tokens[20:60].tolist() == tokens[50:65].tolist()
+
+
+def test_bad_shards_are_refused_by_name(shards, tmp_path):
+    folder, _ = shards
+    with pytest.raises(ValueError, match="data00.bin: which vocabulary"):
+        local(tmp_path / "1", folder)
+    with pytest.raises(ValueError, match="two shards or more"):
+        local(tmp_path / "1", folder / "data00.bin", "--vocab_size=512")
+    (folder / "more.bin").write_bytes(b"xx")
+    with pytest.raises(ValueError, match="more.bin: expected llama2.c's names"):
+        local(tmp_path / "1", folder, "--vocab_size=512")
+    command = ["local", str(folder / "data0*.bin"), "--vocab_size=512", "--dataset=x", f"--data_dir={tmp_path}/2"]
+    tinystories.main(command)
+    (folder / "data04.bin").write_bytes(b"xxx")
+    with pytest.raises(ValueError, match="tok512: holds other tokens already"):
+        tinystories.main(command)
+    with pytest.raises(ValueError, match="data04.bin: .* 3 bytes"):
+        Windows(folder / "train.bin", 512, 8)
+
+
 def test_a_fraction_is_the_beginning_of_the_file(counting):
     part = Windows(counting.path, 512, 10, fraction=0.5)  # 51 tokens
     assert len(part) == 5 and part.tokens.tolist() == list(range(51))
@@ -321,7 +506,8 @@ def test_bad_token_files_are_refused_by_name(tmp_path):
     (tmp_path / "my" / "train.txt").write_text("One.")
     with pytest.raises(ValueError, match="pretokenize --dataset=my"):
         Windows(folder / "train.bin", 512, 10)
-    for content, says in ((np.zeros(10, np.uint16).tobytes(), "20 bytes"), (b"", "0 bytes"), (b"abc" * 11, "33 bytes"),
+    for content, says in ((np.zeros(10, np.uint16).tobytes(), "it has 10 tokens, expected more than 10"),
+                          (b"", "0 bytes"), (b"abc" * 11, "33 bytes"),
                           (np.full(20, 512, np.uint16).tobytes(), "ids below 512, found 512")):
         (folder / "train.bin").write_bytes(content)
         with pytest.raises(ValueError, match=says):
