@@ -35,11 +35,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-import requests
 import sentencepiece
 import torch
 from tqdm import tqdm
 
+from system.download import fetch
 from system.files import atomic_write
 from text import toystories
 from text.stories import END, SEPARATORS, Story, StoryFile, files_of, read_stories, stem_of
@@ -67,6 +67,9 @@ DOWNLOADS = {  # version: {split: file}
     "v2": {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"},
 }
 DATA_SETS = {"tinystories": "v1", "tinystories_v2": "v2"}  # where `download` puts each version
+WITHOUT_NETWORK = """
+without network: `python tinystories.py toy` writes stories made here, and
+`python tinystories.py local TRAIN.txt` takes any text file"""
 SHARD = re.compile(r"data\d+\.(json|bin)")  # llama2.c's names: data00.json of TinyStories_all_data, data00.bin
 HUGGING_FACE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 
@@ -106,7 +109,8 @@ def write_stories(folder: Path, stories: Iterable[tuple[str, Story]]) -> None:
     finally:
         for path in new.values():
             path.unlink(missing_ok=True)
-    print(f"{folder}: {counts['train']:,} stories for training, {counts['val']:,} for validation", file=sys.stderr)
+    train, val = counts.values()
+    tqdm.write(f"{folder}: {train:,} stories for training, {val:,} for validation", file=sys.stderr)
 
 
 def write_texts(folder: Path, train: Iterable[str], val: Iterable[str]) -> None:
@@ -179,77 +183,7 @@ def progress(name: str, paths: list[Path]) -> Iterator[Callable[[int], object]]:
 def download(folder: Path, version: str, base_url: str = HUGGING_FACE) -> None:
     """Fetch both text files of a TinyStories version into `folder`; continues where an earlier call was cut off."""
     for split, name in DOWNLOADS[version].items():
-        fetch(f"{base_url}/{name}", folder / f"{split}.txt")
-
-
-def fetch(url: str, path: Path) -> None:
-    """Download `url` to `path` by way of a .part file, which a later call continues (HTTP range requests).
-
-    Errors: ValueError naming the address if the server cannot be reached, refuses, or ends early.
-    """
-    part = path.with_name(url.rpartition("/")[2] + ".part")  # its remote name: no other file is continued by mistake
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        size = remote_size(url)
-        if path.exists():
-            if path.stat().st_size == size:
-                print(f"{path}: already complete", file=sys.stderr)
-                return
-            raise ValueError(f"{path}: expected the {size:,} bytes of {url}, found {path.stat().st_size:,}; "
-                             f"choose another --dataset, or delete {path.parent}")
-        have = part.stat().st_size if part.exists() else 0
-        if have > size:  # not a beginning of this file
-            part.unlink()
-            have = 0
-        if have < size:
-            append(url, part, have, size)
-    except requests.RequestException as error:
-        kept = f" ({part.stat().st_size:,} bytes are kept; the same command continues)" if part.exists() else ""
-        raise ValueError(
-            f"{url}: {explain(error)}{kept}\n"
-            "without network: `python tinystories.py toy` writes stories made here, and\n"
-            "`python tinystories.py local TRAIN.txt` takes any text file") from error
-    except OSError as error:
-        raise ValueError(f"{part}: cannot write: {error.strerror}") from error
-    if part.stat().st_size != size:
-        raise ValueError(f"{url}: expected {size:,} bytes, found {part.stat().st_size:,}; the same command continues")
-    os.replace(part, path)
-
-
-def remote_size(url: str) -> int:
-    """The length of the file behind `url`, before anything is fetched."""
-    # identity: a length of compressed bytes would not be the file's
-    answer = requests.head(url, allow_redirects=True, timeout=30, headers={"Accept-Encoding": "identity"})
-    answer.raise_for_status()
-    try:
-        return int(answer.headers["Content-Length"])
-    except (KeyError, ValueError):
-        raise ValueError(f"{url}: the server does not say how long the file is") from None
-
-
-def append(url: str, part: Path, have: int, size: int) -> None:
-    """Fetch bytes have..size of `url` onto the end of `part`; from the start if the server ignores ranges."""
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
-        answer.raise_for_status()
-        if answer.status_code != 206:
-            have = 0
-        bar = tqdm(desc=part.stem, total=size, initial=have, unit="B", unit_scale=True, file=sys.stderr)
-        with open(part, "ab" if have else "wb") as f, bar:
-            # Small blocks: when the connection is cut, the block on its way is lost.
-            for block in answer.iter_content(1 << 14):
-                f.write(block)
-                bar.update(len(block))
-
-
-def explain(error: requests.RequestException) -> str:
-    if error.response is not None:
-        return f"the server answered {error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection was cut"
-    if isinstance(error, (requests.ConnectionError, requests.Timeout)):
-        return "no connection"
-    return str(error)
+        fetch(f"{base_url}/{name}", folder / f"{split}.txt", WITHOUT_NETWORK)
 
 
 # ---------------------------------------------------------------------------------------------
