@@ -19,8 +19,9 @@ its next token; z are the NTP head's logits and a_i those of future head i, all 
     soft            mean over t of  CE(z[t], the neighbours of y[t])
     superposition   in place of ntp: CE(z[p], all tokens of the next bag), where p has read bags
 
-Each loss is a mean over its own valid positions: row ends have no target i tokens further on, and
-with mask_document_ends future targets never cross a document boundary. Only validation NTP judges a
+Each loss is a mean over its own valid positions: row ends have no target i tokens further on,
+with mask_document_ends future targets never cross a document boundary, and in data with prompts and
+answers only tokens of answers are targets (`answers`, a mask beside y). Only validation NTP judges a
 run; the others are means to that end. Formulas, sources and costs: doc/objectives.md.
 """
 
@@ -49,11 +50,12 @@ def masked_mean(per_position: Tensor, valid: Tensor) -> Loss:
 # ---------------------------------------------------------------------------------------------
 # targets
 
-def valid_positions(y: Tensor, i: int, bos: int | None) -> Tensor:
+def valid_positions(y: Tensor, i: int, bos: int | None, answers: Tensor | None = None) -> Tensor:
     """(B, max(T - i, 0)) bool: does position t have the target y[t+i]?
 
     bos: the document-start token. Targets past the next bos are masked; bos itself may be predicted.
-    None: targets may cross documents. The next token, i = 0, is always valid.
+    None: targets may cross documents. The next token, i = 0, is valid everywhere.
+    answers: (B, T) bool, the tokens of y that are targets at all; None: all of them.
 
     >>> valid_positions(torch.tensor([[5, 1, 6, 7]]), 1, bos=1)  # y[1] is bos: 6 is past it
     tensor([[ True, False,  True]])
@@ -64,6 +66,8 @@ def valid_positions(y: Tensor, i: int, bos: int | None) -> Tensor:
     if bos is not None:
         for j in range(min(i, T)):
             valid &= y[:, j : j + length] != bos
+    if answers is not None:
+        valid &= answers[:, i:]
     return valid
 
 
@@ -77,32 +81,49 @@ def by_position(t: Tensor, T: int) -> Tensor:
     return F.pad(t, (0, T - t.shape[1]))
 
 
-def upcoming_tokens(y: Tensor, window: int, bos: int | None) -> Target:
+def upcoming_tokens(y: Tensor, window: int, bos: int | None, answers: Tensor | None = None) -> Target:
     """Order: the tokens y[t..t+window-1], each at its first occurrence, with shares of softmax(-distance).
+
+    With `answers` (valid_positions) only their tokens; a position without any does not count.
 
     TOP (arXiv 2508.19228, section 3): ListNet's listwise ranking loss on scores that fall by one from
     token to token. A token more than 16 ahead would have a share of e^-16.
     """
-    later = F.pad(y, (0, window - 1), value=-1).unfold(1, window, 1)  # (B, T, W), -1 past the row
-    repeated = (later[..., :, None] == later[..., None, :]).tril(-1).any(-1)  # occurred before, nearer
-    counts = (later >= 0) & ~repeated
+    def windows(t: Tensor, past_the_row: int) -> Tensor:
+        return F.pad(t, (0, window - 1), value=past_the_row).unfold(1, window, 1)  # (B, T, W)
+
+    later = windows(y, -1)
+    counts = later >= 0
     if bos is not None:
         starts = (later == bos).long()
         counts &= starts.cumsum(-1) - starts == 0  # no document starts before it
+    if answers is not None:
+        counts &= windows(answers, 0)
+    later = later.masked_fill(~counts, -1)
+    counts &= ~(later[..., :, None] == later[..., None, :]).tril(-1).any(-1)  # occurred before, nearer
     nearness = torch.exp(-torch.arange(window, device=y.device, dtype=torch.float32)) * counts
-    return Target(torch.ones_like(y, dtype=torch.bool), later.clamp(min=0), nearness / nearness.sum(-1, keepdim=True))
+    total = nearness.sum(-1, keepdim=True)
+    shares = nearness / total.masked_fill(total == 0, 1.0)
+    return Target(counts.any(-1), later.clamp(min=0), shares)
 
 
-def next_bag(y: Tensor, s: int) -> Target:
+def next_bag(y: Tensor, s: int, answers: Tensor | None = None) -> Target:
     """Superposition: bag p has read x[ps..ps+s-1]; the s tokens after it share the target. y: (B, T), s divides T.
 
-    Token superposition (arXiv 2605.06546): multi-hot cross-entropy on the next bag.
+    Token superposition (arXiv 2605.06546): multi-hot cross-entropy on the next bag. With `answers`
+    (valid_positions) only their tokens share it; a bag without any does not count.
     """
     B, T = y.shape
-    bags = y[:, s - 1 : T - 1].unflatten(1, (T // s - 1, s)) if T > s else y.new_zeros(B, 0, s)
-    classes = F.pad(bags, (0, 0, 0, 1))  # what follows the last bag is not in the row
-    valid = torch.arange(T // s, device=y.device).expand(B, -1) < T // s - 1
-    return Target(valid, classes, torch.full(classes.shape, 1.0 / s, device=y.device))
+    if answers is None:
+        answers = torch.ones_like(y, dtype=torch.bool)
+
+    def bags(t: Tensor) -> Tensor:
+        next_ones = t[:, s - 1 : T - 1].unflatten(1, (T // s - 1, s)) if T > s else t.new_zeros(B, 0, s)
+        return F.pad(next_ones, (0, 0, 0, 1))  # what follows the last bag is not in the row
+
+    counts = bags(answers)
+    valid = counts.any(-1)
+    return Target(valid, bags(y), counts / counts.sum(-1, keepdim=True).clamp(min=1))
 
 
 @torch.no_grad()
@@ -172,33 +193,36 @@ class Objective(nn.Module):
         self.soft_classes.copy_(classes)
         self.soft_shares.copy_(shares)
 
-    def targets(self, y: Tensor, names: tuple[str, ...]) -> dict[str, Target]:
-        """{loss: its target}, from the next tokens y (B, T) alone; rows as `head_of` the loss has them."""
-        T, everywhere = y.shape[1], torch.ones_like(y, dtype=torch.bool)
-        targets = {}
+    def targets(self, y: Tensor, names: tuple[str, ...], answers: Tensor | None = None) -> dict[str, Target]:
+        """{loss: its target}, from the next tokens y (B, T) alone; rows as `head_of` the loss has them.
+
+        answers: (B, T) bool, which tokens of y are targets; None: all.
+        """
+        T, targets = y.shape[1], {}
         if any(name.startswith("spelling") for name in names):
-            letters, known = self.letters.ahead(y, self.n_letters, self.bos)
+            letters, known = self.letters.ahead(y, self.n_letters, self.bos, answers)
         for name in names:
             kind, i = parse_name(name)
             _, shift = self.head_of(name)
+            if kind in ("ntp", "nitp", "soft", "consistency", "kl"):
+                valid = valid_positions(y, i, self.bos, answers)
             if kind == "ntp":
-                targets[name] = Target(everywhere, y[..., None])
+                targets[name] = Target(valid, y[..., None])
             elif kind == "nitp" and shift:
-                targets[name] = Target(by_target(valid_positions(y, i, self.bos), T), y[..., None])
+                targets[name] = Target(by_target(valid, T), y[..., None])
             elif kind == "nitp":
-                valid = by_position(valid_positions(y, i, self.bos), T)
-                targets[name] = Target(valid, by_position(y[:, i:], T)[..., None])
+                targets[name] = Target(by_position(valid, T), by_position(y[:, i:], T)[..., None])
             elif kind in ("consistency", "kl"):
-                valid = (by_target if shift else by_position)(valid_positions(y, i, self.bos), T)
-                targets[name] = Target(valid, divergence=self.consistency if kind == "consistency" else PLAIN_KL)
+                rows = by_target(valid, T) if shift else by_position(valid, T)
+                targets[name] = Target(rows, divergence=self.consistency if kind == "consistency" else PLAIN_KL)
             elif kind == "spelling":
                 targets[name] = Target(known[..., i - 1], letters[..., i - 1 : i])
             elif kind == "order":
-                targets[name] = upcoming_tokens(y, self.order_window, self.bos)
+                targets[name] = upcoming_tokens(y, self.order_window, self.bos, answers)
             elif kind == "soft":
-                targets[name] = Target(everywhere, self.soft_classes[y], self.soft_shares[y])
+                targets[name] = Target(valid, self.soft_classes[y], self.soft_shares[y])
             elif kind == "superposition":
-                targets[name] = next_bag(y, self.bag)
+                targets[name] = next_bag(y, self.bag, answers)
         return targets
 
     def head_of(self, name: str) -> tuple[int | str, int]:
@@ -224,17 +248,18 @@ class Objective(nn.Module):
         return total, {name: Loss(loss.mean.detach(), loss.count) for name, loss in losses.items()}
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0) -> tuple[dict[str, Loss], Tensor]:
+    def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0, answers: Tensor | None = None
+                 ) -> tuple[dict[str, Loss], Tensor]:
         """The losses called `names`, figures of the guesses of heads 0..heads, and the NTP head's guesses (B, T).
 
         acc_i: the share of valid positions whose top-1 token is y[t+i]; agree_i: the share where it
         is the NTP head's at t+i; kl_i: the mean of KL(NTP head at t+i || head i at t).
         """
         ahead = range(1, heads + 1)
-        targets = self.targets(y, (*names, *(f"kl_{i}" for i in ahead)))
+        targets = self.targets(y, (*names, *(f"kl_{i}" for i in ahead)), answers)
         _, losses, best = self._compute(x, targets, {}, (0, *ahead))
         for i in (0, *ahead):
-            valid, later = valid_positions(y, i, self.bos), slice(i, None)
+            valid, later = valid_positions(y, i, self.bos, answers), slice(i, None)
             guess = best[i][:, : valid.shape[1]]
             losses[f"acc_{i}"] = masked_mean((guess == y[:, later]).float(), valid)
             if i:

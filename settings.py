@@ -51,6 +51,7 @@ class Data:
     data_dir: str = "data"  # folder of all data sets
     dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
     train_fraction: FractionAbove0 = 1.0  # train on only this leading part of train.bin, over and over
+    pack: bool = False  # prompts and answers: rows hold whatever follows, not one example each
     eval_iters: AtLeast1 = 25  # validation batches (32 rows each) per evaluation, the same in every run
     seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
 
@@ -131,6 +132,7 @@ class Optimisation:
     batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
     gradient_accumulation_steps: AtLeast1 = 1  # micro-batches per iteration
     max_iters: AtLeast1 = 100_000  # iterations of the whole run
+    max_epochs: NonNegative = 0.0  # length of the run in passes over the data, in place of max_iters; 0: max_iters
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
     learning_rate: Positive = 5e-4  # peak of the learning rate
     warmup_iters: AtLeast0 = 1000  # iterations in which the rate rises to its peak

@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 from system.download import fetch
-from system.files import atomic_write
+from system.files import atomic_write, refuse_irregular
 from text import toystories
 from text.stories import END, SEPARATORS, Story, StoryFile, files_of, read_stories, stem_of
 from text.tokenizer import (
@@ -448,33 +448,85 @@ def map_tokens(path: Path, vocab_size: int) -> np.ndarray:
     return tokens
 
 
+def map_mask(tokens: Path, length: int) -> np.ndarray | None:
+    """The mask of a file of `length` tokens, a byte for each (encode_stories); None if it has none.
+
+    Errors: ValueError if it is not of that length.
+    """
+    path = mask_of(tokens)
+    if not path.exists():
+        return None
+    refuse_irregular(path)
+    if path.stat().st_size != length:
+        raise ValueError(f"{path}: expected {length:,} bytes, one for each token of {tokens}, "
+                         f"found {path.stat().st_size:,}; delete {tokens} and it, and pretokenize again")
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def rows_of_examples(mask: np.ndarray, T: int) -> np.ndarray:
+    """(rows, 2) int64: where the tokens of each row begin and end. A row has up to T + 1 tokens, all of one example.
+
+    An example that is longer goes on in the next row; a row without a token of an answer to predict is left out.
+    """
+    begins = np.flatnonzero(mask & FIRST)
+    lengths = np.diff(begins, append=len(mask))
+    counts = np.maximum(-(-(lengths - 1) // T), 0)  # rows of each example: all tokens but the first are targets
+    nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, ... within each example
+    first = np.repeat(begins, counts) + nth * T
+    end = np.minimum(first + T + 1, np.repeat(begins + lengths, counts))
+    answers = np.flatnonzero(mask & ANSWER)
+    has_answer = np.searchsorted(answers, first + 1) < np.searchsorted(answers, end)
+    return np.stack([first, end], axis=1)[has_answer]
+
+
 class Windows:
     """The rows of a token file: window j holds tokens j*T .. j*T + T, inputs and next tokens of one row.
 
-    fraction: of the file, from its beginning, that there is taken to be.
+    Where the file has a mask, of examples with prompts and answers, a row is an example instead, or as much of it as a
+    row holds; the rest of the row is EOS, and no target. With `pack` rows are windows there too.
+
+    fraction: use only this leading part of the file.
     Errors: ValueError naming the file, and the command that makes it, if it is missing, has no
-    whole window, or holds ids that the vocabulary has not.
+    whole window, or holds ids that the vocabulary does not have.
     """
 
-    def __init__(self, path: Path, vocab_size: int, T: int, fraction: float = 1.0):
+    def __init__(self, path: Path, vocab_size: int, T: int, fraction: float = 1.0, pack: bool = False):
         self.path, self.T = path, T
         files = token_files(path)
         if not files:
             raise ValueError(f"{path}: no such data set; {how_to_make(path.parent.parent, vocab_size)}")
         parts = [map_tokens(file, vocab_size) for file in files]
-        if (kept := int(sum(map(len, parts)) * fraction)) <= T:
-            part = f"{fraction:g} of it" if fraction < 1.0 else "it"
-            raise ValueError(f"{path}: {part} has {kept} tokens, expected more than {T}")
+        kept = int(sum(map(len, parts)) * fraction)
+        part = f"{fraction:g} of it" if fraction < 1.0 else "it"
         self.tokens = parts[0][:kept] if len(parts) == 1 else Joined(parts, kept)
+        self.mask, self.examples = None, None  # (tokens,) uint8; (rows, 2), where each row begins and ends
+        if (mask := map_mask(path, len(parts[0]))) is not None:
+            self.mask = mask[:kept]
+        if self.mask is not None and not pack:
+            self.examples = rows_of_examples(self.mask, T)
+            if not len(self.examples):
+                raise ValueError(f"{path}: {part} holds no answer")
+        elif kept <= T:
+            raise ValueError(f"{path}: {part} has {kept} tokens, expected more than {T}")
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.T
+        return (len(self.tokens) - 1) // self.T if self.examples is None else len(self.examples)
 
-    def rows(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs x and next tokens y of the windows `indices`, both (len(indices), T) int64."""
+    def rows(self, indices: Iterable[int]) -> tuple[torch.Tensor, ...]:
+        """Inputs x and next tokens y of the windows `indices`, both (len(indices), T) int64.
+
+        Where there is a mask, also which of y are tokens of answers, (len(indices), T) bool.
+        """
         T = self.T
-        both = torch.from_numpy(np.stack([self.tokens[j * T : j * T + T + 1] for j in indices]).astype(np.int64))
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        spans = [(j * T, j * T + T + 1) if self.examples is None else self.examples[j] for j in indices]
+        tokens = np.full((len(spans), T + 1), EOS, dtype=np.int64)
+        answers = np.zeros((len(spans), T + 1), dtype=bool)
+        for k, (begin, end) in enumerate(spans):
+            tokens[k, : end - begin] = self.tokens[begin:end]
+            if self.mask is not None:
+                answers[k, : end - begin] = self.mask[begin:end] & ANSWER
+        x, y = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+        return (x, y) if self.mask is None else (x, y, torch.from_numpy(answers[:, 1:].copy()))
 
 
 class TrainBatches:
@@ -491,8 +543,8 @@ class TrainBatches:
     def _shuffle(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.windows))
 
-    def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Micro-batch k of this rank: x, y, both (batch_size, T) int64."""
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, ...]:
+        """Micro-batch k of this rank: x, y, both (batch_size, T) int64, and answers where there is a mask."""
         first = (k * self.world + self.rank) * self.batch_size
         n = len(self.windows)
         return self.windows.rows(self._order(s // n)[s % n] for s in range(first, first + self.batch_size))
@@ -507,7 +559,7 @@ def eval_windows(windows: Windows, count: int) -> list[np.ndarray]:
     return [chosen[k : k + EVAL_BATCH] for k in range(0, len(chosen), EVAL_BATCH)]
 
 
-def eval_batches(windows: Windows, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def eval_batches(windows: Windows, count: int) -> list[tuple[torch.Tensor, ...]]:
     """The rows of eval_windows."""
     return [windows.rows(chosen) for chosen in eval_windows(windows, count)]
 

@@ -88,7 +88,7 @@ def load_data(s: Settings, machine: Machine) -> Data:
     folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
 
     def rows_and_batches(length: int) -> tuple[Windows, TrainBatches]:
-        rows = Windows(folder / "train.bin", s.vocab_size, length, s.train_fraction)
+        rows = Windows(folder / "train.bin", s.vocab_size, length, s.train_fraction, s.pack)
         return rows, TrainBatches(rows, s.batch_size, s.seed, machine.rank, machine.world)
 
     rows, batches = rows_and_batches(s.max_seq_len)
@@ -100,7 +100,7 @@ def load_data(s: Settings, machine: Machine) -> Data:
     if is_text and (folder / "tokenizer.bin").exists() or (folder / TOKENIZER).exists():
         tokenizer = load_tokenizer(folder, s.vocab_size)
         texts, bos = token_texts(tokenizer), tokenizer.bos
-    validation_rows = Windows(folder / "val.bin", s.vocab_size, s.max_seq_len)
+    validation_rows = Windows(folder / "val.bin", s.vocab_size, s.max_seq_len, pack=s.pack)
     return Data(rows, batches, bags, load_validation(s, validation_rows, texts), texts, bos)
 
 
@@ -193,11 +193,12 @@ def freeze(model: Transformer, s: Settings, it: int) -> bool:
     return changed
 
 
-def training_step(run: Training, it: int, weights: dict[str, float], micro_batches: list[tuple[Tensor, Tensor]]
+def training_step(run: Training, it: int, weights: dict[str, float], micro_batches: list[tuple[Tensor, ...]]
                   ) -> tuple[dict[str, Tensor], Tensor]:
     """One update from all micro-batches together; returns ({loss: its mean here}, the gradient's norm).
 
-    weights: {loss: weight}, as loss_weights gives them. micro_batches: (x, y), (B, T) int64 each.
+    weights: {loss: weight}, as loss_weights gives them. micro_batches: x and y, (B, T) int64 each, and `answers`
+    where the data has a mask (Windows.rows).
     """
     s, machine, model = run.s, run.machine, run.model
     # the rate, and what learns
@@ -207,12 +208,12 @@ def training_step(run: Training, it: int, weights: dict[str, float], micro_batch
         run.wrap()
 
     # targets, counted over the whole iteration: micro-batches and processes add up to one big batch
-    targets = [run.objective.targets(y, tuple(weights)) for _, y in micro_batches]
+    targets = [run.objective.targets(y, tuple(weights), *answers) for _, y, *answers in micro_batches]
     counts = {name: machine.sum(sum(t[name].valid.sum() for t in targets)) for name in weights}
 
     # forward and backward
     means = dict.fromkeys(weights, 0.0)
-    for m, (x, _) in enumerate(micro_batches):
+    for m, (x, *_) in enumerate(micro_batches):
         last = m == len(micro_batches) - 1
         with nullcontext() if last or machine.world == 1 else run.wrapped.no_sync():
             with run.path.autocast():
@@ -250,7 +251,7 @@ def step_on_random_tokens(s: Settings, texts: list[bytes] | None = None) -> Call
 class Validation(NamedTuple):
     """The rows that every run is judged on, and what is known of them."""
 
-    batches: list[tuple[torch.Tensor, torch.Tensor]]
+    batches: list[tuple[torch.Tensor, ...]]  # x, y, and answers where the data has a mask
     windows: list  # the numbers of each batch's rows in val.bin
     answers: Answers | None  # of a task with a known answer
     tokens_per_byte: float  # of the targets; 0 where tokens are no text
@@ -262,9 +263,14 @@ def load_validation(s: Settings, rows: Windows, texts: list[bytes] | None) -> Va
     if answers and answers.length != s.max_seq_len:
         raise ValueError(f"max_seq_len={s.max_seq_len}: expected {answers.length}, the length of a row of {rows.path}")
     length = torch.tensor([len(text) for text in texts or [b""] * s.vocab_size])
-    size = sum(length[y].sum().item() for _, y in batches)
-    return Validation(batches, eval_windows(rows, s.eval_iters), answers,
-                      sum(y.numel() for _, y in batches) / size if size else 0.0)
+    targets = target_tokens(batches)
+    size = length[targets].sum().item()
+    return Validation(batches, eval_windows(rows, s.eval_iters), answers, len(targets) / size if size else 0.0)
+
+
+def target_tokens(batches: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """All next tokens that validation loss is a mean over, (tokens,) int64."""
+    return torch.cat([y[answers[0]] if answers else y.flatten() for _, y, *answers in batches])
 
 
 def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...], machine: Machine,
@@ -276,14 +282,15 @@ def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*names, *guesses, *exact)}  # of values, of positions
     objective.eval()
     mine = list(zip(validation.windows, validation.batches, strict=True))[machine.rank :: machine.world]
-    for windows, (x, y) in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # terminals only
+    for windows, batch in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # terminals only
+        x, y, *mask = machine.put(*batch)
         with path.autocast():
-            losses, best = objective.evaluate(*machine.put(x, y), names, n)
+            losses, best = objective.evaluate(x, y, names, n, *mask)
         for name, loss in losses.items():
             count = loss.count.item()
             sums[name] += torch.tensor([loss.mean.item() * count, count])
         if answers:
-            for group, counts in answers.score(windows, y.shape[1], best.cpu(), y).items():
+            for group, counts in answers.score(windows, y.shape[1], best, y).items():
                 sums[f"exact_{group}"] += torch.tensor(counts)
     objective.train()
     totals = machine.sum(torch.stack(list(sums.values())))  # (losses, 2)
@@ -299,11 +306,10 @@ def facts(s: Settings, model: Transformer, train: Windows, validation: Validatio
     vocabulary = train.path.parent / TOKENIZER
     if not vocabulary.exists():
         vocabulary = train.path.parent / "tokenizer.bin"
-    targets = b"".join(y.numpy().tobytes() for _, y in validation.batches)
+    targets = target_tokens(validation.batches)
     return machine.facts(path) | {
         "parameters": model.parameter_counts()["trunk"], "train_tokens": len(train.tokens),
-        "val_tokens": sum(y.numel() for _, y in validation.batches),
-        "val_crc32": f"{zlib.crc32(targets):08x}",
+        "val_tokens": len(targets), "val_crc32": f"{zlib.crc32(targets.numpy().tobytes()):08x}",
         "vocabulary_crc32": f"{zlib.crc32(vocabulary.read_bytes()):08x}" if vocabulary.exists() else None}
 
 
@@ -321,6 +327,13 @@ def tokens_per_step(s: Settings, machine: Machine, it: int) -> int:
     """Tokens that all processes together train on in iteration `it`; a bag of them takes the place of one."""
     bag = s.superposition if it / s.max_iters < s.superposition_end else 1
     return s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len * bag
+
+
+def iterations_of(s: Settings, rows: int, world: int) -> int:
+    """How many iterations are max_epochs passes over `rows` rows; while tokens are in bags each step reads more."""
+    per_step = s.batch_size * s.gradient_accumulation_steps * world
+    bag = 1 + (s.superposition - 1) * s.superposition_end if s.superposition > 1 else 1
+    return max(1, math.ceil(s.max_epochs * rows / (per_step * bag)))
 
 
 def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, path: StepPath) -> None:
@@ -382,6 +395,9 @@ def train(s: Settings) -> int:
 
     # data; the model, its losses and optimizer
     data = load_data(s, machine)
+    if s.max_epochs:
+        s.max_iters = iterations_of(s, len(data.train), machine.world)
+        check(s)
     run = build(s, machine, data.texts, checkpoint, source, data.bos)
     progress = Progress()
     if s.init_from == "resume":

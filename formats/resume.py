@@ -68,8 +68,8 @@ def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
     if missing := [k for k, kind in RESUMED.items() if not isinstance(checkpoint.get(k), kind)]:
         raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; "
                          f"--init_from={path} with another --out_dir starts a new run from it")
-    if not 0 <= checkpoint["iter_num"] <= s.max_iters:
-        raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}, max_iters={s.max_iters}")
+    if s.max_epochs:  # the data decides, as it did then
+        s.max_iters = checkpoint["config"].get("max_iters", s.max_iters)
     for f in fields(Settings):
         then, now = checkpoint["config"].get(f.name, f.default), getattr(s, f.name)
         if f.name in names_of(Shape) and now == f.default != then:  # it may come from the model that the run began with
@@ -135,6 +135,8 @@ def restore_rng(states: list[dict], machine: Machine) -> None:
 
 def restore(checkpoint: dict, path: Path, run) -> Progress:
     """Put everything but the weights back as it was saved; returns how far the run had come. Errors: ValueError."""
+    if not 0 <= checkpoint["iter_num"] <= run.s.max_iters:
+        raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}, max_iters={run.s.max_iters}")
     ours = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])

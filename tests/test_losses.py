@@ -33,9 +33,10 @@ def objective_of(request, monkeypatch):
     return make
 
 
-def total_of(objective, x, y, weights: dict[str, float], counts: dict | None = None) -> tuple[torch.Tensor, dict]:
+def total_of(objective, x, y, weights: dict[str, float], counts: dict | None = None, answers=None
+             ) -> tuple[torch.Tensor, dict]:
     """What a step's forward returns; counts: of the whole iteration, where x and y are a part of it."""
-    targets = objective.targets(y, tuple(weights))
+    targets = objective.targets(y, tuple(weights), answers)
     return objective(x, targets, position_weights(weights, counts or valid_counts(targets)))
 
 
@@ -43,9 +44,9 @@ def valid_counts(targets) -> dict[str, torch.Tensor]:
     return {name: target.valid.sum() for name, target in targets.items()}
 
 
-def learn(objective, x, y, weights: dict[str, float]) -> dict:
+def learn(objective, x, y, weights: dict[str, float], answers=None) -> dict:
     """One step's gradients and losses."""
-    total, found = total_of(objective, x, y, weights)
+    total, found = total_of(objective, x, y, weights, answers=answers)
     total.backward()
     assert total.item() == pytest.approx(sum(weights[name] * loss.mean.item() for name, loss in found.items()))
     return found
@@ -67,8 +68,7 @@ class Table(torch.nn.Module):
     def readouts(self, x, h, heads):
         self.read.update(heads)
         logits = {i: self.others[i] if isinstance(i, str) else self.tables[0 if self.shared_head else i] for i in heads}
-        found = {i: Readout(t, torch.eye(t.shape[-1], dtype=t.dtype)) for i, t in logits.items()}
-        return dict.fromkeys(heads, found[0]) if self.shared_head else found
+        return {i: Readout(t, torch.eye(t.shape[-1], dtype=t.dtype)) for i, t in logits.items()}
 
 
 def random_case(n: int, boundaries: bool, B=3, T=9, V=7, seed=0):
@@ -132,12 +132,13 @@ def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, ob
 TEXTS = [b"", b"", b"", b" a", b"Bc", b"d.", b"\xc3\xa9", b"efG"]  # of tokens 0..7
 
 
-def agrees(objective, x, y, weights: dict[str, float], slow: list[torch.Tensor], want: dict[str, list]) -> None:
+def agrees(objective, x, y, weights: dict[str, float], slow: list[torch.Tensor], want: dict[str, list],
+           answers=None) -> None:
     """Losses and gradients of `objective` are those of the terms `want`, {loss: [a scalar for each valid position]}.
 
     slow: copies of the objective's parameters, of which the terms are made.
     """
-    got = learn(objective, x, y, weights)
+    got = learn(objective, x, y, weights, answers)
     sum(weights[name] * sum(terms) / len(terms) for name, terms in want.items()).backward()
     for name, terms in want.items():
         assert got[name].count.item() == len(terms), name
@@ -343,6 +344,87 @@ def test_superposition_asks_for_the_next_bag(s, objective_of):
         agrees(objective, x, y, {"superposition": 1.0}, slow, {"superposition": terms})
     else:  # one bag has none after it
         assert learn(objective, x, y, {"superposition": 1.0})["superposition"].mean.item() == 0
+
+
+@pytest.mark.parametrize("kind", ["own heads", "same teacher", "shared head"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_only_tokens_of_answers_are_targets(masked, kind, objective_of):
+    """Every loss, by a slow mask: a term is left out, or a share of it, where its target is no token of an answer."""
+    x, y, logits = random_case(2, True, B=4, V=8, seed=9)
+    answers = torch.rand(4, 9, generator=torch.Generator().manual_seed(9)) < 0.5
+    answers[2], answers[3] = False, True  # a row without an answer, and one that is nothing else
+    is_answer, window, m, size = answers.tolist(), 4, 3, alphabet_size("lower")
+    order = torch.randn(4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    letters = torch.randn(4, 9, m * size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    shared = kind == "shared head"
+    if shared:
+        del logits[1:]
+    objective = objective_of(logits, BOS if masked else None, shared, {"order": order, "spelling": letters},
+                             teacher="same" if kind == "same teacher" else "later", order_window=window,
+                             letters=(Letters(TEXTS, "lower"), m), neighbours=(3, 0.2))
+    objective.refresh_neighbours()
+    slow = copies(*logits, order, letters)
+    heads = [slow[0]] * 3 if shared else slow[:3]
+    want = {name: [] for name in all_losses(2, m, order=True, soft=True)}
+    for b in range(4):
+        for t in range(9):
+            log_q = slow[0][b, t].log_softmax(0)
+            if is_answer[b][t]:
+                want["ntp"].append(-log_q[y[b, t]])
+                classes, shares = objective.soft_classes[y[b, t]], objective.soft_shares[y[b, t]]
+                want["soft"].append(-sum(share * log_q[v] for share, v in zip(shares.tolist(), classes.tolist())))
+            for i in (1, 2):
+                if t + i < 9 and is_answer[b][t + i] and not (masked and BOS in y[b, t : t + i].tolist()):
+                    log_q = heads[i][b, t].log_softmax(0)
+                    teacher = slow[0][b, t if kind == "same teacher" else t + i].detach().log_softmax(0)
+                    want[f"nitp_{i}"].append(-log_q[y[b, t + i]])
+                    want[f"consistency_{i}"].append((teacher.exp() * (teacher - log_q)).sum())
+            nearest, text = {}, []  # token: distance; (letter, is it of an answer?)
+            for d, token in enumerate(y[b, t : t + window].tolist()):
+                if is_answer[b][t + d]:
+                    nearest.setdefault(token, d)
+                if masked and token == BOS:
+                    break
+            if nearest:
+                log_q, total = slow[-2][b, t].log_softmax(0), sum(math.exp(-d) for d in nearest.values())
+                want["order"].append(-sum(math.exp(-d) / total * log_q[v] for v, d in nearest.items()))
+            for d, token in enumerate(y[b, t:].tolist()):
+                text += [(letter, is_answer[b][t + d]) for letter in TEXTS[token].decode("latin-1") or "\0"]
+            for j, (letter, counts) in enumerate(text[:m]):
+                if counts and not (masked and any(c == "\0" for c, _ in text[:j])):
+                    known = ALPHABETS["lower"].find(letter.lower() if letter < "\x80" else letter)
+                    target = 1 if letter == "\0" else known + 2 if known >= 0 else 0
+                    want[f"spelling_{j + 1}"].append(-slow[-1][b, t, j * size : (j + 1) * size].log_softmax(0)[target])
+    weights = {name: 0.3 + 0.1 * k for k, name in enumerate(want)}
+    agrees(objective, x, y, weights, slow, want, answers)
+    got = objective.evaluate(x, y, ("ntp",), 2, answers)[0]
+    assert got["ntp"].count == got["acc_0"].count == len(want["ntp"])
+    assert got["kl_2"].count == got["agree_2"].count == len(want["nitp_2"])
+
+
+def test_a_bag_is_shared_by_its_tokens_of_answers(objective_of):
+    x, y, _ = random_case(0, False, T=9, seed=8)
+    answers = torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.4
+    logits = [torch.randn(3, 3, 7, dtype=torch.float64)]
+    slow = copies(*logits)
+    terms = []
+    for b in range(3):
+        for p in range(2):
+            bag = [y[b, t] for t in range((p + 1) * 3 - 1, (p + 2) * 3 - 1) if answers[b, t]]
+            if bag:
+                terms.append(-sum(slow[0][b, p].log_softmax(0)[v] for v in bag) / len(bag))
+    assert 0 < len(terms) < 6
+    agrees(objective_of(logits, bag=3), x, y, {"superposition": 1.0}, slow, {"superposition": terms}, answers)
+
+
+def test_without_any_answer_nothing_is_learnt_and_no_loss_is_nan(objective_of):
+    y = torch.randint(2, 8, (2, 6))
+    others = {"order": torch.randn(2, 6, 8), "spelling": torch.randn(2, 6, 4 * alphabet_size("lower"))}
+    objective = objective_of([torch.randn(2, 6, 8) for _ in range(4)], BOS, others=others, **OPTIONS)
+    objective.refresh_neighbours()
+    got = learn(objective, y, y, dict.fromkeys(EVERY, 1.0), torch.zeros(2, 6, dtype=torch.bool))
+    assert all(loss.count == 0 and loss.mean == 0 for loss in got.values())
+    assert all(t.grad is None or not t.grad.any() for t in objective.model.parameters())
 
 
 def test_a_guess_agrees_with_the_head_that_has_seen_more(objective_of):

@@ -375,7 +375,7 @@ def test_starting_from_another_checkpoint_takes_its_trunk(words, tmp_path, capsy
 @pytest.mark.parametrize("changes,says", [
     ({"init_from": "resume"}, ["last.pt", "No such file"]),
     ({"init_from": "nowhere.pt"}, ["nowhere.pt", "No such file"]),
-    ({"dataset": "tales"}, ["tales/tok512/train.bin", "tinystories.py download --dataset=tales"]),
+    ({"dataset": "tales"}, ["tales/tok512/train.bin", "tinystories.py local FILE --dataset=tales"]),
     ({"max_seq_len": 100_000}, ["tok512/train.bin", "100000"]),
     ({"device": "abacus"}, ["device=abacus"]),
     ({"device": "cuda:99"}, ["device=cuda:99"]),

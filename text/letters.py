@@ -49,21 +49,28 @@ class Letters(nn.Module):
         table = torch.tensor([s + [OTHER] * (longest - len(s)) for s in spelt])
         self.register_buffer("table", table, persistent=False)  # (V, longest)
 
-    def ahead(self, y: Tensor, m: int, bos: int | None) -> tuple[Tensor, Tensor]:
+    def ahead(self, y: Tensor, m: int, bos: int | None, answers: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of next tokens y (B, T) the m letters that follow each position, (B, T, m), and which of them are known.
 
-        Letters are those of y[t], y[t+1], ... without a break; behind the end of a row none is known,
-        and with `bos` none behind the end of a document (its own class still is).
+        Letters are those of y[t], y[t+1], ... without a break. None is known past the end of a row, with `bos`
+        none past the end of a document (its own class is), and with `answers`, (B, T) bool, only theirs are.
         """
         B, T = y.shape
         longest, lengths = self.table.shape[1], self.length[y]  # (B, T)
         start = lengths.cumsum(1) - lengths  # where each token's letters begin in the text of its row
         place = start[..., None] + torch.arange(longest, device=y.device)  # (B, T, longest)
         place = place.masked_fill(place >= (start + lengths)[..., None], T * longest)  # the padding of a short token
-        text = y.new_zeros(B, T * longest + m + 1).scatter_(1, place.flatten(1), self.table[y].flatten(1))
         at = start[..., None] + torch.arange(m, device=y.device)  # (B, T, m)
+
+        def of_the_text(of_letters: Tensor) -> Tensor:
+            """(B, T, longest) of each token's letters -> (B, T, m) of the letters after each position."""
+            text = of_letters.new_zeros(B, T * longest + m + 1).scatter_(1, place.flatten(1), of_letters.flatten(1))
+            return text.gather(1, at.clamp(max=T * longest - 1).flatten(1)).view(B, T, m)
+
+        letters = of_the_text(self.table[y])
         known = at < (start + lengths)[:, -1:, None]
-        letters = text.gather(1, at.clamp(max=T * longest - 1).flatten(1)).view(B, T, m)
+        if answers is not None:
+            known = known & of_the_text(answers[..., None].expand(B, T, longest).contiguous())
         if bos is not None:
             ended = letters == END
             known = known & (ended.cumsum(2) - ended.long() == 0)
