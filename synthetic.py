@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from system.files import atomic_write
+from system.files import atomic_write, refuse_irregular
 from text.letters import token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, Tokenizer, load_tokenizer, vocab_folder
 from tinystories import how_to_make, read_stories
@@ -70,6 +70,8 @@ class Answers:
         path, names = val.with_name("val.answers.bin"), val.with_name("answers.json")
         if not path.exists():
             return None
+        for file in (path, names):
+            refuse_irregular(file)
         try:
             marks, tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8), val.stat().st_size // 2
             about = json.loads(names.read_bytes())
@@ -361,6 +363,7 @@ def write_task(folder: Path, task: Task, made_by: dict) -> None:
                           "train.bin": train, "val.bin": val}
     missing = [name for name in files if not (folder / name).exists()]
     for name in files.keys() - missing:
+        refuse_irregular(folder / name)
         if (folder / name).read_bytes() != files[name]:
             raise ValueError(f"{folder / name}: holds something else already; choose another --dataset, "
                              f"or delete {folder}")
