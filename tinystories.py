@@ -44,18 +44,17 @@ from system.files import atomic_write, refuse_irregular
 from text import toystories
 from text.stories import END, SEPARATORS, Story, StoryFile, files_of, read_stories, stem_of
 from text.tokenizer import (
-    BOS,
     BYTE_VOCAB_SIZE,
     EOS,
     MAX_VOCAB_SIZE,
     ByteTokenizer,
     Tokenizer,
-    bin_bytes,
     load_tokenizer,
     open_tokenizer,
     vocab_folder,
     write_bin,
 )
+from text.tokenizer_json import TOKENIZER, JsonTokenizer
 
 SPLITS = ("train", "val")
 ANSWER, FIRST = 1, 2  # bits of a mask: a token of an answer, the first token of an example
@@ -259,16 +258,24 @@ def train_vocab(folder: Path, vocab_size: int) -> None:
 def take_vocab(folder: Path, tokenizer: Tokenizer, source: Path) -> None:
     """Make a tokenizer, read from `source`, the data set's vocabulary of its size; never replace another one."""
     out = vocab_folder(folder, tokenizer.vocab_size)
-    model = out / "tokenizer.model"
-    if model.exists():
-        if bin_bytes(open_tokenizer(model, tokenizer.vocab_size)) != bin_bytes(tokenizer):
-            raise ValueError(f"{model}: holds another vocabulary than {source}; choose another --dataset, "
+    if any((out / name).exists() for name in ("tokenizer.model", TOKENIZER)):
+        there = load_tokenizer(out, tokenizer.vocab_size)
+        if list(there.pieces()) != list(tokenizer.pieces()):
+            raise ValueError(f"{out}: holds another vocabulary than {source}; choose another --dataset, "
                              f"or delete {out}")
+    elif isinstance(tokenizer, JsonTokenizer):
+        tokenizer.write(out)
     elif tokenizer.vocab_size != BYTE_VOCAB_SIZE:  # bytes need no tokenizer.model
-        with atomic_write(model) as f:
+        with atomic_write(out / "tokenizer.model") as f:
             f.write(tokenizer.file)
-    write_bin(tokenizer, out / "tokenizer.bin")
+    write_run_vocab(tokenizer, out)
     print(f"{out}: has the {tokenizer.vocab_size:,} tokens of {source}", file=sys.stderr)
+
+
+def write_run_vocab(tokenizer: Tokenizer, out: Path) -> None:
+    """Write tokenizer.bin, which run.c reads; it cannot hold a vocabulary of tokenizer.json."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        write_bin(tokenizer, out / "tokenizer.bin")
 
 
 def already_there(path: Path, source: Path) -> bool:
@@ -297,7 +304,7 @@ def text_lines(path: Path, limit: int = VOCAB_TEXT) -> Iterator[str]:
 def pretokenize(folder: Path, vocab_size: int, workers: int = 0) -> None:
     """Write `tok<V>/{train,val}.bin`, with as many processes as there are cores unless `workers` says."""
     out = vocab_folder(folder, vocab_size)
-    write_bin(load_tokenizer(out, vocab_size), out / "tokenizer.bin")  # the byte tokenizer needs no train_vocab
+    write_run_vocab(load_tokenizer(out, vocab_size), out)  # the byte tokenizer needs no train_vocab
     for split in SPLITS:
         text = text_of(folder, split)
         if not already_there(out / f"{split}.bin", text):
@@ -354,17 +361,19 @@ def encode_stories(folder: Path, vocab_size: int, stories: list[Story]) -> tuple
     """The tokens of stories and examples, and a byte for each: ANSWER and FIRST, or 0. (The mask of texts is all 0.)
 
     BOS and the tokens of each story; of each turn of an example BOS, prompt, answer and EOS, so a prompt ends as one
-    that is typed, and the model learns where the answer ends.
+    that is typed, and the model learns where the answer ends. (A vocabulary without EOS has BOS there too.)
     """
     tokenizer = cached_tokenizer(folder, vocab_size)  # loaded once in each worker
+    bos = tokenizer.bos
+    eos = tokenizer.ends[0] if tokenizer.ends else bos
     ids, mask = [], []
     for story in stories:
         if isinstance(story, str):
-            ids += BOS, *tokenizer.encode(story)
+            ids += bos, *tokenizer.encode(story)
             continue
         first = len(ids)
         for prompt, answer in story:
-            given, wanted = [BOS, *tokenizer.encode(prompt)], [*tokenizer.encode(answer), EOS]
+            given, wanted = [bos, *tokenizer.encode(prompt)], [*tokenizer.encode(answer), eos]
             ids += given + wanted
             mask += [0] * len(given) + [ANSWER] * len(wanted)
         mask[first] |= FIRST
@@ -579,7 +588,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                          help="tokens; 259 is the byte tokenizer")
         if name != "pretokenize":
             sub.add_argument("--from", dest="source", type=Path, metavar="FILE",
-                             help="take the vocabulary of this tokenizer.model or tokenizer.bin; none is trained")
+                             help="take the vocabulary of a tokenizer.model, .bin or .json; none is trained")
         return sub
 
     command("toy", "write generated stories", "toy")

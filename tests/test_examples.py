@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_tokenizer_json import json_tokenizer
 
 import tinystories
 import train
@@ -107,6 +108,22 @@ def test_several_turns_are_one_example(tmp_path):
     one = [BOS, 35, 3 + ord("P"), 35, 3 + ord("A"), EOS]
     assert ids[:6].tolist() == one and (ids == BOS).sum() == 3  # each turn begins as `run -m chat` begins it
     assert mask.tolist() == [FIRST, 0, 0, 1, 1, 1] + [0, 0, 0, 1, 1, 1] + [FIRST, 0, 0, 1, 1, 1]
+
+
+def test_a_vocabulary_of_tokenizer_json_marks_examples_with_its_own_tokens(tmp_path):
+    source = json_tokenizer(tmp_path / "model", 400)
+    write_lines(tmp_path / "qa.jsonl", *({"prompt": p, "answer": a} for p, a in EXAMPLES))
+    command = ["local", str(tmp_path / "qa.jsonl"), f"--data_dir={tmp_path}/data"]
+    for name in ("tokenizer.json", ""):  # the file, or the model's folder
+        tinystories.main([*command, f"--from={tmp_path}/model/{name}", "--vocab_size=400"])  # the model's, padded
+    folder = tmp_path / "data" / "qa" / "tok400"
+    tokens = np.fromfile(folder / "val.bin", np.uint16).tolist()
+    assert tokens == [source.bos, *source.encode(EXAMPLES[3][0]), *source.encode(EXAMPLES[3][1]), source.ends[0]]
+    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert not (folder / "tokenizer.bin").exists()  # run.c cannot read such a vocabulary
+    json_tokenizer(tmp_path / "model", 400, split="x")
+    with pytest.raises(ValueError, match="tok400: holds another vocabulary"):
+        tinystories.main([*command, f"--from={tmp_path}/model", "--vocab_size=400"])
 
 
 @pytest.mark.parametrize("T", [7, 24, 200])

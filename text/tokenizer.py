@@ -143,9 +143,10 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(path: str | Path, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer in a file, `.model`, `.bin` or `tokenizer.json`, or in a folder that has one. vocab_size: None: any.
+    """The tokenizer in a file, `.model`, `.bin` or `tokenizer.json`, or in a folder that has one of them.
 
-    Errors: ValueError if it cannot be read, has other than V tokens, or other tokens than bytes at ids 3 to 258.
+    vocab_size: None takes any. Errors: ValueError if it cannot be read, has other than V tokens, or (but for
+    tokenizer.json) other tokens than bytes at ids 3 to 258.
     """
     path = Path(path)
     if path.is_dir():

@@ -47,10 +47,10 @@ class JsonTokenizer:
     """The tokenizer.json in a folder. Errors: ValueError naming the file if it cannot be read, has more than V tokens,
     or no file tells which token starts a text.
 
-    bos: the token before each text; ends: those that end one.
+    vocab_size: None takes as many as there are. bos: the token before each text; ends: those that end one.
     """
 
-    def __init__(self, folder: str | Path, vocab_size: int):
+    def __init__(self, folder: str | Path, vocab_size: int | None):
         folder = Path(folder)
         path = folder / TOKENIZER
         try:
@@ -66,9 +66,9 @@ class JsonTokenizer:
         self._model.no_truncation()
         self._model.no_padding()
         largest = max(self._model.get_vocab().values(), default=-1) + 1
-        if largest > vocab_size:
+        if vocab_size is not None and largest > vocab_size:
             raise ValueError(f"{path}: expected at most {vocab_size} tokens, found {largest}")
-        self.vocab_size = vocab_size
+        self.vocab_size = largest if vocab_size is None else vocab_size
         self.config = read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
         self._find_special_tokens(folder)
 
