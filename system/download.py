@@ -24,6 +24,7 @@ import urllib3
 from tqdm import tqdm
 
 from system.files import atomic_write, refuse_irregular
+from system.shown import shown
 
 SOCKET_SECONDS = 30  # without a single byte
 STALL_SECONDS = 60  # in which so many bytes must come; a server may send one a second for years
@@ -115,7 +116,7 @@ def append(url: str, part: Path, have: int, version: dict) -> None:
         if answer.status_code == 206:
             sent = answer.headers.get("Content-Range", "nothing")
             if not have or not re.fullmatch(rf"bytes {have}-\d+/({size}|\*)", sent):
-                raise ValueError(f"{url}: asked for bytes {have}-{size - 1}/{size}, the server sent {sent[:80]}")
+                raise ValueError(f"{url}: asked for bytes {have}-{size - 1}/{size}, the server sent {shown(sent, 80)}")
         else:
             have = 0
         with (open(part, "ab" if have else "wb") as f,
@@ -145,7 +146,7 @@ def check_answer(url: str, answer: requests.Response) -> None:
     if kind.startswith(("text/html", "application/xhtml")):
         raise ValueError(f"{url}: expected text, the server sent a web page")
     if coding not in ("", "identity"):
-        raise ValueError(f"{url}: expected plain bytes, the server sent them as {coding[:40]}")
+        raise ValueError(f"{url}: expected plain bytes, the server sent them as {shown(coding, 40)}")
 
 
 def looks_like_html(beginning: bytes) -> bool:
@@ -175,7 +176,7 @@ def in_time(ask: Callable[[], requests.Response]) -> requests.Response:
 def explain(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is not None:
-        return f"the server answered {response.status_code} {response.reason}"[:100]
+        return f"the server answered {response.status_code} {shown(response.reason, 80)}"
     if isinstance(error, TooSlow):
         return f"the server is too slow: {error}"
     if isinstance(error, urllib3.exceptions.ReadTimeoutError | requests.ReadTimeout):
@@ -184,4 +185,4 @@ def explain(error: Exception) -> str:
         return "the connection was cut"
     if isinstance(error, requests.ConnectionError | requests.Timeout):
         return "no connection"
-    return str(error)[:200]
+    return shown(error)
