@@ -1,25 +1,43 @@
 /*
-run.c: run a small Llama in plain C. One file, one program; libc, libm and threads; gcc 9, clang 10 or later.
+run.c: runs a small Llama in plain C. One file, one program; needs libc, libm and threads; gcc 9 or clang 10 and later.
 
-It reads a model file (llama2.c's versions 0 and 1, float32, or 2, int8) and a tokenizer file, and then
-  generate   continues a prompt: BOS and the prompt go in, tokens come out until BOS or the step limit (default)
+It reads a model file (llama2.c's versions 0 and 1, float32, or 2, int8) and a tokenizer file, then works in one mode:
+  generate   continues a prompt: feeds BOS and the prompt, prints tokens until BOS or the step limit (default)
   chat       holds a conversation in Llama-2's chat template
   score      prints the mean negative log-likelihood, in nats per token, of the text on standard input
-With -d it guesses tokens ahead and tells the same text sooner.
+With -d it drafts tokens ahead and prints the same text sooner.
 
 Build:  cc -O3 -march=native -pthread -o run run.c -lm
 Run:    ./run model.bin -z tokenizer.bin -t 0 -n 200 -i "Once upon a time"
 Flags:  ./run --help
 
-The story goes to standard output, all else to standard error; anything wrong ends in a message and exit code 1.
+The story goes to standard output, everything else to standard error. An error is one message and exit code 1.
 Left out on purpose: training, several conversations at once, GPUs, big-endian machines.
 
-The file follows the data: text -> tokens -> model file -> packed matrices -> logits -> guesses -> next token -> text.
+Contents. Start with 3 and 4, which are the Llama. Sections 10 to 14 make it fast.
+   1 Platform         what differs between systems, compilers and processors
+   2 Basics           errors, memory, texts, files
+   3 Model            sizes, weights, activations
+   4 Forward pass     tokens -> logits
+   5 Model file       file -> header, tensors, weights in memory
+   6 Tokenizer file   file -> vocabulary
+   7 Encoding         text -> tokens
+   8 Sampling         logits -> next token
+   9 Printing         tokens -> text
+  10 Products         out = W x, float32 and int8
+  11 Attention        one query over the cache, and the functions that need exp
+  12 Threads
+  13 Screen           optional: the best token of a large vocabulary without most of the classifier's float32 weights
+  14 Drafting         optional: several tokens per forward pass
+  15 Modes            generate, chat, score
+  16 Command line
+
 Letters in shapes:
-  D dim   H hidden_dim   L n_layers   V vocab_size   S seq_len (the context)
+  D dim   H hidden_dim   L n_layers   V vocab_size   S seq_len (the context)   N tokens in one pass, at most BATCH
   hd = D / n_heads, the size of a head   K = n_kv_heads * hd, the size of all keys of one position
+  [n] is n rounded up to a multiple of PANEL: products write whole panels, so their outputs have room for that
 */
-#if defined __clang__  // keep the order of sums under -ffast-math too, or tokens that go together would differ from one
+#if defined __clang__  // -ffast-math may not reorder sums, or a token's logits would depend on its batch
 #pragma clang fp reassociate(off)
 #elif defined __GNUC__
 #pragma GCC optimize("no-associative-math")
@@ -56,22 +74,126 @@ Letters in shapes:
 #endif
 
 #ifndef O_BINARY
-#define O_BINARY 0  // of Windows
+#define O_BINARY 0  // only Windows has it
 #endif
 #ifndef O_NONBLOCK
 #define O_NONBLOCK 0
 #endif
 #ifndef SCREEN_FROM
-#define SCREEN_FROM 1e6  // weights of a classifier that is worth screening (see Screen)
+#define SCREEN_FROM 1e6  // weights of the smallest classifier that gets a screen (section 13)
+#endif
+#ifdef SEPARATE_BUFFERS
+enum { SHARED_PAGES = 0 };  // each buffer is an allocation, so that sanitizers see where it ends
+#else
+enum { SHARED_PAGES = 1 };
 #endif
 
-enum { BOS = 1, EOS = 2, FIRST_BYTE = 3, FIRST_PIECE = FIRST_BYTE + 256 };  // ids; 0 is <unk>, byte b is FIRST_BYTE + b
+// ---------------------------------------------------------------------------------------------------------------------
+// 1 Platform. Every #ifdef is here or above; only main has one more.
+
+// The n bytes of an open file, read-only; NULL and errno if that fails.
+static const char *map_bytes(int fd, size_t n) {
+#ifdef _WIN32
+    char *at = malloc(n);
+    for (size_t done = 0; at && done < n;) {
+        int got = read(fd, at + done, n - done < 1 << 30 ? (unsigned)(n - done) : 1 << 30);
+        if (got == 0) errno = EIO;  // the file has become shorter
+        if (got <= 0) return NULL;
+        done += (size_t)got;
+    }
+    return at;
+#else
+    void *at = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    return at == MAP_FAILED ? NULL : at;
+#endif
+}
+
+// Asks for huge pages: fewer misses of the TLB.
+static void use_huge_pages(void *at, size_t n) {
+#ifdef MADV_HUGEPAGE
+    madvise(at, n, MADV_HUGEPAGE);
+#else
+    (void)at, (void)n;
+#endif
+}
+
+static void binary_streams(void) {
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// In units of 10^6 bytes, mapped pages included; 0 where the system does not report it.
+static double peak_memory(void) {
+#ifdef __APPLE__
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (double)usage.ru_maxrss * 1e-6;
+#else
+    FILE *file = fopen("/proc/self/status", "r");  // Linux's getrusage counts what the parent used before exec
+    char line[256];
+    double kib = 0.0;
+    while (file && fgets(line, sizeof line, file)) sscanf(line, "VmHWM: %lf", &kib);
+    if (file) fclose(file);
+    return kib * 1024e-6;
+#endif
+}
+
+static int processors(void) {
+#ifdef _WIN32
+    const char *n = getenv("NUMBER_OF_PROCESSORS");
+    return n && atoi(n) > 0 ? atoi(n) : 1;
+#else
+#ifdef __linux__
+    cpu_set_t set;  // those that this process may use
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+}
+
+// Tells the processor that this thread is spinning.
+static inline void relax(void) {
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#endif
+}
+
+#if defined SCALAR
+enum { WIDTH = 1, REGISTERS = 8 };  // one number at a time: the baseline of make bench-c
+#elif defined __AVX512F__
+enum { WIDTH = 16, REGISTERS = 16 };  // floats per register; registers for sums: half of all
+#elif defined __AVX__
+enum { WIDTH = 8, REGISTERS = 8 };
+#else
+enum { WIDTH = 4, REGISTERS = 8 };
+#endif
+typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))  // for functions whose loop bounds are literals
+
+// sum plus, in each lane, the products of four unsigned bytes of w with the four signed bytes of x
+INLINE Ints dot4(Ints sum, Ints w, int32_t x) {
+#if defined __AVX512VNNI__ && defined __AVX512F__ && !defined SCALAR
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+#else
+    return sum + (w & 255) * (int8_t)x + (w >> 8 & 255) * (int8_t)(x >> 8) + (w >> 16 & 255) * (int8_t)(x >> 16) +
+           (w >> 24 & 255) * (int8_t)(x >> 24);
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Errors, memory, files
+// 2 Basics: errors, memory, texts, files
 
 static _Noreturn void die(const char *format, ...) {
-    fflush(stdout);  // what was told so far comes before the reason why it stops
+    fflush(stdout);  // the text so far comes before the reason it stops
     va_list args;
     va_start(args, format);
     fputs("run: ", stderr);
@@ -81,7 +203,7 @@ static _Noreturn void die(const char *format, ...) {
     exit(EXIT_FAILURE);
 }
 
-// Zeroed memory for n elements. Asks for one at least, so that NULL always means failure.
+// Zeroed memory for n elements, or for one if n is 0: NULL always means failure.
 static void *allocate(uint64_t n, size_t element, const char *what) {
     if (n == 0) n = 1;
     void *p = n > SIZE_MAX / element ? NULL : calloc((size_t)n, element);
@@ -89,23 +211,19 @@ static void *allocate(uint64_t n, size_t element, const char *what) {
     return p;
 }
 
-// Zeroed memory that lives as long as the program, on a cache line's border. Small buffers lie side by side, so that
-// the whole of a small model is in one huge page, where the system has such: fewer misses of the TLB and in the caches.
+// Zeroed memory that lives as long as the program, aligned to a cache line. Small buffers share huge pages: with all of
+// a small model in one, the TLB and the caches miss less.
 static void *buffer(uint64_t n, size_t element, const char *what) {
-#ifdef SEPARATE_BUFFERS  // for sanitizers, which see where each ends
-    return allocate(n, element, what);
-#endif
+    if (!SHARED_PAGES) return allocate(n, element, what);
     enum { LINE = 64, PAGE = 1 << 21 };
     static char *free_at, *end;
     uint64_t bytes = n < SIZE_MAX / 2 / element ? n * element : SIZE_MAX / 2, lines = (bytes + LINE - 1) / LINE * LINE;
     if (lines > (uint64_t)(end - free_at)) {
-        uint64_t size = lines / PAGE * PAGE + 2 * PAGE;  // of which up to one is lost in front
+        uint64_t size = lines / PAGE * PAGE + 2 * PAGE;  // up to one page is lost in front
         char *p = allocate(size, 1, what);
         free_at = p + (-(uintptr_t)p & (PAGE - 1));
         end = p + size;
-#ifdef MADV_HUGEPAGE
-        madvise(free_at, (size_t)(end - free_at) / PAGE * PAGE, MADV_HUGEPAGE);
-#endif
+        use_huge_pages(free_at, (size_t)(end - free_at) / PAGE * PAGE);
     }
     char *p = free_at;
     free_at += lines;
@@ -145,49 +263,16 @@ typedef struct {
 // Maps a whole file read-only.
 static Map map_file(const char *path, const char *what) {
     struct stat st;
-    int fd = open(path, O_RDONLY | O_BINARY | O_NONBLOCK);  // the last: not to wait for the other end of a pipe
+    int fd = open(path, O_RDONLY | O_BINARY | O_NONBLOCK);  // O_NONBLOCK: opening a pipe must not wait
     if (fd < 0 || fstat(fd, &st) < 0) die("%s: cannot open the %s: %s", path, what, strerror(errno));
     if (S_ISDIR(st.st_mode)) die("%s: is a folder; expected a %s", path, what);
     if (!S_ISREG(st.st_mode)) die("%s: is not a regular file; expected a %s", path, what);
     if (st.st_size == 0) die("%s: is empty; expected a %s", path, what);
     if ((uint64_t)st.st_size > SIZE_MAX) die("%s: %lld bytes do not fit into memory", path, (long long)st.st_size);
-    Map m = {path, NULL, (size_t)st.st_size};
-#ifdef _WIN32
-    char *at = allocate(m.n, 1, what);
-    for (size_t done = 0; done < m.n;) {
-        int n = read(fd, at + done, m.n - done < 1 << 30 ? (unsigned)(m.n - done) : 1 << 30);
-        if (n <= 0) die("%s: cannot read the %s: %s", path, what, n ? strerror(errno) : "it became shorter");
-        done += (size_t)n;
-    }
-#else
-    void *at = mmap(NULL, m.n, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (at == MAP_FAILED) die("%s: cannot map the %s into memory: %s", path, what, strerror(errno));
-#endif
+    Map m = {path, map_bytes(fd, (size_t)st.st_size), (size_t)st.st_size};
+    if (!m.at) die("%s: cannot map the %s into memory: %s", path, what, strerror(errno));
     close(fd);
-    m.at = at;
     return m;
-}
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// In units of 10^6 bytes, the mapped file's pages included; 0 where the system does not tell.
-static double peak_memory(void) {
-#ifdef __APPLE__
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    return (double)usage.ru_maxrss * 1e-6;
-#else
-    FILE *file = fopen("/proc/self/status", "r");  // Linux's getrusage counts what the parent used before exec
-    char line[256];
-    double kib = 0.0;
-    while (file && fgets(line, sizeof line, file)) sscanf(line, "VmHWM: %lf", &kib);
-    if (file) fclose(file);
-    return kib * 1024e-6;
-#endif
 }
 
 // Bits instead of isfinite(): -ffast-math lets the compiler assume that isfinite() is always true.
@@ -202,7 +287,449 @@ static bool all_finite(const float *x, size_t n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tokenizer file: int32 longest token in bytes; then for each id: float32 score, int32 length, bytes
+// 3 Model: sizes, weights, activations
+
+typedef struct {
+    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
+    bool shared_classifier;  // the classifier is the token embedding
+    int version, group;      // group: as in Matrix
+    int head_size, kv_dim;   // derived
+    int sharing;             // query heads for each key head
+} Config;
+
+// Weights W, (rows, n), in the order of section 10.
+typedef struct {
+    char *at;
+    int rows, n;
+    int group;  // int8: columns that share a scale, a multiple of 4; 0: float32
+} Matrix;
+
+enum { PANEL = 64, MAX_GROUP = 1 << 15 };  // rows of a panel; columns of a group at most, so that int8 sums fit 32 bits
+
+static uint64_t panels(uint64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+static uint64_t padded(uint64_t rows) { return panels(rows) * PANEL; }
+
+typedef struct {
+    Matrix qkv;  // (D + 2K, D)  wq, wk, wv on top of each other
+    Matrix wo;   // (D, D)
+    Matrix w13;  // (2H, D)  w1 on top of w3
+    Matrix w2;   // (D, H)
+} Layer;
+
+// A tensor as it lies in the file: `count` matrices of (rows, n), one after the other.
+typedef struct {
+    const char *at;
+    uint64_t count;       // 0: the file does not have this tensor
+    int rows, n, group;   // group 0: float32; else each matrix is int8 (rows, n), then float32 scales (rows, n / group)
+} Tensor;
+
+enum { TOK, ATT_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, NORM, ROPE, CLS, TENSORS };
+
+// How many tokens of a prompt, a scored text or a draft go through the layers together.
+enum { BATCH = 32 };
+
+typedef struct {
+    float *x;                    // (N, D) the residual stream
+    float *xb;                   // (N, D) normed input of a product; in the end, that of the classifier
+    float *delta;                // (N, [D]) what a residual branch adds
+    float *qkv;                  // (N, [D + 2K])
+    float *hb;                   // (N, [2H]) hidden activations, gate and up side by side
+    float *att;                  // (threads, sharing, [S]) attention weights of the queries that share a key head
+    float *key;                  // (L, n_kv_heads) matrices ([S], hd): the cache of keys, its positions in panels
+    float *value;                // (L, n_kv_heads, S, hd) the cache of values
+    float *rope_cos, *rope_sin;  // (S, hd / 2)
+    float *logits;               // (N, [V])
+    int8_t *q;                   // (N, max(D, H)) rounded input of an int8 product
+    float *scale;                // (N, groups) its scales
+    int32_t *offset;             // (N, groups) its offsets, see quantise
+} State;
+
+// Section 13.
+typedef struct {
+    Matrix rough;         // (V, D) the classifier in int8, one scale per row; .at is NULL where there is no screen
+    float *norm, *error;  // (V,) upper bounds of |w| and of |w - rounded w|
+    bool first_token_done, filled;
+} Screen;
+
+typedef struct {
+    Map file;
+    Config config;
+    Tensor tensor[TENSORS];  // as in the file; norms and token embeddings are read from there
+    Layer *layer;            // (L,)
+    Matrix classifier;       // (V, D)
+    Screen screen;
+    bool greedy;             // only the best logit has to be exact, so the screen may be used
+    State s;
+} Model;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4 Forward pass: tokens -> logits
+
+// out = W x for each of N inputs; x: (N, x_stride), out: (N, [rows]). Section 10.
+static void matmul(const State *s, float *out, const float *x, size_t x_stride, int N, const Matrix *W);
+// s.xb = softmax(q k / sqrt(hd)) v for N tokens from pos on; q in s.qkv, k and v in the cache. Section 11.
+static void attend(Model *m, int layer, int N, int pos);
+// gate = silu(gate) * up, n numbers each; gate and up are neighbours. Section 11.
+static void swiglu(float *gate, const float *up, int n);
+static float sum_of_squares(const float *x, int n);
+// Stores the key and the value of position pos in the cache; k, v: (K,). Section 11.
+static void store_kv(Model *m, int layer, int pos, const float *k, const float *v);
+// s.logits for N inputs; exact, or through the screen of section 13.
+static void classify(Model *m, const float *x, int N);
+// Row `row` of matrix `which` of a tensor; *scale: its scales, if it is int8. Section 5.
+static const char *tensor_row(const Tensor *t, uint64_t which, int row, const char **scale);
+
+static const float *norm_weights(const Model *m, int which, int layer) {
+    return (const float *)(const void *)m->tensor[which].at + (size_t)layer * m->config.dim;
+}
+
+static void embed(const Model *m, int token, float *x) {
+    const Tensor *t = &m->tensor[TOK];
+    const char *scales = NULL, *row = tensor_row(t, 0, token, &scales);
+    const float *scale = (const float *)(const void *)scales;
+    if (!t->group) memcpy(x, row, t->n * sizeof(float));
+    else
+        for (int j = 0; j < t->n; j++) x[j] = (float)(int8_t)row[j] * scale[j / t->group];
+}
+
+static void rmsnorm(float *out, const float *x, const float *weight, int n) {
+    float scale = 1.0f / sqrtf(sum_of_squares(x, n) / (float)n + 1e-5f);
+    for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
+}
+
+static void add(float *x, const float *y, int n) {
+    for (int i = 0; i < n; i++) x[i] += y[i];
+}
+
+
+// Turns each pair (x[2i], x[2i+1]) of each head by its angle. Neighbours are a pair, as in llama2.c; Hugging Face's
+// Llama pairs the two halves of a head instead. cos_row, sin_row: (hd / 2,)
+static void rope(float *x, int n, int head_size, const float *cos_row, const float *sin_row) {
+    for (int head = 0; head < n; head += head_size)
+        for (int i = 0; i < head_size / 2; i++) {
+            float *pair = x + head + 2 * i, a = pair[0], b = pair[1];
+            pair[0] = a * cos_row[i] - b * sin_row[i];
+            pair[1] = a * sin_row[i] + b * cos_row[i];
+        }
+}
+
+// x += wo(attend(wqkv(rmsnorm(x)))) for N tokens from pos on.
+static void attention(Model *m, int layer, int N, int pos) {
+    const Config *c = &m->config;
+    State *s = &m->s;
+    int hd = c->head_size;
+    size_t D = c->dim, width = padded(D + 2 * (size_t)c->kv_dim);
+    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, ATT_NORM, layer), c->dim);
+    matmul(s, s->qkv, s->xb, D, N, &m->layer[layer].qkv);
+    for (int i = 0; i < N; i++) {
+        float *q = s->qkv + i * width, *k = q + c->dim, *v = k + c->kv_dim;
+        size_t angle = (size_t)(pos + i) * (hd / 2);
+        rope(q, c->dim + c->kv_dim, hd, s->rope_cos + angle, s->rope_sin + angle);  // q and k
+        store_kv(m, layer, pos + i, k, v);
+    }
+    attend(m, layer, N, pos);
+    matmul(s, s->delta, s->xb, D, N, &m->layer[layer].wo);
+    for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
+}
+
+// x += w2(silu(w1 x') * w3 x'), x' = rmsnorm(x), for N tokens.
+static void feed_forward(Model *m, int layer, int N) {
+    const Config *c = &m->config;
+    State *s = &m->s;
+    int H = c->hidden_dim;
+    size_t D = c->dim, width = padded(2 * (size_t)H);
+    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, FFN_NORM, layer), c->dim);
+    matmul(s, s->hb, s->xb, D, N, &m->layer[layer].w13);
+    for (int i = 0; i < N; i++) swiglu(s->hb + i * width, s->hb + i * width + H, H);
+    matmul(s, s->delta, s->hb, width, N, &m->layer[layer].w2);
+    for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
+}
+
+// Feeds N <= BATCH tokens at positions pos, pos + 1, ...; 0..pos-1 have been fed. Returns the logits after each of them
+// from `first` on, (N - first, [V]). Nothing has looked at them yet: see checked.
+static const float *forward(Model *m, const int *token, int N, int pos, int first) {
+    const Config *c = &m->config;
+    State *s = &m->s;
+    size_t D = c->dim;
+    for (int i = 0; i < N; i++) embed(m, token[i], s->x + i * D);
+    for (int layer = 0; layer < c->n_layers; layer++) {
+        attention(m, layer, N, pos);
+        feed_forward(m, layer, N);
+    }
+    for (int i = first; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, NORM, 0), c->dim);
+    classify(m, s->xb + first * D, N - first);
+    return s->logits;
+}
+
+// The logits after the token at pos: row `row` of what forward returned. Only logits that are used are checked: a draft
+// that is not accepted must not end a story.
+static const float *checked(const Model *m, int row, int pos) {
+    const float *logits = m->s.logits + row * padded(m->config.vocab_size);
+    if (!all_finite(logits, (size_t)m->config.vocab_size))
+        die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos);
+    return logits;
+}
+
+// Feeds any number of tokens, BATCH at a time. Returns the logits (V,) after the last.
+static const float *feed(Model *m, const int *token, int n, int pos) {
+    for (; n > BATCH; n -= BATCH, token += BATCH, pos += BATCH) forward(m, token, BATCH, pos, BATCH);
+    forward(m, token, n, pos, n - 1);
+    return checked(m, 0, pos + n - 1);
+}
+
+// The first of the largest. Most blocks of PANEL hold no larger number, which one branch-free pass shows.
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 0, end; i < n; i = end) {
+        int any = 0;
+        end = n - i < PANEL ? n : i + PANEL;
+        for (int j = i; j < end; j++) any |= x[j] > x[best];
+        for (int j = i; any && j < end; j++)
+            if (x[j] > x[best]) best = j;
+    }
+    return best;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5 Model file: a header, then the tensors
+
+enum { FIELDS = 7, MAGIC = 0x616b3432, HEADER_V1 = 256, HEADS_MAGIC = 0x64616568 };  // "head"
+
+static uint32_t swap_bytes(uint32_t v) { return v >> 24 | (v >> 8 & 0xff00) | (v << 8 & 0xff0000) | v << 24; }
+
+// The upper bounds are far beyond any model this program is for. They also bound every product below: the largest, the
+// KV cache's L * S * K, has at most 2^(10+24+16) floats, so 64-bit arithmetic cannot overflow.
+static const struct { const char *name; int32_t min, max; } FIELD[FIELDS] = {
+    {"dim", 2, 1 << 16},
+    {"hidden_dim", 1, 1 << 20},
+    {"n_layers", 1, 1 << 10},
+    {"n_heads", 1, 1 << 16},
+    {"n_kv_heads", 1, 1 << 16},
+    {"vocab_size", 3, 1 << 24},  // <unk>, BOS and EOS at least
+    {"seq_len", 1, 1 << 24},
+};
+static Config read_config(const Map *file) {
+    const char *path = file->path;
+    int32_t h[FIELDS], first[2] = {0}, group = 0;
+    size_t size = sizeof h;
+    if (file->n >= sizeof first) memcpy(first, file->at, sizeof first);
+    bool versioned = first[0] == MAGIC;
+    if (first[0] == HEADS_MAGIC) die("%s: is a file of future heads; they go with -d", path);
+    if (versioned && first[1] != 1 && first[1] != 2)
+        die("%s: is a version %d model file; this program reads versions 0, 1 and 2", path, (int)first[1]);
+    if (versioned) size = HEADER_V1;
+    if (file->n < size) die("%s: %zu bytes are too few for a model file's header (%zu)", path, file->n, size);
+    memcpy(h, file->at + (versioned ? sizeof first : 0), sizeof h);
+
+    bool shared = h[5] > 0;  // in version 0 a negative vocabulary size means an unshared classifier
+    if (versioned) shared = file->at[sizeof first + sizeof h] != 0;
+    else if (h[5] < 0 && h[5] != INT32_MIN) h[5] = -h[5];
+    for (int i = 0; i < FIELDS; i++) {
+        if (h[i] >= FIELD[i].min && h[i] <= FIELD[i].max) continue;
+        uint32_t swapped = swap_bytes((uint32_t)h[0]);
+        const char *hint = h[0] > FIELD[0].max && swapped <= (uint32_t)FIELD[0].max ? " (a big-endian file?)" : "";
+        die("%s: %s is %d; expected %d to %d%s", path, FIELD[i].name, (int)h[i], (int)FIELD[i].min,
+            (int)FIELD[i].max, hint);
+    }
+    if (versioned && first[1] == 2) {
+        memcpy(&group, file->at + sizeof first + sizeof h + 1, sizeof group);
+        if (group < 4 || group % 4 || group > MAX_GROUP || h[0] % group || h[1] % group)
+            die("%s: the group size is %d; expected a multiple of 4 that divides dim %d and hidden_dim %d", path,
+                (int)group, (int)h[0], (int)h[1]);
+    }
+    Config c = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], shared, versioned ? first[1] : 0, group, 0, 0, 0};
+    if (c.dim % c.n_heads) die("%s: dim %d is not a multiple of n_heads %d", path, c.dim, c.n_heads);
+    c.head_size = c.dim / c.n_heads;
+    if (c.head_size % 2) die("%s: dim / n_heads is %d; RoPE rotates pairs and needs an even number", path, c.head_size);
+    if (c.n_heads % c.n_kv_heads)
+        die("%s: n_heads %d is not a multiple of n_kv_heads %d", path, c.n_heads, c.n_kv_heads);
+    c.kv_dim = c.n_kv_heads * c.head_size;
+    c.sharing = c.n_heads / c.n_kv_heads;
+    return c;
+}
+
+static const unsigned char ORDER[2][TENSORS] = {
+    {TOK, ATT_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, NORM, ROPE, CLS},  // version 0
+    {ATT_NORM, FFN_NORM, NORM, TOK, WQ, WK, WV, WO, W1, W2, W3, CLS, ROPE},  // versions 1 and 2
+};
+
+// Bytes of that many weights, in a file as in a panel: float32, or int8 and a float32 scale for each group.
+static uint64_t weight_bytes(uint64_t weights, int group) {
+    return group ? weights + weights / group * sizeof(float) : weights * sizeof(float);
+}
+
+static uint64_t matrix_bytes(const Tensor *t) { return weight_bytes((uint64_t)t->rows * t->n, t->group); }
+
+static void map_tensors(const Map *file, const Config *c, Tensor *tensor) {
+    int D = c->dim, H = c->hidden_dim, K = c->kv_dim, V = c->vocab_size, g = c->group;
+    uint64_t L = c->n_layers;
+    const Tensor shape[TENSORS] = {
+        [TOK] = {NULL, 1, V, D, g},
+        [ATT_NORM] = {NULL, L, 1, D, 0},
+        [WQ] = {NULL, L, D, D, g},
+        [WK] = {NULL, L, K, D, g},
+        [WV] = {NULL, L, K, D, g},
+        [WO] = {NULL, L, D, D, g},
+        [FFN_NORM] = {NULL, L, 1, D, 0},
+        [W1] = {NULL, L, H, D, g},
+        [W2] = {NULL, L, D, H, g},
+        [W3] = {NULL, L, H, D, g},
+        [NORM] = {NULL, 1, 1, D, 0},
+        [ROPE] = {NULL, c->version == 0, c->seq_len, c->head_size, 0},  // the exporter's tables; fill_rope computes them
+        [CLS] = {NULL, !c->shared_classifier, V, D, g},
+    };
+    memcpy(tensor, shape, sizeof shape);
+    uint64_t bytes = c->version ? HEADER_V1 : FIELDS * sizeof(int32_t);
+    for (int i = 0; i < TENSORS; i++) {
+        Tensor *t = &tensor[ORDER[c->version > 0][i]];
+        t->at = file->at + (bytes < file->n ? bytes : file->n);
+        bytes += t->count * matrix_bytes(t);
+    }
+    if (bytes != file->n)
+        die("%s: the file has %zu bytes; its header (version %d, dim %d, hidden_dim %d, n_layers %d, n_heads %d, "
+            "n_kv_heads %d, vocab_size %d, seq_len %d) asks for %llu", file->path, file->n, c->version, D, H,
+            c->n_layers, c->n_heads, c->n_kv_heads, V, c->seq_len, (unsigned long long)bytes);
+}
+
+static const char *tensor_row(const Tensor *t, uint64_t which, int row, const char **scale) {
+    const char *matrix = t->at + which * matrix_bytes(t);
+    if (!t->group) return matrix + (size_t)row * t->n * sizeof(float);
+    *scale = matrix + (size_t)t->rows * t->n + (size_t)row * (t->n / t->group) * sizeof(float);
+    return matrix + (size_t)row * t->n;
+}
+
+// What a matrix in memory is made of: matrix `which` of up to three tensors, one below the other.
+typedef struct {
+    Matrix *to;
+    uint64_t which;
+    const Tensor *part[3];
+} Packing;
+
+// Section 10.
+static Matrix new_matrix(int rows, int n, int group);
+static void interleave(const Matrix *m, int p, const char *const *row, const char *const *scale, int count);
+static void quantise(const float *x, int n, int group, int8_t *q, float *scale, int32_t *offset);
+// Section 12.
+enum { MAX_THREADS = 64 };
+typedef void Work(void *context, int piece, int thread);
+static void parallel(Work *work, void *context, int pieces, double cost);
+static void start_threads(int threads);
+static int n_threads(void);
+
+// Float32 tensors may become int8, a scale per row: heads do, see load_heads.
+static void pack_panel(void *packing, int p, int thread) {
+    const Packing *a = packing;
+    const Matrix *m = a->to;
+    (void)thread;
+    const char *row[PANEL], *scale[PANEL];
+    int count = m->rows - p * PANEL < PANEL ? m->rows - p * PANEL : PANEL;
+    for (int r = 0; r < count; r++) {
+        int index = p * PANEL + r, part = 0;
+        while (index >= a->part[part]->rows) index -= a->part[part++]->rows;
+        row[r] = tensor_row(a->part[part], a->which, index, &scale[r]);
+    }
+    if (m->group == a->part[0]->group) {
+        interleave(m, p, row, scale, count);
+        return;
+    }
+    int8_t *q = allocate((uint64_t)PANEL * m->n, 1, "rounded weights");
+    float rounded[PANEL];
+    for (int r = 0; r < count; r++) {
+        int8_t *to = q + (size_t)r * m->n;
+        int32_t unused;
+        quantise((const float *)(const void *)row[r], m->n, m->n, to, &rounded[r], &unused);
+        row[r] = (const char *)to;
+        scale[r] = (const char *)&rounded[r];
+    }
+    interleave(m, p, row, scale, count);
+    free(q);
+}
+
+static int whole_row(int n) { return n % 4 || n > MAX_GROUP ? 0 : n; }  // as a group, if it can be one
+
+static Matrix pack(Packing a, int group) {
+    int rows = 0;
+    for (int i = 0; i < 3 && a.part[i]; i++) rows += a.part[i]->rows;
+    Matrix m = new_matrix(rows, a.part[0]->n, group);
+    a.to = &m;
+    parallel(pack_panel, &a, (int)panels(rows), (double)rows * m.n);
+    return m;
+}
+
+static void pack_weights(Model *m) {
+    const Tensor *t = m->tensor, *cls = &t[m->config.shared_classifier ? TOK : CLS];
+    int g = m->config.group;
+    m->layer = allocate(m->config.n_layers, sizeof *m->layer, "the layers");
+    for (int l = 0; l < m->config.n_layers; l++)
+        m->layer[l] = (Layer){pack((Packing){.which = l, .part = {&t[WQ], &t[WK], &t[WV]}}, g),
+                              pack((Packing){.which = l, .part = {&t[WO]}}, g),
+                              pack((Packing){.which = l, .part = {&t[W1], &t[W3]}}, g),
+                              pack((Packing){.which = l, .part = {&t[W2]}}, g)};
+    m->classifier = pack((Packing){.part = {cls}}, g);
+}
+
+static void fill_rope(const Config *c, State *s) {
+    int half = c->head_size / 2;
+    for (int i = 0; i < half; i++) {
+        // In double: the powf of -ffast-math is off by enough to shift late positions' logits by 1e-4.
+        float frequency = (float)(1.0 / pow(10000.0, (double)(2 * i) / c->head_size));
+        for (int pos = 0; pos < c->seq_len; pos++) {
+            float angle = (float)pos * frequency;
+            s->rope_cos[(size_t)pos * half + i] = cosf(angle);
+            s->rope_sin[(size_t)pos * half + i] = sinf(angle);
+        }
+    }
+}
+
+static State new_state(const Config *c) {
+    uint64_t D = c->dim, H = c->hidden_dim, K = c->kv_dim, L = c->n_layers, widest = D > H ? D : H, S = c->seq_len;
+    uint64_t rope = S * (c->head_size / 2);
+    size_t f = sizeof(float);
+    const char *what = "the activations";
+    State s = {
+        .key = buffer(L * padded(S) * K, f, "the cache of keys"),
+        .value = buffer(L * S * K, f, "the cache of values"),
+        .rope_cos = buffer(rope, f, "the RoPE table"),
+        .rope_sin = buffer(rope, f, "the RoPE table"),
+        .att = buffer(n_threads() * c->sharing * padded(S), f, "the attention weights"),
+        .x = buffer(BATCH * D, f, what),
+        .xb = buffer(BATCH * D, f, what),
+        .delta = buffer(BATCH * padded(D), f, what),
+        .qkv = buffer(BATCH * padded(D + 2 * K), f, what),
+        .hb = buffer(BATCH * padded(2 * H), f, what),
+        .logits = buffer(BATCH * padded(c->vocab_size), f, "the logits"),
+        .q = buffer(BATCH * widest, 1, what),
+        .scale = buffer(BATCH * widest, f, what),
+        .offset = buffer(BATCH * widest, sizeof(int32_t), what),
+    };
+    fill_rope(c, &s);
+    return s;
+}
+static void new_screen(Model *m);  // section 13
+enum { BYTES_PER_THREAD = 4 << 20 };
+
+// threads: 0 chooses by the size of the file, which is about what is read for each token.
+static Model load_model(const char *path, bool greedy, int threads) {
+    Model m = {.file = map_file(path, "model file"), .greedy = greedy};
+    m.config = read_config(&m.file);
+    map_tensors(&m.file, &m.config, m.tensor);
+    if (threads == 0) {
+        uint64_t worth = m.file.n / BYTES_PER_THREAD + 1, most = processors();
+        if (most > MAX_THREADS) most = MAX_THREADS;
+        threads = (int)(worth < most ? worth : most);
+    }
+    start_threads(threads);
+    pack_weights(&m);
+    if (m.greedy) new_screen(&m);
+    m.s = new_state(&m.config);
+    return m;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6 Tokenizer file: int32 longest token in bytes; then for each id: float32 score, int32 length, bytes
+
+enum { BOS = 1, EOS = 2, FIRST_BYTE = 3, FIRST_PIECE = FIRST_BYTE + 256 };  // ids; 0 is <unk>, byte b is FIRST_BYTE + b
 
 typedef struct {
     const char *at;  // points into the mapped file; may hold any bytes, NUL too
@@ -255,7 +782,7 @@ static bool has_byte_tokens(const Tokenizer *t) {
         char name[8];
         int n = snprintf(name, sizeof name, "<0x%02X>", (unsigned)b);
         const Piece *p = &t->piece[FIRST_BYTE + b];
-        // A vocabulary of bytes alone writes the space as itself, so that the space before a text finds it.
+        // A byte-level vocabulary writes the space as itself, so that the space before a text finds it.
         if (compare_bytes(p->at, p->n, name, n) != 0 && !(b == ' ' && is_space_piece(p))) return false;
     }
     return true;
@@ -310,8 +837,8 @@ static Tokenizer load_tokenizer(const char *path, int vocab_size) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Text -> tokens: byte pair encoding as SentencePiece does it (identity normalisation, dummy prefix, byte fallback).
-// The text is cut into characters; then the neighbours whose union has the best score merge, again and again.
+// 7 Encoding: text -> tokens. Byte pair encoding as SentencePiece does it (identity normalisation, dummy prefix, byte
+// fallback). The text is cut into characters; then the neighbours whose union has the best score merge, again and again.
 
 typedef struct {
     int start, n;    // bytes of the text; n == 0: merged into the symbol on its left
@@ -321,7 +848,7 @@ typedef struct {
 typedef struct {
     float score;
     int left, right; // symbols
-    int n;           // bytes of both; when that is no longer so, one of them has merged and this candidate is stale
+    int n;           // bytes of both; if they no longer add up to it, one of them has merged since: skip this one
 } Merge;
 
 typedef struct {
@@ -361,7 +888,7 @@ static int character_length(const unsigned char *p, size_t left) {
     return n;
 }
 
-// SentencePiece writes a space as U+2581 inside, so for it the two are one; tokenizer files have plain spaces.
+// Inside SentencePiece a space is U+2581, so it treats both alike; tokenizer files have plain spaces.
 // A space goes in front of every text, so that a word at the start is the same token as in the middle.
 static Text normalise(const Tokenizer *t, const char *text, size_t n) {
     Text out = {0};
@@ -375,7 +902,7 @@ static Text normalise(const Tokenizer *t, const char *text, size_t n) {
     return out;
 }
 
-// A candidate needs no token on either side, only for their union: that is SentencePiece's rule.
+// SentencePiece's rule: only the union has to be a token, neither side does.
 static void propose(const Tokenizer *t, const char *text, const Symbol *symbol, int left, int right, Heap *heap) {
     if (left < 0 || right < 0) return;
     int n = symbol[left].n + symbol[right].n;
@@ -418,7 +945,7 @@ typedef struct {
     int n;
 } Tokens;
 
-// BOS and the tokens of a text. Time n log n, so that a whole book may come in as one text.
+// BOS and the tokens of a text. Takes n log n time, so a whole book may come in as one text.
 static Tokens encode(const Tokenizer *t, const char *bytes, size_t n_bytes) {
     // 8: the heap holds up to 3 candidates for each byte, and the children of i are at 2i + 2
     if (n_bytes > INT_MAX / 8) die("a text of %zu bytes is too long: at most %d", n_bytes, INT_MAX / 8);
@@ -447,102 +974,113 @@ static Tokens encode(const Tokenizer *t, const char *bytes, size_t n_bytes) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Threads. A product of a small model is over sooner than a sleeping thread wakes, so workers spin for the next one.
+// 8 Sampling: logits -> next token. The order of operations is llama2.c's: the same seed gives the same story.
 
-typedef void Work(void *context, int piece, int thread);
+static void softmax(float *x, int n);
 
-enum { MAX_THREADS = 64, SPINS = 4000, YIELDS = 1000 };
-enum { PARALLEL_FROM = 1 << 15 };  // multiply-adds; for fewer, the meeting of the threads costs more than it saves
+typedef struct {
+    float probability;
+    int id;
+} Candidate;
 
-static struct {
-    int threads;                  // the caller among them
-    Work *work;                   // of this round
-    void *context;
-    atomic_uint_fast64_t ticket;  // round << 32 | pieces that nobody has taken
-    atomic_int left;              // pieces that are not done
-} pool = {.threads = 1};
+typedef struct {
+    int vocab_size;
+    float temperature;     // 0: always the best token
+    float top_p;           // keep the best tokens whose probabilities add up to this; 0 or 1: keep all
+    uint64_t state;        // of the random numbers; never 0
+    float *probability;    // ([V],)
+    Candidate *candidate;  // (V,)
+} Sampler;
 
-// Takes a part of the pieces that are left, and does them; false if there are none. What a thread does not come to,
-// because another program has its processor, the others do. Of an older round nothing can be taken: its ticket is gone.
-static bool take_share(int thread) {
-    uint_fast64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
-    int left, n;
-    do {
-        left = (int)(ticket & 0xffffffffu);
-        n = (left + 2 * pool.threads - 1) / (2 * pool.threads);
-        if (left == 0) return false;
-    } while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - (unsigned)n, memory_order_acq_rel,
-                                                    memory_order_acquire));
-    for (int i = left - n; i < left; i++) pool.work(pool.context, i, thread);
-    atomic_fetch_sub_explicit(&pool.left, n, memory_order_release);
-    return true;
+// xorshift64*, 24 bits of it: uniform in [0, 1)
+static float random_f32(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    uint32_t bits = (uint32_t)((*state * 0x2545F4914F6CDD1Dull) >> 32);
+    return (float)(bits >> 8) / 16777216.0f;
 }
 
-// Waits a moment: at first in a few cycles, then giving way to other programs, then, when nothing has come for so long
-// that somebody must be typing, asleep.
-static void wait_a_moment(int tries) {
-    if (tries >= SPINS + YIELDS) nanosleep(&(struct timespec){0, 200000}, NULL);
-    else if (tries >= SPINS) sched_yield();
-#if defined __x86_64__ || defined __i386__
-    else __builtin_ia32_pause();
-#endif
-}
-
-static void *worker(void *thread) {
-    for (int tries = 0;; tries += tries < INT_MAX) {
-        if (take_share((int)(intptr_t)thread)) tries = 0;
-        else wait_a_moment(tries);
+static int sample_all(const float *probability, int n, float coin) {
+    float sum = 0.0f;
+    for (int i = 0; i < n; i++) {
+        sum += probability[i];
+        if (coin < sum) return i;
     }
-    return NULL;
+    return n - 1;  // the sum fell short of 1 by rounding
 }
 
-static void start_threads(int threads) {
-    pool.threads = threads;
-    for (int i = 1; i < threads; i++) {
-        pthread_t id;
-        if (pthread_create(&id, NULL, worker, (void *)(intptr_t)i)) die("cannot start %d threads; try -j 1", threads);
-    }
+static int best_first(const void *pa, const void *pb) {
+    const Candidate *a = pa, *b = pb;
+    if (a->probability != b->probability) return a->probability > b->probability ? -1 : 1;
+    return (a->id > b->id) - (a->id < b->id);
 }
 
-// work(context, i, thread) for each i below `pieces`, on all threads if it is worth that: cost is in multiply-adds.
-static void parallel(Work *work, void *context, int pieces, double cost) {
-    if (pool.threads == 1 || pieces == 1 || cost < PARALLEL_FROM) {
-        for (int i = 0; i < pieces; i++) work(context, i, 0);
-        return;
-    }
-    pool.work = work;
-    pool.context = context;
-    atomic_store_explicit(&pool.left, pieces, memory_order_relaxed);
-    uint_fast64_t round = atomic_load_explicit(&pool.ticket, memory_order_relaxed) >> 32;
-    atomic_store_explicit(&pool.ticket, (round + 1) << 32 | (unsigned)pieces, memory_order_release);
-    while (take_share(0)) continue;
-    for (int tries = 0; atomic_load_explicit(&pool.left, memory_order_acquire); tries++) wait_a_moment(tries);
+static int sample_top_p(const Sampler *s, float coin) {
+    // A token below this cannot be kept: all that are, V - 1 at most, would not fill the tail of 1 - p.
+    float cutoff = (1.0f - s->top_p) / (float)(s->vocab_size - 1);
+    Candidate *candidate = s->candidate;
+    int n = 0;
+    for (int i = 0; i < s->vocab_size; i++)
+        if (s->probability[i] >= cutoff) candidate[n++] = (Candidate){s->probability[i], i};
+    if (n == 0) return argmax(s->probability, s->vocab_size);  // a flat distribution and a p below 1/V
+    qsort(candidate, (size_t)n, sizeof *candidate, best_first);
+
+    float kept = 0.0f;
+    int last = 0;
+    for (; last < n; last++)
+        if ((kept += candidate[last].probability) > s->top_p) break;
+    if (last == n) last = n - 1;
+
+    float r = coin * kept, sum = 0.0f;
+    for (int i = 0; i < last; i++)
+        if (r < (sum += candidate[i].probability)) return candidate[i].id;
+    return candidate[last].id;
+}
+
+static int sample(Sampler *s, const float *logits) {
+    int V = s->vocab_size;
+    if (s->temperature == 0.0f) return argmax(logits, V);
+    for (int i = 0; i < V; i++) s->probability[i] = logits[i] / s->temperature;
+    float coin = random_f32(&s->state);
+    if (!all_finite(s->probability, (size_t)V)) return argmax(logits, V);  // logits / temperature overflowed
+    softmax(s->probability, V);
+    return s->top_p <= 0.0f || s->top_p >= 1.0f ? sample_all(s->probability, V, coin) : sample_top_p(s, coin);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrices. W, (rows, n), lies in panels of PANEL rows that are interleaved by column, so that a register holds many
-// rows' weights for one input: a product needs no horizontal sums, and reads the weights in one stream.
-//   float32  each column of a panel is 64 floats, one for each row
-//   int8     columns go by fours, 64 rows of 4 bytes, each a weight + 128; after the columns of a group come the rows'
-//            64 scales as floats. A weight is (byte - 128) * scale; inputs are rounded in the same groups.
+// 9 Printing: tokens -> text
+
+static void flush_output(void) {
+    if (fflush(stdout) != 0 || ferror(stdout)) die("cannot write to standard output: %s", strerror(errno));
+}
+
+// Prints token `id`, which follows `previous`.
+static void print_token(const Tokenizer *t, int previous, int id) {
+    Piece p = t->piece[id];
+    if (previous == BOS && p.n > 0 && p.at[0] == ' ') {  // encode put that space in front
+        p.at++;
+        p.n--;
+    } else if (t->byte_fallback && id >= FIRST_BYTE && id < FIRST_PIECE) {
+        p.at = &t->byte[id - FIRST_BYTE];
+        p.n = 1;
+    }
+    unsigned char first = p.n > 0 ? (unsigned char)p.at[0] : 0;
+    // A control code could upset the terminal. Bytes from 0x80 on are parts of UTF-8 characters.
+    if (p.n == 1 && first < 0x80 && !isprint(first) && !isspace(first)) return;
+    fwrite(p.at, 1, (size_t)p.n, stdout);
+    flush_output();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10 Products. W, (rows, n), is kept in panels of PANEL rows that are interleaved by column, so that a register holds
+// many rows' weights for one input: a product needs no horizontal sums and reads the weights as one stream.
+//   float32  each column of a panel is 64 floats, one per row
+//   int8     columns go by fours, 64 rows of 4 bytes, each a weight + 128. The 64 rows' scales, floats, follow the columns
+//            of each group. A weight is (byte - 128) * scale; inputs are rounded in the same groups.
 // Rows beyond the last are zero.
 
-enum { PANEL = 64, COLUMNS = 4, MAX_GROUP = 1 << 15 };  // the last: so that sums of int8 products fit 32 bits
-
-typedef struct {
-    char *at;   // panels(rows) of panel_bytes each
-    int rows, n;
-    int group;  // columns that share a scale, a multiple of 4; 0: float32
-} Matrix;
-
-static uint64_t panels(uint64_t rows) { return (rows + PANEL - 1) / PANEL; }
-
-static uint64_t padded(uint64_t rows) { return panels(rows) * PANEL; }
-
-// Of so many weights, in a file as in a panel: float32, or int8 and a float32 scale for each group.
-static uint64_t weight_bytes(uint64_t weights, int group) {
-    return group ? weights + weights / group * sizeof(float) : weights * sizeof(float);
-}
+enum { COLUMNS = 4 };  // inputs that meet a panel together
 
 static size_t panel_bytes(const Matrix *m) { return (size_t)weight_bytes((uint64_t)m->n * PANEL, m->group); }
 
@@ -552,8 +1090,8 @@ static Matrix new_matrix(int rows, int n, int group) {
     return m;
 }
 
-// Writes panel p: row[r] is n float32 or n int8, scale[r] the latter's n / group scales; count rows, the last panel's
-// may be fewer than PANEL.
+// Writes panel p from `count` rows; the last panel may have fewer than PANEL. row[r]: n float32 or n int8; scale[r]: the
+// latter's n / group scales.
 static void interleave(const Matrix *m, int p, const char *const *row, const char *const *scale, int count) {
     char *to = m->at + p * panel_bytes(m);
     size_t unit = 4;  // bytes that stay together: one float or four int8
@@ -571,12 +1109,12 @@ static void interleave(const Matrix *m, int p, const char *const *row, const cha
     }
 }
 
-// Rounds x, (n,), to q * scale with q in -127..127 and one scale for each group. offset: minus what the 128 in every
-// weight byte adds to the group's sum of products. A scale of NaN says that a number was not finite.
+// Rounds x, (n,), to q * scale with q in -127..127 and one scale for each group. offset undoes what
+// the 128 in every weight byte adds to a group's sum of products. A scale of NaN means that a number was not finite.
 static void quantise(const float *restrict x, int n, int group, int8_t *restrict q, float *restrict scale,
                      int32_t *restrict offset) {
     for (int g = 0; g < n / group; g++, x += group, q += group) {
-        uint32_t max_bits = 0;  // of |x|: as integers they are in the same order, and NaN is above all
+        uint32_t max_bits = 0;  // of |x|: ordered as the floats are, NaN above all
         for (int i = 0; i < group; i++) {
             uint32_t bits;
             memcpy(&bits, x + i, sizeof bits);
@@ -591,35 +1129,12 @@ static void quantise(const float *restrict x, int n, int group, int8_t *restrict
         scale[g] = tiny ? 0.0f : max / 127.0f;
         int32_t sum = 0;
         for (int i = 0; i < group; i++) {
-            int v = finite ? (int)(x[i] * inverse + 128.5f) - 128 : 0;  // truncation rounds down where all are positive
+            int v = finite ? (int)(x[i] * inverse + 128.5f) - 128 : 0;  // positive before truncation, so it rounds down
             q[i] = (int8_t)v;
             sum += v;
         }
         offset[g] = -128 * sum;
     }
-}
-
-#if defined SCALAR
-enum { WIDTH = 1, REGISTERS = 8 };  // one number at a time, to compare with
-#elif defined __AVX512F__
-enum { WIDTH = 16, REGISTERS = 16 };  // numbers in a register; registers for sums, half of those there are
-#elif defined __AVX__
-enum { WIDTH = 8, REGISTERS = 8 };
-#else
-enum { WIDTH = 4, REGISTERS = 8 };
-#endif
-typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))  // for functions whose loop bounds are literals
-
-// sum plus, in each lane, the products of four unsigned bytes of w with the four signed bytes of x
-INLINE Ints dot4(Ints sum, Ints w, int32_t x) {
-#if defined __AVX512VNNI__ && defined __AVX512F__ && !defined SCALAR
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
-#else
-    return sum + (w & 255) * (int8_t)x + (w >> 8 & 255) * (int8_t)(x >> 8) + (w >> 16 & 255) * (int8_t)(x >> 16) +
-           (w >> 24 & 255) * (int8_t)(x >> 24);
-#endif
 }
 
 typedef struct {
@@ -634,7 +1149,7 @@ typedef struct {
 } Product;
 
 // out = R registers of rows, from row `first` of the panel on, times C inputs. Each sum has the same terms in the same
-// order whatever C is, so a token's numbers do not depend on how many go together.
+// order whatever C is, so a token's numbers do not depend on its batch.
 INLINE void multiply_floats(const Product *a, const char *panel, int first, float *out, int input, int R, int C) {
     Floats sum[8][COLUMNS];
     for (int r = 0; r < R; r++)
@@ -680,7 +1195,7 @@ INLINE void multiply_int8(const Product *a, const char *panel, int first, float 
             *(Floats *)(void *)(out + c * padded(a->W->rows) + first + r * WIDTH) = sum[r][c];
 }
 
-INLINE int fitting(int registers, int C) {  // registers of rows for C inputs, if there are so many for sums
+INLINE int fitting(int registers, int C) {  // how many registers of rows fit for C inputs
     int R = registers / (C == 3 ? 4 : C);
     return R < 1 ? 1 : R > PANEL / WIDTH ? PANEL / WIDTH : R;
 }
@@ -689,7 +1204,7 @@ INLINE void multiply_columns(const Product *a, int p, int input, int C) {
     const char *panel = a->W->at + p * panel_bytes(a->W);
     float *out = a->out + input * padded(a->W->rows) + (size_t)p * PANEL;
     if (a->W->group) {
-        const int R = fitting(WIDTH == 16 ? REGISTERS : REGISTERS / 2, C);  // the sums of floats may wait in the cache
+        const int R = fitting(WIDTH == 16 ? REGISTERS : REGISTERS / 2, C);  // int8: half for sums of ints, the floats may spill
         for (int first = 0; first < PANEL; first += R * WIDTH) multiply_int8(a, panel, first, out, input, R, C);
     } else {
         const int R = fitting(REGISTERS, C);
@@ -697,7 +1212,7 @@ INLINE void multiply_columns(const Product *a, int p, int input, int C) {
     }
 }
 
-// Panel p of out = W x, for each of N inputs: it stays in the cache while all of them meet it.
+// Panel p of out = W x for each of N inputs. It stays in the cache for all of them.
 static void multiply_panel(void *product, int p, int thread) {
     const Product *a = product;
     (void)thread;
@@ -710,325 +1225,6 @@ static void multiply_panel(void *product, int p, int thread) {
         }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Model file: llama2.c's versions 0 and 1 (float32) and 2 (int8). A header, then the tensors.
-
-typedef struct {
-    int dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len;
-    bool shared_classifier;  // the output layer is the token embedding
-    int version, group;      // group: as in Matrix
-    int head_size, kv_dim;   // derived
-    int sharing;             // query heads for each key head
-} Config;
-
-enum { TOK, ATT_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, NORM, ROPE, CLS, TENSORS };
-static const unsigned char ORDER[2][TENSORS] = {
-    {TOK, ATT_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, NORM, ROPE, CLS},  // version 0
-    {ATT_NORM, FFN_NORM, NORM, TOK, WQ, WK, WV, WO, W1, W2, W3, CLS, ROPE},  // versions 1 and 2
-};
-
-typedef struct {
-    const char *at;              // in the mapped file
-    uint64_t count;              // matrices, one after the other; 0: the file does not have it
-    int rows, n, group;          // of each; int8 (rows, n), then float32 (rows, n / group), where group is not 0
-} Tensor;
-
-typedef struct {
-    Matrix qkv;  // (D + 2K, D)  wq, wk, wv on top of each other
-    Matrix wo;   // (D, D)
-    Matrix w13;  // (2H, D)  w1 on top of w3
-    Matrix w2;   // (D, H)
-} Layer;
-
-// The classifier rounded to int8, with what bounds the error of that: the best of a large vocabulary is found without
-// reading most of it in float32.
-typedef struct {
-    Matrix rough;         // (V, D), a scale for each row; .at is NULL where there is none
-    float *norm, *error;  // (V,) at least |w| and |w - rounded w| of each row
-} Screen;
-
-// How many tokens of a prompt, a scored text or a draft go through the layers together.
-enum { BATCH = 32 };
-
-// Products write whole panels, so their outputs have room for a multiple of PANEL; [n] stands for n rounded up so.
-// N is the number of tokens in hand, at most BATCH.
-typedef struct {
-    float *x;                    // (N, D) the residual stream
-    float *xb;                   // (N, D) normed, then after attention; in the end, what the classifier reads
-    float *delta;                // (N, [D]) what a residual branch adds
-    float *qkv;                  // (N, [D + 2K])
-    float *hb;                   // (N, [2H]) hidden activations, gate and up side by side
-    float *att;                  // (threads, n_heads / n_kv_heads, [S]) attention weights of one key head's queries
-    float *key;                  // (L, n_kv_heads) matrices ([S], hd): the cache of keys, its positions in panels
-    float *value;                // (L, n_kv_heads, S, hd) the cache of values
-    float *rope_cos, *rope_sin;  // (S, hd / 2)
-    float *logits;               // (N, [V])
-    int8_t *q;                   // (N, max(D, H)) rounded inputs of an int8 product
-    float *scale;                // (N, max(D, H)) at most
-    int32_t *offset;             // (N, max(D, H)) at most
-} State;
-
-typedef struct {
-    Map file;
-    Config config;
-    Tensor tensor[TENSORS];  // as in the file
-    Layer *layer;            // (L,) repacked
-    Matrix classifier;       // (V, D) repacked
-    Screen screen;
-    bool greedy;             // only the best of the logits is wanted, so the screen may be used
-    State s;
-} Model;
-
-enum { FIELDS = 7, MAGIC = 0x616b3432, HEADER_V1 = 256, HEADS_MAGIC = 0x64616568 };  // the last: "head"
-
-static uint32_t swap_bytes(uint32_t v) { return v >> 24 | (v >> 8 & 0xff00) | (v << 8 & 0xff0000) | v << 24; }
-
-// The upper bounds are far beyond any model this program is for. They also bound every product below: the largest, the
-// KV cache's L * S * K, has at most 2^(10+24+16) floats, so 64-bit arithmetic cannot overflow.
-static const struct { const char *name; int32_t min, max; } FIELD[FIELDS] = {
-    {"dim", 2, 1 << 16},
-    {"hidden_dim", 1, 1 << 20},
-    {"n_layers", 1, 1 << 10},
-    {"n_heads", 1, 1 << 16},
-    {"n_kv_heads", 1, 1 << 16},
-    {"vocab_size", 3, 1 << 24},  // <unk>, BOS and EOS at least
-    {"seq_len", 1, 1 << 24},
-};
-
-static Config read_config(const Map *file) {
-    const char *path = file->path;
-    int32_t h[FIELDS], first[2] = {0}, group = 0;
-    size_t size = sizeof h;
-    if (file->n >= sizeof first) memcpy(first, file->at, sizeof first);
-    bool versioned = first[0] == MAGIC;
-    if (first[0] == HEADS_MAGIC) die("%s: is a file of future heads; they go with -d", path);
-    if (versioned && first[1] != 1 && first[1] != 2)
-        die("%s: is a version %d model file; this program reads versions 0, 1 and 2", path, (int)first[1]);
-    if (versioned) size = HEADER_V1;
-    if (file->n < size) die("%s: %zu bytes are too few for a model file's header (%zu)", path, file->n, size);
-    memcpy(h, file->at + (versioned ? sizeof first : 0), sizeof h);
-
-    bool shared = h[5] > 0;  // in version 0 a negative vocabulary size says: the classifier has weights of its own
-    if (versioned) shared = file->at[sizeof first + sizeof h] != 0;
-    else if (h[5] < 0 && h[5] != INT32_MIN) h[5] = -h[5];
-    for (int i = 0; i < FIELDS; i++) {
-        if (h[i] >= FIELD[i].min && h[i] <= FIELD[i].max) continue;
-        uint32_t swapped = swap_bytes((uint32_t)h[0]);
-        const char *hint = h[0] > FIELD[0].max && swapped <= (uint32_t)FIELD[0].max ? " (a big-endian file?)" : "";
-        die("%s: %s is %d; expected %d to %d%s", path, FIELD[i].name, (int)h[i], (int)FIELD[i].min,
-            (int)FIELD[i].max, hint);
-    }
-    if (versioned && first[1] == 2) {
-        memcpy(&group, file->at + sizeof first + sizeof h + 1, sizeof group);
-        if (group < 4 || group % 4 || group > MAX_GROUP || h[0] % group || h[1] % group)
-            die("%s: the group size is %d; expected a multiple of 4 that divides dim %d and hidden_dim %d", path,
-                (int)group, (int)h[0], (int)h[1]);
-    }
-    Config c = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], shared, versioned ? first[1] : 0, group, 0, 0, 0};
-    if (c.dim % c.n_heads) die("%s: dim %d is not a multiple of n_heads %d", path, c.dim, c.n_heads);
-    c.head_size = c.dim / c.n_heads;
-    if (c.head_size % 2) die("%s: dim / n_heads is %d; RoPE rotates pairs and needs an even number", path, c.head_size);
-    if (c.n_heads % c.n_kv_heads)
-        die("%s: n_heads %d is not a multiple of n_kv_heads %d", path, c.n_heads, c.n_kv_heads);
-    c.kv_dim = c.n_kv_heads * c.head_size;
-    c.sharing = c.n_heads / c.n_kv_heads;
-    return c;
-}
-
-static uint64_t matrix_bytes(const Tensor *t) { return weight_bytes((uint64_t)t->rows * t->n, t->group); }
-
-static void map_tensors(const Map *file, const Config *c, Tensor *tensor) {
-    int D = c->dim, H = c->hidden_dim, K = c->kv_dim, V = c->vocab_size, g = c->group;
-    uint64_t L = c->n_layers;
-    const Tensor shape[TENSORS] = {
-        [TOK] = {NULL, 1, V, D, g},
-        [ATT_NORM] = {NULL, L, 1, D, 0},
-        [WQ] = {NULL, L, D, D, g},
-        [WK] = {NULL, L, K, D, g},
-        [WV] = {NULL, L, K, D, g},
-        [WO] = {NULL, L, D, D, g},
-        [FFN_NORM] = {NULL, L, 1, D, 0},
-        [W1] = {NULL, L, H, D, g},
-        [W2] = {NULL, L, D, H, g},
-        [W3] = {NULL, L, H, D, g},
-        [NORM] = {NULL, 1, 1, D, 0},
-        [ROPE] = {NULL, c->version == 0, c->seq_len, c->head_size, 0},  // the exporter's tables; we compute our own
-        [CLS] = {NULL, !c->shared_classifier, V, D, g},
-    };
-    memcpy(tensor, shape, sizeof shape);
-    uint64_t bytes = c->version ? HEADER_V1 : FIELDS * sizeof(int32_t);
-    for (int i = 0; i < TENSORS; i++) {
-        Tensor *t = &tensor[ORDER[c->version > 0][i]];
-        t->at = file->at + (bytes < file->n ? bytes : file->n);
-        bytes += t->count * matrix_bytes(t);
-    }
-    if (bytes != file->n)
-        die("%s: the file has %zu bytes; its header (version %d, dim %d, hidden_dim %d, n_layers %d, n_heads %d, "
-            "n_kv_heads %d, vocab_size %d, seq_len %d) asks for %llu", file->path, file->n, c->version, D, H,
-            c->n_layers, c->n_heads, c->n_kv_heads, V, c->seq_len, (unsigned long long)bytes);
-}
-
-static const float *norm_weights(const Model *m, int which, int layer) {
-    return (const float *)(const void *)m->tensor[which].at + (size_t)layer * m->config.dim;
-}
-
-// Row `row` of matrix `which` of a tensor, and its scales.
-static const char *tensor_row(const Tensor *t, uint64_t which, int row, const char **scale) {
-    const char *matrix = t->at + which * matrix_bytes(t);
-    if (!t->group) return matrix + (size_t)row * t->n * sizeof(float);
-    *scale = matrix + (size_t)t->rows * t->n + (size_t)row * (t->n / t->group) * sizeof(float);
-    return matrix + (size_t)row * t->n;
-}
-
-// What a matrix is repacked from: matrix `which` of up to three tensors, one below the other.
-typedef struct {
-    Matrix *to;
-    uint64_t which;
-    const Tensor *part[3];
-    const Screen *bounds;  // to note the error in, where float32 is rounded to int8; or NULL
-} Packing;
-
-static double distance(const float *x, const int8_t *q, float scale, int n) {  // |x - q * scale|
-    double sum = 0.0;
-    for (int j = 0; j < n; j++) sum += ((double)x[j] - (double)q[j] * scale) * ((double)x[j] - (double)q[j] * scale);
-    return sqrt(sum);
-}
-
-static void pack_panel(void *packing, int p, int thread) {
-    const Packing *a = packing;
-    const Matrix *m = a->to;
-    (void)thread;
-    const char *row[PANEL], *scale[PANEL];
-    int count = m->rows - p * PANEL < PANEL ? m->rows - p * PANEL : PANEL;
-    for (int r = 0; r < count; r++) {
-        int index = p * PANEL + r, part = 0;
-        while (index >= a->part[part]->rows) index -= a->part[part++]->rows;
-        row[r] = tensor_row(a->part[part], a->which, index, &scale[r]);
-    }
-    if (m->group == a->part[0]->group) {
-        interleave(m, p, row, scale, count);
-        return;
-    }
-    int8_t *q = allocate((uint64_t)PANEL * m->n, 1, "rounded weights");
-    float rounded[PANEL];
-    for (int r = 0; r < count; r++) {
-        const float *w = (const float *)(const void *)row[r];
-        int8_t *to = q + (size_t)r * m->n;
-        int32_t unused;
-        quantise(w, m->n, m->n, to, &rounded[r], &unused);
-        row[r] = (const char *)to;
-        scale[r] = (const char *)&rounded[r];
-        if (!a->bounds) continue;
-        float error = 1.001f * (float)distance(w, to, rounded[r], m->n);
-        a->bounds->error[p * PANEL + r] = error;
-        a->bounds->norm[p * PANEL + r] = 1.001f * (float)distance(w, to, 0.0f, m->n) + error;
-    }
-    interleave(m, p, row, scale, count);
-    free(q);
-}
-
-static int whole_row(int n) { return n % 4 || n > MAX_GROUP ? 0 : n; }  // as a group, if it can be one
-
-static Matrix pack(Packing a, int group) {
-    int rows = 0;
-    for (int i = 0; i < 3 && a.part[i]; i++) rows += a.part[i]->rows;
-    Matrix m = new_matrix(rows, a.part[0]->n, group);
-    a.to = &m;
-    parallel(pack_panel, &a, (int)panels(rows), (double)rows * m.n);
-    return m;
-}
-
-static void pack_weights(Model *m) {
-    const Tensor *t = m->tensor, *cls = &t[m->config.shared_classifier ? TOK : CLS];
-    int g = m->config.group, V = m->config.vocab_size, D = m->config.dim;
-    m->layer = allocate(m->config.n_layers, sizeof *m->layer, "the layers");
-    for (int l = 0; l < m->config.n_layers; l++)
-        m->layer[l] = (Layer){pack((Packing){.which = l, .part = {&t[WQ], &t[WK], &t[WV]}}, g),
-                              pack((Packing){.which = l, .part = {&t[WO]}}, g),
-                              pack((Packing){.which = l, .part = {&t[W1], &t[W3]}}, g),
-                              pack((Packing){.which = l, .part = {&t[W2]}}, g)};
-    m->classifier = pack((Packing){.part = {cls}}, g);
-    if (!m->greedy || g || !whole_row(D) || (double)V * D < SCREEN_FROM) return;
-    m->screen.norm = buffer(V, sizeof(float), "the classifier's bounds");
-    m->screen.error = buffer(V, sizeof(float), "the classifier's bounds");
-    m->screen.rough = pack((Packing){.part = {cls}, .bounds = &m->screen}, D);
-    // Weights so large that their norms overflow: no bound holds, so every row is looked at.
-    if (!all_finite(m->screen.norm, V)) m->greedy = false;
-}
-
-static void fill_rope(const Config *c, State *s) {
-    int half = c->head_size / 2;
-    for (int i = 0; i < half; i++) {
-        // In double: the powf of -ffast-math is off by enough to shift late positions' logits by 1e-4.
-        float frequency = (float)(1.0 / pow(10000.0, (double)(2 * i) / c->head_size));
-        for (int pos = 0; pos < c->seq_len; pos++) {
-            float angle = (float)pos * frequency;
-            s->rope_cos[(size_t)pos * half + i] = cosf(angle);
-            s->rope_sin[(size_t)pos * half + i] = sinf(angle);
-        }
-    }
-}
-
-static State new_state(const Config *c) {
-    uint64_t D = c->dim, H = c->hidden_dim, K = c->kv_dim, L = c->n_layers, widest = D > H ? D : H, S = c->seq_len;
-    uint64_t rope = S * (c->head_size / 2);
-    size_t f = sizeof(float);
-    const char *what = "the activations";
-    State s = {
-        .key = buffer(L * padded(S) * K, f, "the cache of keys"),
-        .value = buffer(L * S * K, f, "the cache of values"),
-        .rope_cos = buffer(rope, f, "the RoPE table"),
-        .rope_sin = buffer(rope, f, "the RoPE table"),
-        .att = buffer(pool.threads * c->sharing * padded(S), f, "the attention weights"),
-        .x = buffer(BATCH * D, f, what),
-        .xb = buffer(BATCH * D, f, what),
-        .delta = buffer(BATCH * padded(D), f, what),
-        .qkv = buffer(BATCH * padded(D + 2 * K), f, what),
-        .hb = buffer(BATCH * padded(2 * H), f, what),
-        .logits = buffer(BATCH * padded(c->vocab_size), f, "the logits"),
-        .q = buffer(BATCH * widest, 1, what),
-        .scale = buffer(BATCH * widest, f, what),
-        .offset = buffer(BATCH * widest, sizeof(int32_t), what),
-    };
-    fill_rope(c, &s);
-    return s;
-}
-
-static int processors(void) {
-#ifdef _WIN32
-    const char *n = getenv("NUMBER_OF_PROCESSORS");
-    return n && atoi(n) > 0 ? atoi(n) : 1;
-#else
-#ifdef __linux__
-    cpu_set_t set;  // those that this process may use
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
-#endif
-}
-
-enum { BYTES_PER_THREAD = 4 << 20 };
-
-// threads: 0 chooses by the size of the file, which is about what is read for each token.
-static Model load_model(const char *path, bool greedy, int threads) {
-    Model m = {.file = map_file(path, "model file"), .greedy = greedy};
-    m.config = read_config(&m.file);
-    map_tensors(&m.file, &m.config, m.tensor);
-    if (threads == 0) {
-        uint64_t worth = m.file.n / BYTES_PER_THREAD + 1, most = processors();
-        if (most > MAX_THREADS) most = MAX_THREADS;
-        threads = (int)(worth < most ? worth : most);
-    }
-    start_threads(threads);
-    pack_weights(&m);
-    m.s = new_state(&m.config);
-    return m;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Forward pass: tokens in, the logits of what follows each out
-
-// out = W x for each of N inputs; x: (N, x_stride), out: (N, [rows])
 static void matmul(const State *s, float *out, const float *x, size_t x_stride, int N, const Matrix *W) {
     Product a = {out, x, x_stride, N, W, s->q, s->scale, s->offset};
     if (W->group)
@@ -1037,6 +1233,9 @@ static void matmul(const State *s, float *out, const float *x, size_t x_stride, 
                      s->offset + i * groups);
     parallel(multiply_panel, &a, (int)panels(W->rows), (double)padded(W->rows) * W->n * N);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11 Attention over the cache, and the functions that need exp
 
 // The sum over a register.
 static inline float sum_lanes(Floats v) {
@@ -1060,15 +1259,6 @@ static float sum_of_squares(const float *x, int n) {
     return sum_lanes(sum) + rest;
 }
 
-static void rmsnorm(float *out, const float *x, const float *weight, int n) {
-    float scale = 1.0f / sqrtf(sum_of_squares(x, n) / (float)n + 1e-5f);
-    for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
-}
-
-static void add(float *x, const float *y, int n) {
-    for (int i = 0; i < n; i++) x[i] += y[i];
-}
-
 // exp(-|x|) to a few units in the last place; from |x| = 87 on it stays at exp(-87), next to 0. Unlike expf it
 // vectorises: 2^t = 2^k * 2^f, k an integer for the exponent bits, f in [-0.5, 0.5] for a polynomial (Cephes' exp2f).
 static inline Floats exp_minus_abs(Floats x) {
@@ -1089,7 +1279,7 @@ static inline Floats exp_minus_abs(Floats x) {
 // x[0..n) becomes exp(x - max); returns one over its sum. x has room for [n].
 static float exponentials(float *x, int n) {
     int end = (n + WIDTH - 1) / WIDTH * WIDTH;
-    if (!all_finite(x, (size_t)n)) {  // numbers so large that they overflowed: NaNs, which are found in the logits
+    if (!all_finite(x, (size_t)n)) {  // the scores overflowed: NaNs, which `checked` finds
         memset(x, 0xff, (size_t)end * sizeof *x);
         return x[0];
     }
@@ -1101,7 +1291,7 @@ static float exponentials(float *x, int n) {
     }
     float max = high[0];
     for (int i = 1; i < WIDTH; i++) max = high[i] > max ? high[i] : max;
-    for (int i = n; i < end; i++) x[i] = max > 0.0f ? -3e38f : 3e38f;  // so far from max that it adds nothing
+    for (int i = n; i < end; i++) x[i] = max > 0.0f ? -3e38f : 3e38f;  // far from max: adds nothing
     for (int i = 0; i < end; i += WIDTH) {
         Floats e = exp_minus_abs(load(x + i) - max);
         memcpy(x + i, &e, sizeof e);
@@ -1115,20 +1305,21 @@ static void softmax(float *x, int n) {
     for (int i = 0; i < n; i++) x[i] *= scale;
 }
 
-// Turns each pair (x[2i], x[2i+1]) of each head by its angle. Neighbours are a pair, as in llama2.c; Hugging Face's
-// Llama pairs the two halves of a head instead. cos_row, sin_row: (hd / 2,)
-static void rope(float *x, int n, int head_size, const float *cos_row, const float *sin_row) {
-    for (int head = 0; head < n; head += head_size)
-        for (int i = 0; i < head_size / 2; i++) {
-            float *pair = x + head + 2 * i, a = pair[0], b = pair[1];
-            pair[0] = a * cos_row[i] - b * sin_row[i];
-            pair[1] = a * sin_row[i] + b * cos_row[i];
-        }
+static void swiglu(float *gate, const float *up, int n) {
+    // The last round spoils the start of up, which is done with by then, and reads past 2n, but not past [2n].
+    for (int j = 0; j < n; j += WIDTH) {
+        // exp(-|a|) never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
+        Floats a = load(gate + j), e = exp_minus_abs(a);
+        Ints below = a < 0.0f;
+        Floats top = (Floats)(((Ints)e & below) | ((Ints)((Floats){0} + 1.0f) & ~below));
+        a = a * top / (1.0f + e) * load(up + j);
+        memcpy(gate + j, &a, sizeof a);
+    }
 }
 
 // out[i] = scale * sum over t < n of weight[t] * value[t][i] for W of the hd numbers at each position; value: (n, hd)
 INLINE void weigh(float *out, const float *weight, const float *value, int n, int hd, float scale, const int W) {
-    const int chains = W > 16 ? 1 : 4;  // sums that do not wait for each other
+    const int chains = W > 16 ? 1 : 4;  // independent sums
     float sum[4][64] = {{0}};
     int t = 0;
     for (; t + chains <= n; t += chains)
@@ -1151,14 +1342,26 @@ static float *cached(float *cache, uint64_t positions, const Config *c, int laye
     return cache + ((size_t)layer * c->n_kv_heads + kv_head) * positions * c->head_size;
 }
 
-// The query heads of one token that share a key head, over everything up to it in the cache: piece i * n_kv_heads + h
-// is key head h for token i.
-static void attend(void *attention, int piece, int thread) {
+static void store_kv(Model *m, int layer, int pos, const float *k, const float *v) {
+    const Config *c = &m->config;
+    int hd = c->head_size;
+    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
+        float *key = cached(m->s.key, padded(c->seq_len), c, layer, h) + (size_t)(pos / PANEL) * PANEL * hd;
+        for (int j = 0; j < hd; j++) key[j * PANEL + pos % PANEL] = k[j];
+        memcpy(cached(m->s.value, c->seq_len, c, layer, h) + (size_t)pos * hd, v, hd * sizeof(float));
+    }
+}
+
+// The query heads of one token that share a key head, over every position up to the token's: piece i * n_kv_heads + h is
+// key head h for token i.
+static void attend_heads(void *attention, int piece, int thread) {
     const Attention *a = attention;
     const Config *c = &a->m->config;
     const State *s = &a->m->s;
     int i = piece / c->n_kv_heads, h = piece % c->n_kv_heads, hd = c->head_size, n = a->pos + i + 1;
-    const float *q = s->qkv + i * padded(c->dim + 2 * (uint64_t)c->kv_dim) + (size_t)h * c->sharing * hd;
+    float *q = s->qkv + i * padded(c->dim + 2 * (uint64_t)c->kv_dim) + (size_t)h * c->sharing * hd;
+    float scale_q = 1.0f / sqrtf((float)hd);
+    for (int j = 0; j < c->sharing * hd; j++) q[j] *= scale_q;
     const float *value = cached(s->value, c->seq_len, c, a->layer, h);
     float *att = s->att + thread * c->sharing * padded(c->seq_len);
     float *out = s->xb + (size_t)i * c->dim + (size_t)h * c->sharing * hd;
@@ -1176,62 +1379,147 @@ static void attend(void *attention, int piece, int thread) {
     }
 }
 
-// Turns query and key of the token at pos and puts its key and value into the cache. q: (D + 2K,), of all three
-static void cache_position(Model *m, int layer, int pos, float *q) {
-    const Config *c = &m->config;
-    int hd = c->head_size;
-    size_t angle = (size_t)pos * (hd / 2);
-    float *k = q + c->dim, *v = k + c->kv_dim, scale = 1.0f / sqrtf((float)hd);
-    rope(q, c->dim + c->kv_dim, hd, m->s.rope_cos + angle, m->s.rope_sin + angle);  // q and k
-    for (int i = 0; i < c->dim; i++) q[i] *= scale;
-    for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
-        float *key = cached(m->s.key, padded(c->seq_len), c, layer, h) + (size_t)(pos / PANEL) * PANEL * hd;
-        for (int j = 0; j < hd; j++) key[j * PANEL + pos % PANEL] = k[j];
-        memcpy(cached(m->s.value, c->seq_len, c, layer, h) + (size_t)pos * hd, v, hd * sizeof(float));
+static void attend(Model *m, int layer, int N, int pos) {
+    Attention a = {m, layer, pos};
+    parallel(attend_heads, &a, N * m->config.n_kv_heads, 2.0 * N * (pos + N) * m->config.dim);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 12 Threads. A product of a small model ends sooner than a sleeping thread wakes, so workers spin for the next one.
+
+enum { SPINS = 4000, YIELDS = 1000 };
+enum { PARALLEL_FROM = 1 << 15 };  // multiply-adds; below, waking the threads costs more than it saves
+
+static struct {
+    int threads;                  // the caller among them
+    Work *work;                   // of the current round
+    void *context;
+    atomic_uint_fast64_t ticket;  // round << 32 | pieces not taken
+    atomic_int left;              // pieces not done
+} pool = {.threads = 1};
+
+static int n_threads(void) { return pool.threads; }
+
+// Takes a share of the pieces that are left and does them; false if there are none. Pieces that a thread does not get
+// to, because another program has its processor, are done by the others. An old round's ticket cannot be taken.
+static bool take_share(int thread) {
+    uint_fast64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
+    int left, n;
+    do {
+        left = (int)(ticket & 0xffffffffu);
+        n = (left + 2 * pool.threads - 1) / (2 * pool.threads);
+        if (left == 0) return false;
+    } while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - (unsigned)n, memory_order_acq_rel,
+                                                    memory_order_acquire));
+    for (int i = left - n; i < left; i++) pool.work(pool.context, i, thread);
+    atomic_fetch_sub_explicit(&pool.left, n, memory_order_release);
+    return true;
+}
+
+
+// Waits a moment: first for a few cycles, then yields to other programs, and sleeps once nothing has come for so long
+// that someone must be typing.
+static void wait_a_moment(int tries) {
+    if (tries >= SPINS + YIELDS) nanosleep(&(struct timespec){0, 200000}, NULL);
+    else if (tries >= SPINS) sched_yield();
+    else relax();
+}
+
+static void *worker(void *thread) {
+    for (int tries = 0;; tries += tries < INT_MAX) {
+        if (take_share((int)(intptr_t)thread)) tries = 0;
+        else wait_a_moment(tries);
+    }
+    return NULL;
+}
+
+static void start_threads(int threads) {
+    pool.threads = threads;
+    for (int i = 1; i < threads; i++) {
+        pthread_t id;
+        if (pthread_create(&id, NULL, worker, (void *)(intptr_t)i)) die("cannot start %d threads; try -j 1", threads);
     }
 }
 
-static void attention(Model *m, int layer, int N, int pos) {
-    const Config *c = &m->config;
-    State *s = &m->s;
-    size_t D = c->dim, width = padded(D + 2 * (size_t)c->kv_dim);
-    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, ATT_NORM, layer), c->dim);
-    matmul(s, s->qkv, s->xb, D, N, &m->layer[layer].qkv);
-    for (int i = 0; i < N; i++) cache_position(m, layer, pos + i, s->qkv + i * width);
-    Attention a = {m, layer, pos};
-    parallel(attend, &a, N * c->n_kv_heads, 2.0 * N * (pos + N) * c->dim);
-    matmul(s, s->delta, s->xb, D, N, &m->layer[layer].wo);
-    for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
+static void parallel(Work *work, void *context, int pieces, double cost) {
+    if (pool.threads == 1 || pieces == 1 || cost < PARALLEL_FROM) {
+        for (int i = 0; i < pieces; i++) work(context, i, 0);
+        return;
+    }
+    pool.work = work;
+    pool.context = context;
+    atomic_store_explicit(&pool.left, pieces, memory_order_relaxed);
+    uint_fast64_t round = atomic_load_explicit(&pool.ticket, memory_order_relaxed) >> 32;
+    atomic_store_explicit(&pool.ticket, (round + 1) << 32 | (unsigned)pieces, memory_order_release);
+    while (take_share(0)) continue;
+    for (int tries = 0; atomic_load_explicit(&pool.left, memory_order_acquire); tries++) wait_a_moment(tries);
 }
 
-// SwiGLU: W2 (silu(W1 x) * W3 x), silu(a) = a / (1 + exp(-a))
-static void feed_forward(Model *m, int layer, int N) {
-    const Config *c = &m->config;
-    State *s = &m->s;
-    int H = c->hidden_dim;
-    size_t D = c->dim, width = padded(2 * (size_t)H);
-    for (int i = 0; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, FFN_NORM, layer), c->dim);
-    matmul(s, s->hb, s->xb, D, N, &m->layer[layer].w13);
-    for (int i = 0; i < N; i++) {
-        float *gate = s->hb + i * width, *up = gate + H;
-        // The last round spoils the start of up, which is done with by then, and reads beyond 2H, but not beyond [2H].
-        for (int j = 0; j < H; j += WIDTH) {
-            // exp(-|a|) never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
-            Floats a = load(gate + j), e = exp_minus_abs(a);
-            Ints below = a < 0.0f;
-            Floats top = (Floats)(((Ints)e & below) | ((Ints)((Floats){0} + 1.0f) & ~below));
-            a = a * top / (1.0f + e) * load(up + j);
-            memcpy(gate + j, &a, sizeof a);
+// ---------------------------------------------------------------------------------------------------------------------
+// 13 Screen (optional). Greedy decoding needs only the largest logit. The screen is the classifier rounded to int8, a
+// quarter of the bytes: rough logits from it rule out most rows, and the panels of the others are computed in float32.
+//
+// Its bound. With a row w, an input x and their rounded forms w' and x':
+//     w x - w' x' = (w - w') x + w' (x - x'),  so  |w x - w' x'| <= |w - w'| |x| + |w'| |x - x'|   (Cauchy-Schwarz)
+// plus the rounding errors of both sums. `error` holds |w - w'| and `norm` more than |w'|, for each row; |x| and |x - x'|
+// are computed once per token. A row may hold the best logit if rough + bound reaches the best rough - bound.
+// Exact panels come from the same kernel as a full product, so the best token is the same to the last bit.
+
+// Makes room for a screen where one pays: a large float32 classifier. It is filled after the first token, see classify.
+static void new_screen(Model *m) {
+    int V = m->config.vocab_size, D = m->config.dim;
+    if (m->classifier.group || !whole_row(D) || (double)V * D < SCREEN_FROM) return;
+    m->screen.norm = buffer(padded(V), sizeof(float), "the classifier's bounds");
+    m->screen.error = buffer(padded(V), sizeof(float), "the classifier's bounds");
+    m->screen.rough = new_matrix(V, D, D);
+}
+
+// Rounds panel p of the classifier to int8 as quantise does, a register of rows at a time, and notes the bounds of each.
+// In steps of the scale no square overflows or vanishes. The factors are more than the rounding of these sums.
+static void fill_screen(void *model, int p, int thread) {
+    const Model *m = model;
+    const Screen *screen = &m->screen;
+    (void)thread;
+    int D = m->config.dim;
+    char *to = screen->rough.at + p * panel_bytes(&screen->rough);
+    for (int first = 0; first < PANEL; first += WIDTH) {
+        const float *w = (const float *)(const void *)(m->classifier.at + p * panel_bytes(&m->classifier)) + first;
+        Ints high = {0};  // bits of |w|: ordered as the floats are, NaN above all
+        for (int j = 0; j < D; j++) {
+            Ints bits = (Ints)load(w + j * PANEL) & 0x7fffffff, above = bits > high;
+            high = (bits & above) | (high & ~above);
+        }
+        Ints normal = high >= 0x0a000000, finite = high < 0x7f800000;  // 6e-33: its inverse is finite
+        Floats scale = (Floats)((Ints)((Floats)high / 127.0f) & normal), inverse = 127.0f / (Floats)high;
+        inverse = (Floats)((Ints)inverse & normal & finite);
+        Floats distance = {0}, length = {0};  // squares, in steps
+        for (int j = 0; j < D; j += 4) {
+            Ints four = {0};
+            for (int k = 0; k < 4; k++) {
+                Floats x = (Floats)((Ints)(load(w + (j + k) * PANEL) * inverse) & finite);
+                Ints q = __builtin_convertvector(x + 128.5f, Ints) - 128;
+                Floats rounded = __builtin_convertvector(q, Floats), off = x - rounded;
+                distance += off * off;
+                length += rounded * rounded;
+                four |= ((q + 128) & 255) << 8 * k;
+            }
+            memcpy(to + j * PANEL + first * 4, &four, sizeof four);
+        }
+        memcpy(to + D * PANEL + first * 4, &scale, sizeof scale);
+        float root = sqrtf((float)D);
+        for (int i = 0, row = p * PANEL + first; i < WIDTH; i++, row++) {
+            screen->error[row] = scale[i] * (1.002f * sqrtf(distance[i]) + 1e-4f * root) + 1e-32f * root;
+            screen->norm[row] = scale[i] * 1.002f * sqrtf(length[i]) + screen->error[row];
         }
     }
-    matmul(s, s->delta, s->hb, width, N, &m->layer[layer].w2);
-    for (int i = 0; i < N; i++) add(s->x + i * D, s->delta + i * padded(D), c->dim);
 }
 
-// Replaces the rough logits z, ([V],), of input x, (D,), by exact ones in every panel that may hold the best. With w, x
-// and their rounded forms w', x':  |w x - w' x'| <= |w - w'| |x| + |w'| |x - x'|, to which comes the rounding of both
-// sums. An exact panel comes from the kernel that a whole product uses, so the best token is the same to the last bit.
-// A rough logit may overflow where the exact one does not; then any panel may hold the best.
+static double distance(const float *x, const int8_t *q, float scale, int n) {  // |x - q * scale|
+    double sum = 0.0;
+    for (int j = 0; j < n; j++) sum += ((double)x[j] - (double)q[j] * scale) * ((double)x[j] - (double)q[j] * scale);
+    return sqrt(sum);
+}
+
 static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q, float scale) {
     const Screen *screen = &m->screen;
     int V = m->config.vocab_size, D = m->config.dim;
@@ -1255,87 +1543,42 @@ static void make_best_exact(Model *m, float *z, const float *x, const int8_t *q,
     }
 }
 
-static void classify(Model *m, float *logits, const float *x, int N) {
+static void classify(Model *m, const float *x, int N) {
+    Screen *screen = &m->screen;
     size_t D = m->config.dim;
-    bool screened = m->greedy && m->screen.rough.at;
-    matmul(&m->s, logits, x, D, N, screened ? &m->screen.rough : &m->classifier);
+    int V = m->config.vocab_size;
+    bool screened = m->greedy && screen->rough.at && screen->first_token_done;
+    if (screened && !screen->filled) {
+        parallel(fill_screen, m, (int)panels(V), 4.0 * V * (double)D);
+        screen->filled = true;
+        // Weights so large that their norms overflow have no bound: every row is computed.
+        if (!all_finite(screen->norm, V)) screened = m->greedy = false;
+    }
+    screen->first_token_done = true;
+    matmul(&m->s, m->s.logits, x, D, N, screened ? &screen->rough : &m->classifier);
     for (int i = 0; screened && i < N; i++)
-        make_best_exact(m, logits + i * padded(m->config.vocab_size), x + i * D, m->s.q + i * D, m->s.scale[i]);
-}
-
-static void embed(const Model *m, int token, float *x) {
-    const Tensor *t = &m->tensor[TOK];
-    const char *scales = NULL, *row = tensor_row(t, 0, token, &scales);
-    const float *scale = (const float *)(const void *)scales;
-    if (!t->group) memcpy(x, row, t->n * sizeof(float));
-    else
-        for (int j = 0; j < t->n; j++) x[j] = (float)(int8_t)row[j] * scale[j / t->group];
-}
-
-// Feeds N <= BATCH tokens at positions pos, pos + 1, ..., after 0..pos-1 have been fed. Returns the logits after each
-// of them from `first` on, (N - first, [V]); see checked.
-static const float *forward(Model *m, const int *token, int N, int pos, int first) {
-    const Config *c = &m->config;
-    State *s = &m->s;
-    size_t D = c->dim;
-    for (int i = 0; i < N; i++) embed(m, token[i], s->x + i * D);
-    for (int layer = 0; layer < c->n_layers; layer++) {
-        attention(m, layer, N, pos);
-        feed_forward(m, layer, N);
-    }
-    for (int i = first; i < N; i++) rmsnorm(s->xb + i * D, s->x + i * D, norm_weights(m, NORM, 0), c->dim);
-    classify(m, s->logits, s->xb + first * D, N - first);
-    return s->logits;
-}
-
-// The logits after the token at pos, row `row` of what forward returned. Only those that are used are looked at: a
-// wrong guess of -d must not end a story that has no use for it.
-static const float *checked(const Model *m, int row, int pos) {
-    const float *logits = m->s.logits + row * padded(m->config.vocab_size);
-    if (!all_finite(logits, (size_t)m->config.vocab_size))
-        die("%s: the logits at position %d are not finite: the weights are damaged", m->file.path, pos);
-    return logits;
-}
-
-// Feeds any number of tokens, BATCH at a time. Returns the logits (V,) after the last.
-static const float *feed(Model *m, const int *token, int n, int pos) {
-    for (; n > BATCH; n -= BATCH, token += BATCH, pos += BATCH) forward(m, token, BATCH, pos, BATCH);
-    forward(m, token, n, pos, n - 1);
-    return checked(m, 0, pos + n - 1);
-}
-
-// The first of the largest. Most blocks have nothing new in them, which one comparison of all of it shows.
-static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 0, end; i < n; i = end) {
-        int any = 0;
-        end = n - i < PANEL ? n : i + PANEL;
-        for (int j = i; j < end; j++) any |= x[j] > x[best];
-        for (int j = i; any && j < end; j++)
-            if (x[j] > x[best]) best = j;
-    }
-    return best;
+        make_best_exact(m, m->s.logits + i * padded(m->config.vocab_size), x + i * D, m->s.q + i * D, m->s.scale[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Drafting: guesses of the next tokens go through the layers together with the token at hand. Where the sampler then
-// takes what was guessed, its logits are there already (block-wise parallel decoding, Stern et al. 2018, for exactly
-// the tokens of plain decoding). Where it takes another, the rest is forgotten, and the cache goes on from there.
+// 14 Drafting (optional). Drafted tokens go through the layers together with the token at hand. As long as the sampler
+// picks what was drafted, the logits are there already (block-wise parallel decoding, Stern et al. 2018, for exactly the
+// tokens of plain decoding). When it picks another token, the rest of the draft is dropped and overwritten in the cache.
 
 enum { HEADS_FIELDS = 7, LINEAR = 1, NGRAM_DRAFT = 7 };
 
 typedef struct {
     Model *m;
-    int most;              // longest draft; 0: plain decoding
-    Matrix *head;          // (most,) each (V, D), int8 where D allows it; NULL: n-grams
-    float *logits;         // ([V],) of a head
-    int *history;          // (S,) the token at each position
-    int token[BATCH];      // of the last forward pass: the one at hand, then the draft
-    int fed, at, row;      // how many; the one whose logits were asked for last; its row in State.xb is row + at
-    double seconds[BATCH]; // of a pass with that many guesses, smoothed; 0: not tried yet
-    double right[BATCH];   // share of guesses i that come true after i - 1 did, smoothed
-    int rounds;            // lengths chosen so far
-    uint64_t passes, tokens, guessed[BATCH], hits[BATCH];  // for the report
+    int longest;            // draft; 0: plain decoding
+    Matrix *head;           // (longest,) each (V, D), int8 where D allows it; NULL: n-grams
+    float *logits;          // ([V],) of a head
+    int *history;           // (S,) the token at each position
+    int token[BATCH];       // of the last forward pass: the one at hand, then the draft
+    int fed, at, row;       // tokens in that pass; the one whose logits are in use, of which State.xb has row `row + at`
+    double seconds[BATCH];  // of a pass with that many drafted tokens, smoothed; 0: not tried yet
+    double chance[BATCH];   // that drafted token i is accepted if i - 1 was, smoothed
+    int rounds;             // lengths chosen so far
+    uint64_t passes, tokens, drafted[BATCH], accepted[BATCH];  // for the report
 } Drafter;
 
 // CRC-32 (zlib's) of the norms' weights, which are float32 in every version of a trunk's file.
@@ -1352,7 +1595,7 @@ static uint32_t trunk_checksum(const Model *m) {
     return ~crc;
 }
 
-// Heads' file: seven uint32 - magic, version, type, number of heads, D, V, checksum of the trunk - then each head's
+// A heads file: seven uint32 (magic, version, type, number of heads, D, V, checksum of the trunk), then each head's
 // float32 (V, D).
 static void load_heads(Drafter *d, const char *path) {
     const Config *c = &d->m->config;
@@ -1360,7 +1603,7 @@ static void load_heads(Drafter *d, const char *path) {
     uint32_t h[HEADS_FIELDS];
     if (file.n < sizeof h) die("%s: %zu bytes are too few for a heads file's header (%zu)", path, file.n, sizeof h);
     memcpy(h, file.at, sizeof h);
-    if (h[0] != HEADS_MAGIC) die("%s: is no heads file: it begins with %08x; expected %08x", path, h[0], HEADS_MAGIC);
+    if (h[0] != HEADS_MAGIC) die("%s: is not a heads file: it begins with %08x; expected %08x", path, h[0], HEADS_MAGIC);
     if (h[1] != 1 || h[2] != LINEAR)
         die("%s: version %u, heads of type %u; this program reads version 1, type 1 (linear)", path, h[1], h[2]);
     if (h[3] < 1 || h[3] >= BATCH) die("%s: has %u heads; expected 1 to %d", path, h[3], BATCH - 1);
@@ -1372,22 +1615,22 @@ static void load_heads(Drafter *d, const char *path) {
     uint64_t bytes = sizeof h + (uint64_t)h[3] * c->vocab_size * c->dim * sizeof(float);
     if (bytes != file.n)
         die("%s: the file has %zu bytes; its header asks for %llu", path, file.n, (unsigned long long)bytes);
-    d->most = (int)h[3];
-    d->head = allocate(d->most, sizeof *d->head, "the heads");
+    d->longest = (int)h[3];
+    d->head = allocate(d->longest, sizeof *d->head, "the heads");
     d->logits = buffer(padded(c->vocab_size), sizeof(float), "a head's logits");
     Tensor t = {file.at + sizeof h, h[3], c->vocab_size, c->dim, 0};
     if (!all_finite((const float *)(const void *)t.at, (size_t)((bytes - sizeof h) / sizeof(float))))
         die("%s: holds numbers that are not finite", path);
-    // A wrong guess costs time and nothing else, so heads are rounded.
-    for (int i = 0; i < d->most; i++)
+    // A wrong draft costs only time, so heads are rounded.
+    for (int i = 0; i < d->longest; i++)
         d->head[i] = pack((Packing){.which = i, .part = {&t}}, whole_row(c->dim));
 }
 
 static Drafter new_drafter(Model *m, const char *how) {
     Drafter d = {.m = m, .history = allocate(m->config.seq_len, sizeof *d.history, "the history")};
-    if (how && !strcmp(how, "ngram")) d.most = NGRAM_DRAFT;
+    if (how && !strcmp(how, "ngram")) d.longest = NGRAM_DRAFT;
     else if (how) load_heads(&d, how);
-    for (int i = 0; i < BATCH; i++) d.right[i] = 0.5;
+    for (int i = 0; i < BATCH; i++) d.chance[i] = 0.5;
     return d;
 }
 
@@ -1400,22 +1643,23 @@ static const float *begin(Drafter *d, const int *token, int n, int pos) {
     return feed(d->m, token, n, pos);
 }
 
-// What followed the last two tokens, or else the last one, the time before. Returns how many tokens, at most k.
-static int guess_from_history(const int *history, int n, int *guess, int k) {
+// Drafts what followed the last two tokens, or else the last one, the time before. Returns how many tokens, at most k.
+static int draft_ngram(const int *history, int n, int *to, int k) {
     for (int length = 2; length > 0; length--)
         for (int end = n - 1; end >= length; end--) {
             if (memcmp(history + end - length, history + n - length, length * sizeof *history)) continue;
             if (k > n - end) k = n - end;
-            memcpy(guess, history + end, k * sizeof *guess);
+            memcpy(to, history + end, k * sizeof *to);
             return k;
         }
     return 0;
 }
 
-// Guesses up to k tokens that follow the one at pos. The heads' states are those of the position before.
-static int guess(Drafter *d, int pos, int *to, int k) {
+// Drafts up to k tokens that follow the one at pos. Head i reads the state at the position before and predicts i + 1
+// tokens ahead of the next one.
+static int draft(Drafter *d, int pos, int *to, int k) {
     Model *m = d->m;
-    if (!d->head) return k ? guess_from_history(d->history, pos + 1, to, k) : 0;
+    if (!d->head) return k ? draft_ngram(d->history, pos + 1, to, k) : 0;
     const float *x = m->s.xb + (size_t)(d->row + d->at) * m->config.dim;
     for (int i = 0; i < k; i++) {
         matmul(&m->s, d->logits, x, 0, 1, &d->head[i]);
@@ -1424,25 +1668,29 @@ static int guess(Drafter *d, int pos, int *to, int k) {
     return k;
 }
 
-// Notes what became of the last draft.
-static void learn(Drafter *d) {
+// Counts what was accepted of the last draft. Tokens after the first wrong one say nothing.
+static void count_accepted(Drafter *d) {
     for (int i = 1; i < d->fed && i <= d->at + 1; i++) {
-        d->guessed[i]++;
-        d->hits[i] += i <= d->at;
-        d->right[i] += 0.1 * ((i <= d->at) - d->right[i]);
+        bool accepted = i <= d->at;
+        d->drafted[i]++;
+        d->accepted[i] += accepted;
+        d->chance[i] += 0.1 * (accepted - d->chance[i]);
     }
 }
 
-// The draft length for which the most tokens a second are to be expected, 0 where drafting does not pay. First all are
-// tried in turn; after that one pass in 64 tries another, since texts change.
+// How many tokens to draft, at most `room`. The strategy is to maximise tokens per second as measured on this text: a
+// pass with k drafted tokens yields 1 + c1 + c1 c2 + ... + c1...ck tokens, ci = chance[i], and takes seconds[k]. The k
+// with the best quotient wins; it is 0 where drafting does not pay. Every length is tried once at the beginning,
+// longest first, and one pass in 64 tries one again, since texts change.
 static int draft_length(Drafter *d, int room) {
-    int best = d->rounds <= d->most ? d->most - d->rounds : 0;
-    if (d->rounds > d->most && d->rounds % 64 == 0) best = d->rounds / 64 % (d->most + 1);
-    else if (d->rounds > d->most) {
-        double tokens = 1.0, chance = 1.0, fastest = 0.0;
-        for (int k = 0; k <= d->most; k++) {
-            if (k) tokens += chance *= d->right[k];
-            if (d->seconds[k] == 0.0) continue;  // the text never gave a guess of that length
+    int best = 0;
+    if (d->rounds <= d->longest) best = d->longest - d->rounds;
+    else if (d->rounds % 64 == 0) best = d->rounds / 64 % (d->longest + 1);
+    else {
+        double tokens = 1.0, all_accepted = 1.0, fastest = 0.0;
+        for (int k = 0; k <= d->longest; k++) {
+            if (k) tokens += all_accepted *= d->chance[k];
+            if (d->seconds[k] == 0.0) continue;  // no draft of that length came up yet
             if (tokens > fastest * d->seconds[k]) fastest = tokens / d->seconds[k], best = k;
         }
     }
@@ -1450,16 +1698,16 @@ static int draft_length(Drafter *d, int room) {
     return best < room ? best : room;
 }
 
-// Feeds the token at pos, if it was not guessed and fed before. Returns the logits after it.
+// Feeds the token at pos, unless it was drafted and fed already. Returns the logits after it.
 static const float *advance(Drafter *d, int token, int pos) {
     Model *m = d->m;
     d->history[pos] = token;
     d->tokens++;
     if (d->at + 1 < d->fed && d->token[d->at + 1] == token) return checked(m, ++d->at, pos);
-    learn(d);
+    count_accepted(d);
     int room = m->config.seq_len - 1 - pos, k = draft_length(d, room < BATCH - 1 ? room : BATCH - 1);
     double start = seconds();
-    k = guess(d, pos, d->token + 1, k);
+    k = draft(d, pos, d->token + 1, k);
     d->token[0] = token;
     forward(m, d->token, 1 + k, pos, 0);
     double took = seconds() - start, *usual = &d->seconds[k];
@@ -1471,112 +1719,15 @@ static const float *advance(Drafter *d, int token, int pos) {
 }
 
 static void report_drafts(const Drafter *d) {
-    if (d->most == 0 || d->passes == 0) return;
-    fprintf(stderr, "drafting: %.2f tokens a pass; guesses that came true:", (double)d->tokens / (double)d->passes);
-    for (int i = 1; i <= d->most; i++) fprintf(stderr, " %llu/%llu", (unsigned long long)d->hits[i],
-                                               (unsigned long long)d->guessed[i]);
+    if (d->longest == 0 || d->passes == 0) return;
+    fprintf(stderr, "drafting: %.2f tokens per pass; accepted/drafted by distance:", (double)d->tokens / d->passes);
+    for (int i = 1; i <= d->longest; i++)
+        fprintf(stderr, " %llu/%llu", (unsigned long long)d->accepted[i], (unsigned long long)d->drafted[i]);
     fputc('\n', stderr);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Logits -> next token. The order of operations is llama2.c's: the same seed tells the same story.
-
-typedef struct {
-    float probability;
-    int id;
-} Candidate;
-
-typedef struct {
-    int vocab_size;
-    float temperature;     // 0: always the best token
-    float top_p;           // keep the best tokens whose probabilities add up to this; 0 or 1: keep all
-    uint64_t state;        // of the random numbers; never 0
-    float *probability;    // ([V],)
-    Candidate *candidate;  // (V,)
-} Sampler;
-
-// xorshift64*, 24 bits of it: uniform in [0, 1)
-static float random_f32(uint64_t *state) {
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
-    uint32_t bits = (uint32_t)((*state * 0x2545F4914F6CDD1Dull) >> 32);
-    return (float)(bits >> 8) / 16777216.0f;
-}
-
-static int sample_all(const float *probability, int n, float coin) {
-    float sum = 0.0f;
-    for (int i = 0; i < n; i++) {
-        sum += probability[i];
-        if (coin < sum) return i;
-    }
-    return n - 1;  // the sum fell short of 1 by rounding
-}
-
-static int best_first(const void *pa, const void *pb) {
-    const Candidate *a = pa, *b = pb;
-    if (a->probability != b->probability) return a->probability > b->probability ? -1 : 1;
-    return (a->id > b->id) - (a->id < b->id);
-}
-
-static int sample_top_p(const Sampler *s, float coin) {
-    // A token below this cannot be among the kept ones: the others together would fall short of the rest, 1 - p.
-    float cutoff = (1.0f - s->top_p) / (float)(s->vocab_size - 1);
-    Candidate *candidate = s->candidate;
-    int n = 0;
-    for (int i = 0; i < s->vocab_size; i++)
-        if (s->probability[i] >= cutoff) candidate[n++] = (Candidate){s->probability[i], i};
-    if (n == 0) return argmax(s->probability, s->vocab_size);  // a flat distribution and a p below 1/V
-    qsort(candidate, (size_t)n, sizeof *candidate, best_first);
-
-    float kept = 0.0f;
-    int last = 0;
-    for (; last < n; last++)
-        if ((kept += candidate[last].probability) > s->top_p) break;
-    if (last == n) last = n - 1;
-
-    float r = coin * kept, sum = 0.0f;
-    for (int i = 0; i < last; i++)
-        if (r < (sum += candidate[i].probability)) return candidate[i].id;
-    return candidate[last].id;
-}
-
-static int sample(Sampler *s, const float *logits) {
-    int V = s->vocab_size;
-    if (s->temperature == 0.0f) return argmax(logits, V);
-    for (int i = 0; i < V; i++) s->probability[i] = logits[i] / s->temperature;
-    float coin = random_f32(&s->state);
-    if (!all_finite(s->probability, (size_t)V)) return argmax(logits, V);  // a temperature so near 0 that it overflows
-    softmax(s->probability, V);
-    return s->top_p <= 0.0f || s->top_p >= 1.0f ? sample_all(s->probability, V, coin) : sample_top_p(s, coin);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Tokens -> text
-
-static void flush_output(void) {
-    if (fflush(stdout) != 0 || ferror(stdout)) die("cannot write to standard output: %s", strerror(errno));
-}
-
-// Prints token `id`, which follows `previous`.
-static void print_token(const Tokenizer *t, int previous, int id) {
-    Piece p = t->piece[id];
-    if (previous == BOS && p.n > 0 && p.at[0] == ' ') {  // the space that encode put in front
-        p.at++;
-        p.n--;
-    } else if (t->byte_fallback && id >= FIRST_BYTE && id < FIRST_PIECE) {
-        p.at = &t->byte[id - FIRST_BYTE];
-        p.n = 1;
-    }
-    unsigned char first = p.n > 0 ? (unsigned char)p.at[0] : 0;
-    // A control code could upset the terminal. Bytes from 0x80 on are parts of UTF-8 characters.
-    if (p.n == 1 && first < 0x80 && !isprint(first) && !isspace(first)) return;
-    fwrite(p.at, 1, (size_t)p.n, stdout);
-    flush_output();
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Modes
+// 15 Modes
 
 static void generate(Drafter *d, const Tokenizer *t, Sampler *s, const char *prompt, int steps) {
     Tokens tokens = encode(t, prompt, strlen(prompt));
@@ -1586,12 +1737,12 @@ static void generate(Drafter *d, const Tokenizer *t, Sampler *s, const char *pro
     int given = tokens.n < steps ? tokens.n : steps;
     double start = seconds();
     const float *logits = begin(d, tokens.id, given, 0);
-    double begun = seconds();  // BOS alone also pages the weights in; it does not count as decoding
+    double begun = seconds();  // the first pass is not decoding: it also pages the weights in
     for (int i = 1; i < given; i++) print_token(t, tokens.id[i - 1], tokens.id[i]);
 
     int token = tokens.id[given - 1], pos = given;
     for (;;) {
-        int next = pos < tokens.n ? tokens.id[pos] : sample(s, logits);  // the former where -n cuts the prompt
+        int next = pos < tokens.n ? tokens.id[pos] : sample(s, logits);  // still in the prompt if -n cut it
         if (next == BOS) break;  // the next document would begin here
         print_token(t, token, next);
         if (pos == steps) break;
@@ -1713,7 +1864,7 @@ static void score(Model *m, const Tokenizer *t) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Command line
+// 16 Command line
 
 typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *system, *draft;  // NULL where a flag was not given
@@ -1732,7 +1883,7 @@ static const char USAGE[] =
     "  -z FILE    tokenizer (default: tokenizer.bin beside the model, else in the working directory)\n"
     "  -m MODE    generate, chat or score (default generate); score reads its text from standard input\n"
     "  -y TEXT    system prompt of -m chat\n"
-    "  -d DRAFT   guess tokens ahead, for the same text sooner: a file of heads (export.py --heads), or ngram\n"
+    "  -d DRAFT   draft tokens ahead: the same text, sooner; a heads file (export.py --heads) or ngram\n"
     "  -j INT     threads; 0 chooses by the size of the model (default: OMP_NUM_THREADS, else 0)\n"
     "example: run stories15M.bin -n 256 -i \"Once upon a time\"\n";
 
@@ -1771,7 +1922,7 @@ static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .threads = 0};
     long wanted = omp ? strtol(omp, NULL, 10) : 0;
     if (wanted > 0) o.threads = wanted < MAX_THREADS ? (uint64_t)wanted : MAX_THREADS;
-    for (int i = 1; i < argc; i += i == 1 ? 1 : 2)  // in a flag's place only: "-i -h" is a prompt
+    for (int i = 1; i < argc; i += i == 1 ? 1 : 2)  // only where a flag stands: "-i -h" is a prompt
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
             fputs(USAGE, stdout);
             flush_output();
@@ -1800,7 +1951,7 @@ static Options parse_options(int argc, char **argv) {
     if (o.threads > MAX_THREADS)
         die("-j %llu: expected at most %d threads", (unsigned long long)o.threads, MAX_THREADS);
     if (o.prompt && !strcmp(o.mode, "score")) die("-i: -m score reads its text from standard input");
-    if (o.draft && !strcmp(o.mode, "score")) die("-d: -m score has nothing to guess");
+    if (o.draft && !strcmp(o.mode, "score")) die("-d: -m score generates nothing to draft");
     if (o.seed == 0) o.seed = (uint64_t)time(NULL);
     return o;
 }
@@ -1827,10 +1978,7 @@ static Tokenizer find_tokenizer(const Options *o, int vocab_size) {
 
 #ifndef RUN_NO_MAIN  // tests include this file to reach single functions
 int main(int argc, char **argv) {
-#ifdef _WIN32
-    _setmode(_fileno(stdin), _O_BINARY);
-    _setmode(_fileno(stdout), _O_BINARY);
-#endif
+    binary_streams();
     Options o = parse_options(argc, argv);
     double start = seconds();
     bool scoring = !strcmp(o.mode, "score");

@@ -54,7 +54,7 @@ def compile_c(name: str, flags: str, source: str = "run.c") -> Path:
 
 
 def random_model(size: str, folder: Path) -> None:
-    """Files of versions 0 and 2 and a tokenizer of a random model that never says BOS, so that no story ends early."""
+    """Files of versions 0 and 2 and a tokenizer of a random model that never emits BOS, so that no story ends early."""
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size = SIZES[size]
     if (folder / "v2.bin").exists():
         return
@@ -71,14 +71,14 @@ def random_model(size: str, folder: Path) -> None:
     write_trunk(model, folder / "v2.bin", 2)
 
 
-def told(command: list) -> tuple[float, str, bytes]:
-    """A run's tokens a second (0 for a story that ends where it begins), what it said of itself, and its story."""
+def measure(command: list) -> tuple[float, str, bytes]:
+    """A run's tokens per second (0 for a story that ends where it begins), its report on stderr, and its story."""
     done = subprocess.run([str(c) for c in command], capture_output=True, check=False)
-    said = done.stderr.decode(errors="replace")
+    report = done.stderr.decode(errors="replace")
     if done.returncode:
-        raise ValueError(f"{shlex.join(map(str, command))}: {said}")
-    speed = re.search(r"achieved tok/s: ([0-9.]+)", said)
-    return float(speed.group(1)) if speed else 0.0, said, done.stdout
+        raise ValueError(f"{shlex.join(map(str, command))}: {report}")
+    speed = re.search(r"achieved tok/s: ([0-9.]+)", report)
+    return float(speed.group(1)) if speed else 0.0, report, done.stdout
 
 
 def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> None:
@@ -98,7 +98,7 @@ def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> N
         for _, case in itertools.product(tqdm(range(rounds), size, leave=False, file=sys.stderr), cases):
             build, version = VARIANTS[case[0]]
             command = [BUILD / build, models / f"v{version}.bin", "-t", 0, "-n", STEPS, "-j", case[1]]
-            times[case].append(statistics.median(told(command)[0] for _ in range(repeats)))
+            times[case].append(statistics.median(measure(command)[0] for _ in range(repeats)))
         for case in cases:
             variant, n = case
             speed = statistics.median(times[case])
@@ -160,19 +160,19 @@ def draft(model: Path, heads: Path, stories: Path, prompts: int, temperature: fl
         texts = set()
         for kind, flags in kinds.items():
             command = [run, model, "-t", temperature, "-s", 1, "-n", 0, "-i", prompt, *flags]
-            rate, said, text = told(command)
+            rate, report, text = measure(command)
             texts.add(text)
             if rate == 0.0:
                 break
             speed[kind].append(rate)
-            report = re.search(r"drafting: ([0-9.]+) tokens a pass; guesses that came true:(.*)", said)
-            if report:
-                passes[kind].append(float(report.group(1)))
-                hits[kind].append([[int(n) for n in pair.split("/")] for pair in report.group(2).split()])
+            drafts = re.search(r"drafting: ([0-9.]+) tokens per pass; accepted/drafted by distance:(.*)", report)
+            if drafts:
+                passes[kind].append(float(drafts.group(1)))
+                hits[kind].append([[int(n) for n in pair.split("/")] for pair in drafts.group(2).split()])
         if len(texts) > 1:
             raise ValueError(f"drafting changed the story that begins with {prompt!r}")
     print(f"{model}, temperature {temperature}, {len(beginnings)} prompts, {describe()}\n")
-    print("| drafts | tokens/s | x plain | tokens a pass | guesses that came true, by distance |")
+    print("| drafts | tokens/s | x plain | tokens per pass | accepted, by distance |")
     print("|---|---|---|---|---|")
     for kind in kinds:
         if not speed[kind]:

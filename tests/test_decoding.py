@@ -22,7 +22,7 @@ def test_decode_writes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     assert rows[0][5] == "1.0" and all(float(row[3].replace(",", "")) > 0 for row in rows)
     assert "<svg" in (tmp_path / "decode.svg").read_text() and table in capsys.readouterr().out
     with pytest.raises(ValueError, match="no.bin: cannot open"):
-        decoding.told([decoding.BUILD / "run", tmp_path / "no.bin"])
+        decoding.measure([decoding.BUILD / "run", tmp_path / "no.bin"])
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")

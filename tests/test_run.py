@@ -1,8 +1,8 @@
 """Tests of run.c: python -m pytest tests/test_run.py
 
-Oracles are a float64 numpy Llama, a slow byte pair encoder, SentencePiece itself and, where the published files are at
-hand, llama2.c's own greedy story. Damaged files run under the address and undefined-behaviour sanitizers: a process may
-end with 0 or 1, never by a signal and never with a sanitizer's report.
+Oracles: a float64 numpy Llama, a slow byte pair encoder, SentencePiece itself and, where the published files are there,
+llama2.c's own greedy story. Damaged files run under the address and undefined-behaviour sanitizers: a process may end
+with 0 or 1, never by a signal or with a sanitizer's report.
 """
 import io
 import itertools
@@ -75,7 +75,7 @@ def tensor_shapes(c, shared):
 def write_model(path, shared=True, seed=0, change=None, version=0, group=4, **sizes):
     """Writes a random model file; returns (config, weights). change(weights) edits them before they are written.
 
-    In version 2 the weights that are returned are those that the file stands for, and `group` is in the config.
+    In version 2 the returned weights are the rounded ones of the file, and `group` is in the config.
     """
     c = {**TINY, **sizes}
     rng = np.random.default_rng(seed)
@@ -242,9 +242,9 @@ def tiny(tmp_path):
 @pytest.mark.parametrize("kind", BUILDS)
 def test_published_model_tells_its_story(build, kind):
     if not (PUBLISHED / "greedy.txt").exists():
-        pytest.skip("the published stories260K files are not at hand")
-    told = succeeds(build(kind), PUBLISHED / "stories260K.bin", "-z", PUBLISHED / "tok512.bin", "-t", "0", "-n", "200")
-    assert told == (PUBLISHED / "greedy.txt").read_bytes()
+        pytest.skip("the published stories260K files are not there")
+    story = succeeds(build(kind), PUBLISHED / "stories260K.bin", "-z", PUBLISHED / "tok512.bin", "-t", "0", "-n", "200")
+    assert story == (PUBLISHED / "greedy.txt").read_bytes()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,10 +313,10 @@ def test_score_reports_tokens_and_bits_per_byte(build, tiny):
     nats = float(done.stdout)
     n = len(slow_encode(*read_tokenizer(tiny[1]), b"the hen")) - 1
     assert done.stdout == b"%.6f\n" % nats
-    said = done.stderr.decode().splitlines()[0].replace(",", "").split()
-    assert [said[0], said[1], *said[4:]] == [str(n), "tokens", said[4], "bits", "per", "byte"]
-    assert float(said[3]) == pytest.approx(np.exp(nats), rel=1e-5)
-    assert float(said[4]) == pytest.approx(nats * n / np.log(2) / len(b"the hen"), abs=1e-4)
+    report = done.stderr.decode().splitlines()[0].replace(",", "").split()
+    assert [report[0], report[1], *report[4:]] == [str(n), "tokens", report[4], "bits", "per", "byte"]
+    assert float(report[3]) == pytest.approx(np.exp(nats), rel=1e-5)
+    assert float(report[4]) == pytest.approx(nats * n / np.log(2) / len(b"the hen"), abs=1e-4)
     refuses(build("plain"), tiny[0], "-m", "score", says="empty")
 
 
@@ -331,8 +331,8 @@ def test_large_negative_gate_is_zero_not_nan(build, tmp_path):
     ids = continue_with(c, w, [1], 12, lambda z: int(z.argmax()))
     expected = "".join(f"[{i}]" if i > 2 else ["<unk>", "", "\n</s>\n"][i] for i in ids) + "\n"
     for kind in BUILDS:
-        told = succeeds(build(kind), tmp_path / "m.bin", "-z", tokenizer, "-t", "0", "-n", "12")
-        assert told.decode() == expected, kind
+        story = succeeds(build(kind), tmp_path / "m.bin", "-z", tokenizer, "-t", "0", "-n", "12")
+        assert story.decode() == expected, kind
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -421,8 +421,8 @@ def test_prompt_draws_no_coins(build, tmp_path):
     for seed in range(1, 9):
         new = continue_with(c, w, ids, 12, Sampler(1, 0.5, seed))
         text = b"".join(printed(pieces, i) for i in new)
-        told = succeeds(build("plain"), tmp_path / "m.bin", "-i", "the hen", "-s", str(seed), "-p", "0.5", "-n", "12")
-        assert told == b"the hen" + text + b"\n", seed
+        story = succeeds(build("plain"), tmp_path / "m.bin", "-i", "the hen", "-s", str(seed), "-p", "0.5", "-n", "12")
+        assert story == b"the hen" + text + b"\n", seed
 
 
 def test_story_ends_at_bos(build, tmp_path):
@@ -442,8 +442,8 @@ def test_flat_distribution_with_tiny_top_p_takes_the_first(build, tmp_path):
     """No token passes top-p's cutoff here; llama2.c reads outside its array."""
     write_model(tmp_path / "m.bin", vocab_size=40, change=lambda w: w["rms_final"].fill(0))
     tokenizer = write_tokenizer(tmp_path / "tok.bin", visible_pieces(40))
-    told = succeeds(build("sanitized"), tmp_path / "m.bin", "-z", tokenizer, "-p", "1e-6", "-n", "3", "-s", "1")
-    assert told == b"<unk>" * 3 + b"\n"
+    story = succeeds(build("sanitized"), tmp_path / "m.bin", "-z", tokenizer, "-p", "1e-6", "-n", "3", "-s", "1")
+    assert story == b"<unk>" * 3 + b"\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -490,8 +490,8 @@ def test_screened_classifier_where_rounding_overflows(build, tmp_path):
 
     write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
     write_model(tmp_path / "m.bin", False, change=one_huge)
-    told = [succeeds(build(kind), tmp_path / "m.bin", "-t", "0", "-n", "0") for kind in ("screened", "native")]
-    assert told[0] == told[1]
+    story = [succeeds(build(kind), tmp_path / "m.bin", "-t", "0", "-n", "0") for kind in ("screened", "native")]
+    assert story[0] == story[1]
 
 
 @pytest.fixture(scope="module")
@@ -537,11 +537,11 @@ def write_heads(path, c, w, heads, **changes):
     return path
 
 
-DRAFTS = re.compile(rb"drafting: ([0-9.]+) tokens a pass; guesses that came true:((?: \d+/\d+)+)\n")
+DRAFTS = re.compile(rb"drafting: ([0-9.]+) tokens per pass; accepted/drafted by distance:((?: \d+/\d+)+)\n")
 
 
 def drafted(done):
-    """(tokens per pass, [(accepted, drafted) of each length]) that run reports."""
+    """(tokens per pass, [(accepted, drafted) of each distance]) that run reports."""
     rate, pairs = DRAFTS.search(done.stderr).groups()
     return float(rate), [tuple(map(int, pair.split(b"/"))) for pair in pairs.split()]
 
@@ -557,9 +557,9 @@ def endless(w):
 @pytest.mark.parametrize("kind", [*BUILDS, "screened"])
 @pytest.mark.parametrize("version", [0, 2])
 def test_drafting_tells_the_same_story(build, tmp_path, kind, version):
-    """Greedy and sampled, with heads and with n-grams; a small vocabulary, so that many random drafts are accepted."""
+    """Greedy and sampled, with heads and with n-grams; few tokens, so random drafts are often accepted."""
     tokenizer = write_tokenizer(tmp_path / "tok.bin", [*SPECIAL, *(b"%c" % c for c in b"abcdef")])
-    true = 0
+    accepted = 0
     for seed in range(6):
         c, w = write_model(tmp_path / "m.bin", False, seed, vocab_size=9, seq_len=150, dim=16, n_heads=4,
                            version=version, change=endless)
@@ -572,9 +572,9 @@ def test_drafting_tells_the_same_story(build, tmp_path, kind, version):
                 done = execute(*run, *flags.split(), "-d", draft)
                 assert done.stdout == plain.stdout, (seed, flags, draft)
                 pairs = drafted(done)[1]
-                assert all(0 <= hits <= guesses for hits, guesses in pairs)
-                true += pairs[0][0]
-    assert true > 20
+                assert all(0 <= hits <= drafts for hits, drafts in pairs)
+                accepted += pairs[0][0]
+    assert accepted > 20
 
 
 @pytest.mark.parametrize("kind", [*BUILDS, "native", "avx2"])
@@ -590,19 +590,19 @@ def test_drafting_gives_the_same_logits(build, tmp_path, kind, version):
             assert int(hits[0]) > 5 and int(hits[1]) > 0, hits
 
 
-def test_good_guesses_save_passes(build, tmp_path):
-    """A model that repeats one token for ever: n-grams and a head that knows it are always right."""
+def test_good_drafts_save_passes(build, tmp_path):
+    """A model that repeats one token: n-grams and a head that predicts it are always right."""
     tokenizer = write_tokenizer(tmp_path / "tok.bin", visible_pieces(40))
     c, w = write_model(tmp_path / "m.bin", vocab_size=40, seq_len=400, change=lambda w: w["rms_final"].fill(0))
     for draft in (write_heads(tmp_path / "h.bin", c, w, np.zeros((4, 40, 8))), "ngram"):
         done = execute(build("plain"), tmp_path / "m.bin", "-z", tokenizer, "-t", "0", "-n", "0", "-d", draft)
         rate, pairs = drafted(done)
         assert done.stdout == b"<unk>" * 400 + b"\n" and rate > 1.1
-        assert all(hits == guesses for hits, guesses in pairs[:3]) and pairs[0][0] > 10
+        assert all(hits == drafts for hits, drafts in pairs[:3]) and pairs[0][0] > 10
 
 
-def test_a_wrong_guess_does_no_harm(build, tmp_path):
-    """A head that drafts a token whose embedding is damaged, and which is never accepted."""
+def test_a_wrong_draft_does_no_harm(build, tmp_path):
+    """A head that drafts a token whose embedding is damaged and which is never sampled."""
     tokenizer = write_tokenizer(tmp_path / "tok.bin", [*SPECIAL, *(b"%c" % c for c in b"abcdef")])
 
     def never_eight(w):
@@ -633,7 +633,7 @@ def test_heads_files_that_do_not_fit(build, tmp_path):
     run = [build("sanitized"), tmp_path / "m.bin", "-n", "4", "-d", bad]
     refuses(*run, says=["bad.heads.bin", "cannot open"])
     assert b"drafting" in execute(*run[:-1], write_heads(bad, c, w, zeros)).stderr
-    for change, says in [({"magic": 7}, "no heads file"), ({"version": 2}, "version 2"), ({"type": 9}, "type 9"),
+    for change, says in [({"magic": 7}, "not a heads file"), ({"version": 2}, "version 2"), ({"type": 9}, "type 9"),
                          ({"n": 0}, "has 0 heads"), ({"n": 32}, "expected 1 to 31"), ({"n": 3}, "asks for"),
                          ({"n": 1}, "asks for"), ({"n": 2**32 - 1}, "heads; expected"), ({"dim": 16}, "dim 16"),
                          ({"vocab_size": 2**32 - 300}, "the model has"), ({"checksum": 1}, "another trunk")]:
@@ -696,7 +696,7 @@ def test_encode_equals_sentencepiece(build, tmp_path, kind):
 
 def test_encoding_equals_sentencepiece_on_real_stories(build, data_dir):
     if not STORIES.exists():
-        pytest.skip("the TinyStories subset is not at hand")
+        pytest.skip("the TinyStories subset is not there")
     folder = data_dir / "toy" / "tok512"
     oracle = load_tokenizer(folder, 512)
     stories = list(read_stories(STORIES.with_name("TinyStories-train.txt")))[:2000]
@@ -772,13 +772,13 @@ def test_byte_level_vocabulary(build, tmp_path):
     got = encode_all(build("sanitized", "tests/c/encode_main.c"), tmp_path / "tok.bin", 259, texts)
     assert got == [[1] + [b + 3 for b in (b" " + t if t else b"").replace(b"\xe2\x96\x81", b" ")] for t in texts]
     write_model(tmp_path / "m.bin", vocab_size=259)
-    told = succeeds(build("plain"), tmp_path / "m.bin", "-z", tmp_path / "tok.bin", "-i", "Hi you", "-n", "7")
-    assert told == b"Hi you" + told[6:] and len(told) <= 8
+    story = succeeds(build("plain"), tmp_path / "m.bin", "-z", tmp_path / "tok.bin", "-i", "Hi you", "-n", "7")
+    assert story == b"Hi you" + story[6:] and len(story) <= 8
 
 
 def test_real_stories_equal_slow_reference(build):
     if not (STORIES.exists() and (PUBLISHED / "tok512.bin").exists()):
-        pytest.skip("TinyStories and tok512.bin are not at hand")
+        pytest.skip("TinyStories and tok512.bin are not there")
     pieces, scores = read_tokenizer(PUBLISHED / "tok512.bin")
     stories = STORIES.read_bytes().split(b"<|endoftext|>\n")[:330]
     # whole stories would take the quadratic reference a minute, a stretch of each takes seconds (and cuts characters)
@@ -812,8 +812,8 @@ def test_character_without_a_token_is_an_error(build, tmp_path):
 # Text out
 
 def test_prompt_comes_back(build, tiny):
-    told = succeeds(build("plain"), tiny[0], "-i", "the \u20ac hen, <s>", "-n", "13", "-t", "0")
-    assert told.startswith("the \u20ac hen, <s".encode())
+    story = succeeds(build("plain"), tiny[0], "-i", "the \u20ac hen, <s>", "-n", "13", "-t", "0")
+    assert story.startswith("the \u20ac hen, <s".encode())
     # control codes are dropped; bytes of characters that have no token are not
     assert succeeds(build("plain"), tiny[0], "-i", b"a\x01\xc3\xa9b", "-n", "6", "-t", "0").startswith(b"a\xc3\xa9b")
     assert execute(build("sanitized"), tiny[0], "-i", b"\xff\xfea\xe2\x82", "-n", "8").returncode == 0
@@ -823,14 +823,14 @@ def test_a_token_may_hold_a_nul(build, tmp_path):
     pieces = visible_pieces(39) + [b"x\0y"]
     write_model(tmp_path / "m.bin", vocab_size=40, seq_len=64, change=lambda w: w["rms_final"].fill(0))
     tokenizer = write_tokenizer(tmp_path / "tok.bin", pieces)
-    told = succeeds(build("sanitized"), tmp_path / "m.bin", "-z", tokenizer, "-p", "1", "-s", "2", "-n", "0")
-    told += succeeds(build("sanitized"), tmp_path / "m.bin", "-z", tokenizer, "-p", "1", "-s", "3", "-n", "0")
-    assert b"x\0y" in told
+    story = succeeds(build("sanitized"), tmp_path / "m.bin", "-z", tokenizer, "-p", "1", "-s", "2", "-n", "0")
+    story += succeeds(build("sanitized"), tmp_path / "m.bin", "-z", tokenizer, "-p", "1", "-s", "3", "-n", "0")
+    assert b"x\0y" in story
 
 
 def test_prompt_may_fill_the_context(build, tiny):
-    told = succeeds(build("sanitized"), tiny[0], "-i", "z" * 14, "-t", "0")  # BOS, the space in front and 14 letters
-    assert told.startswith(b"z" * 14)
+    story = succeeds(build("sanitized"), tiny[0], "-i", "z" * 14, "-t", "0")  # BOS, the space in front and 14 letters
+    assert story.startswith(b"z" * 14)
 
 
 def test_story_on_stdout_speed_on_stderr(build, tiny):
@@ -869,8 +869,8 @@ def test_chat_follows_the_template(build, tmp_path):
         text += printed(pieces, next_id)
         ids.append(next_id)
     stdin = b"Be kind\nthe hen\n"
-    told = succeeds(build("sanitized"), tmp_path / "m.bin", "-m", "chat", "-t", "0", "-n", "0", stdin=stdin)
-    assert told.startswith(b"Enter system prompt (optional): User: Assistant: " + text + b"\n")
+    story = succeeds(build("sanitized"), tmp_path / "m.bin", "-m", "chat", "-t", "0", "-n", "0", stdin=stdin)
+    assert story.startswith(b"Enter system prompt (optional): User: Assistant: " + text + b"\n")
     flags = ["-m", "chat", "-t", "0", "-n", "0", "-y", "Be kind", "-i", "the hen"]
     assert succeeds(build("plain"), tmp_path / "m.bin", *flags).startswith(b"Assistant: " + text + b"\n")
 

@@ -1,13 +1,13 @@
 // Does run.c's drafting give the logits of plain decoding, bit for bit, whatever the lengths of the drafts?
-// And does each head guess from the state at the position before? draft_main MODEL.bin (HEADS.bin | ngram): exit code 0
-// if so; prints how many guesses of each length came true.
+// And does each head draft from the state at the position before? draft_main MODEL.bin (HEADS.bin | ngram): exit code 0
+// if so; prints how many drafted tokens were accepted, by distance.
 #define RUN_NO_MAIN
 #include "../../run.c"
 
-static int differing, guesses;
+static int differing, drafted;
 
-// Compares the guesses of d's last pass with the best of each head's float32 logits, straight from the file.
-static void check_guesses(const Drafter *d, const Map *file, const float *state) {
+// Compares the drafts of d's last pass with the best of each head's float32 logits, straight from the file.
+static void check_drafts(const Drafter *d, const Map *file, const float *state) {
     int D = d->m->config.dim, V = d->m->config.vocab_size;
     for (int i = 1; i < d->fed && d->at == 0; i++) {
         const float *head = (const float *)(const void *)(file->at + 28) + (size_t)(i - 1) * V * D;
@@ -19,7 +19,7 @@ static void check_guesses(const Drafter *d, const Map *file, const float *state)
             if (sum > most) most = sum, best = v;
         }
         differing += best != d->token[i];
-        guesses++;
+        drafted++;
     }
 }
 
@@ -40,17 +40,17 @@ int main(int argc, char **argv) {
             if (pos == S) break;
             s.temperature = given == 1 ? 0.0f : 1.0f;
             int token = sample(&s, a);
-            d.rounds = (int)(random_f32(&lengths) * (float)(d.most + 1));  // length: most - rounds
+            d.rounds = (int)(random_f32(&lengths) * (float)(d.longest + 1));  // length: most - rounds
             memcpy(state, one.s.xb + plain.row * one.config.dim, one.config.dim * sizeof *state);
             a = advance(&plain, token, pos);
             b = advance(&d, token, pos);
             int before = differing;
-            if (d.head) check_guesses(&d, &file, state);
-            if (pos == given && differing > before) die("the first guesses after a prompt of %d differ", given);
+            if (d.head) check_drafts(&d, &file, state);
+            if (pos == given && differing > before) die("the first drafts after a prompt of %d differ", given);
         }
     }
-    if (differing * 20 > guesses) die("%d of %d guesses are not the heads'", differing, guesses);  // heads are rounded
+    if (differing * 20 > drafted) die("%d of %d drafted tokens are not the heads'", differing, drafted);  // heads are rounded
     if (plain.passes != plain.tokens || d.passes >= d.tokens) die("%d passes", (int)d.passes);
-    for (int i = 1; i <= d.most; i++) printf("%d ", (int)d.hits[i]);
+    for (int i = 1; i <= d.longest; i++) printf("%d ", (int)d.accepted[i]);
     return 0;
 }
