@@ -338,7 +338,9 @@ typedef struct {
     float *att;                  // (threads, sharing, [S]) attention weights of the queries that share a key head
     float *key;                  // (L, n_kv_heads) matrices ([S], hd): the cache of keys, its positions in panels
     float *value;                // (L, n_kv_heads, S, hd) the cache of values
-    float *rope_cos, *rope_sin;  // (S, hd / 2)
+    float *frequency;            // (hd / 2,) of RoPE
+    float *rope_cos, *rope_sin;  // (S, hd / 2), of which the first rope_rows are filled
+    int rope_rows;
     float *logits;               // (N, [V])
     int8_t *q;                   // (N, max(D, H)) rounded input of an int8 product
     float *scale;                // (N, groups) its scales
@@ -414,6 +416,17 @@ static void rope(float *x, int n, int head_size, const float *cos_row, const flo
         }
 }
 
+// The angles of the first `rows` positions. They are filled as positions come: a long context costs nothing until it is
+// used.
+static void fill_rope(State *s, int rows, int half) {
+    for (; s->rope_rows < rows; s->rope_rows++)
+        for (int i = 0; i < half; i++) {
+            float angle = (float)s->rope_rows * s->frequency[i];
+            s->rope_cos[(size_t)s->rope_rows * half + i] = cosf(angle);
+            s->rope_sin[(size_t)s->rope_rows * half + i] = sinf(angle);
+        }
+}
+
 // x += wo(attend(wqkv(rmsnorm(x)))) for N tokens from pos on.
 static void attention(Model *m, int layer, int N, int pos) {
     const Config *c = &m->config;
@@ -452,6 +465,7 @@ static const float *forward(Model *m, const int *token, int N, int pos, int firs
     const Config *c = &m->config;
     State *s = &m->s;
     size_t D = c->dim;
+    fill_rope(s, pos + N, c->head_size / 2);
     for (int i = 0; i < N; i++) embed(m, token[i], s->x + i * D);
     for (int layer = 0; layer < c->n_layers; layer++) {
         attention(m, layer, N, pos);
@@ -494,12 +508,15 @@ static int argmax(const float *x, int n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 5 Model file: a header, then the tensors
 
-enum { FIELDS = 7, MAGIC = 0x616b3432, HEADER_V1 = 256, HEADS_MAGIC = 0x64616568 };  // "head"
+enum { FIELDS = 7, MAGIC = 0x616b3432, HEADER_V1 = 256 };
+enum { HEADS_MAGIC = 0x64616568, ZIP_MAGIC = 0x04034b50 };  // "head", "PK\3\4"
 
 static uint32_t swap_bytes(uint32_t v) { return v >> 24 | (v >> 8 & 0xff00) | (v << 8 & 0xff0000) | v << 24; }
 
-// The upper bounds are far beyond any model this program is for. They also bound every product below: the largest, the
-// KV cache's L * S * K, has at most 2^(10+24+16) floats, so 64-bit arithmetic cannot overflow.
+// The upper bounds are far beyond any model this program is for. They also bound every product below, so that 64-bit
+// arithmetic cannot overflow. In versions 1 and 2 a context costs no bytes of the file, so MOST_ROPE and MOST_CACHE bound
+// the tables that it asks for, in floats: 1 and 8 GiB.
+static const uint64_t MOST_ROPE = 1ull << 28, MOST_CACHE = 1ull << 31;
 static const struct { const char *name; int32_t min, max; } FIELD[FIELDS] = {
     {"dim", 2, 1 << 16},
     {"hidden_dim", 1, 1 << 20},
@@ -515,6 +532,8 @@ static Config read_config(const Map *file) {
     size_t size = sizeof h;
     if (file->n >= sizeof first) memcpy(first, file->at, sizeof first);
     bool versioned = first[0] == MAGIC;
+    if (first[0] == ZIP_MAGIC)
+        die("%s: is a zip archive, as PyTorch checkpoints are; export it first: python export.py %s model.bin", path, path);
     if (first[0] == HEADS_MAGIC) die("%s: is a file of future heads; they go with -d", path);
     if (versioned && first[1] != 1 && first[1] != 2)
         die("%s: is a version %d model file; this program reads versions 0, 1 and 2", path, (int)first[1]);
@@ -545,6 +564,11 @@ static Config read_config(const Map *file) {
     if (c.n_heads % c.n_kv_heads)
         die("%s: n_heads %d is not a multiple of n_kv_heads %d", path, c.n_heads, c.n_kv_heads);
     c.kv_dim = c.n_kv_heads * c.head_size;
+    uint64_t cache = 2 * (uint64_t)c.n_layers * c.kv_dim, longest = MOST_CACHE / cache;  // floats per position
+    if (longest > MOST_ROPE / c.head_size) longest = MOST_ROPE / c.head_size;
+    if ((uint64_t)c.seq_len > longest)
+        die("%s: seq_len is %d; expected at most %llu with %d layers and %d heads of %d for keys", path, c.seq_len,
+            (unsigned long long)longest, c.n_layers, c.n_kv_heads, c.head_size);
     c.sharing = c.n_heads / c.n_kv_heads;
     return c;
 }
@@ -576,7 +600,7 @@ static void map_tensors(const Map *file, const Config *c, Tensor *tensor) {
         [W2] = {NULL, L, D, H, g},
         [W3] = {NULL, L, H, D, g},
         [NORM] = {NULL, 1, 1, D, 0},
-        [ROPE] = {NULL, c->version == 0, c->seq_len, c->head_size, 0},  // the exporter's tables; fill_rope computes them
+        [ROPE] = {NULL, c->version == 0, c->seq_len, c->head_size, 0},  // the exporter's tables; not read, see fill_rope
         [CLS] = {NULL, !c->shared_classifier, V, D, g},
     };
     memcpy(tensor, shape, sizeof shape);
@@ -669,29 +693,17 @@ static void pack_weights(Model *m) {
     m->classifier = pack((Packing){.part = {cls}}, g);
 }
 
-static void fill_rope(const Config *c, State *s) {
-    int half = c->head_size / 2;
-    for (int i = 0; i < half; i++) {
-        // In double: the powf of -ffast-math is off by enough to shift late positions' logits by 1e-4.
-        float frequency = (float)(1.0 / pow(10000.0, (double)(2 * i) / c->head_size));
-        for (int pos = 0; pos < c->seq_len; pos++) {
-            float angle = (float)pos * frequency;
-            s->rope_cos[(size_t)pos * half + i] = cosf(angle);
-            s->rope_sin[(size_t)pos * half + i] = sinf(angle);
-        }
-    }
-}
-
 static State new_state(const Config *c) {
     uint64_t D = c->dim, H = c->hidden_dim, K = c->kv_dim, L = c->n_layers, widest = D > H ? D : H, S = c->seq_len;
-    uint64_t rope = S * (c->head_size / 2);
+    uint64_t half = c->head_size / 2;
     size_t f = sizeof(float);
     const char *what = "the activations";
     State s = {
         .key = buffer(L * padded(S) * K, f, "the cache of keys"),
         .value = buffer(L * S * K, f, "the cache of values"),
-        .rope_cos = buffer(rope, f, "the RoPE table"),
-        .rope_sin = buffer(rope, f, "the RoPE table"),
+        .frequency = buffer(half, f, "the RoPE table"),
+        .rope_cos = buffer(S * half, f, "the RoPE table"),
+        .rope_sin = buffer(S * half, f, "the RoPE table"),
         .att = buffer(n_threads() * c->sharing * padded(S), f, "the attention weights"),
         .x = buffer(BATCH * D, f, what),
         .xb = buffer(BATCH * D, f, what),
@@ -703,7 +715,8 @@ static State new_state(const Config *c) {
         .scale = buffer(BATCH * widest, f, what),
         .offset = buffer(BATCH * widest, sizeof(int32_t), what),
     };
-    fill_rope(c, &s);
+    // In double: the powf of -ffast-math is off by enough to shift late positions' logits by 1e-4.
+    for (uint64_t i = 0; i < half; i++) s.frequency[i] = (float)(1.0 / pow(10000.0, (double)(2 * i) / c->head_size));
     return s;
 }
 static void new_screen(Model *m);  // section 13
@@ -744,6 +757,7 @@ typedef struct {
     int *sorted;        // (n_sorted,) ids of the tokens that text can match, ordered by length, bytes, id
     int n_sorted;
     bool byte_fallback; // ids 3..258 are the 256 bytes
+    bool own_space;     // there is a piece " " besides the byte
     char byte[256];     // byte[b] == b: what byte tokens decode to
 } Tokenizer;
 
@@ -776,22 +790,28 @@ static int lookup(const Tokenizer *t, const char *at, int n) {
 
 static bool is_space_piece(const Piece *p) { return p->n == 1 && p->at[0] == ' '; }
 
+static bool spelled(const Piece *p, const char *text, int n) { return compare_bytes(p->at, p->n, text, n) == 0; }
+
+// Are ids 3..258 the bytes? They are spelled "<0x41>", or, in llama2.c's first tokenizer.bin, as the UTF-8 of character b.
 static bool has_byte_tokens(const Tokenizer *t) {
     if (t->vocab_size < FIRST_PIECE) return false;
+    bool names = true, characters = true;
     for (int b = 0; b < 256; b++) {
-        char name[8];
-        int n = snprintf(name, sizeof name, "<0x%02X>", (unsigned)b);
         const Piece *p = &t->piece[FIRST_BYTE + b];
+        char name[8], utf8[2] = {(char)(0xc0 | b >> 6), (char)(0x80 | (b & 63))}, ascii = (char)b;
+        int n = snprintf(name, sizeof name, "<0x%02X>", (unsigned)b);
         // A byte-level vocabulary writes the space as itself, so that the space before a text finds it.
-        if (compare_bytes(p->at, p->n, name, n) != 0 && !(b == ' ' && is_space_piece(p))) return false;
+        names &= spelled(p, name, n) || (b == ' ' && is_space_piece(p));
+        characters &= b < 128 ? spelled(p, &ascii, 1) : spelled(p, utf8, 2);
     }
-    return true;
+    return names || characters;
 }
 
-// Neither <unk>, BOS and EOS nor the names of byte tokens can be typed: the text "<0x41>" is six characters.
+// Neither <unk>, BOS and EOS nor byte tokens can be typed: the text "<0x41>" is six characters, and "A" is the piece, not
+// the byte. Only the space may be a byte, in a byte-level vocabulary.
 static bool can_match(const Tokenizer *t, int id) {
     if (id < FIRST_BYTE || t->piece[id].n == 0) return false;
-    return !t->byte_fallback || id >= FIRST_PIECE || is_space_piece(&t->piece[id]);
+    return !t->byte_fallback || id >= FIRST_PIECE || (is_space_piece(&t->piece[id]) && !t->own_space);
 }
 
 // Reads the entry at *offset and moves *offset past it.
@@ -827,6 +847,7 @@ static Tokenizer load_tokenizer(const char *path, int vocab_size) {
     if (n != vocab_size) die("%s: the tokenizer has %d entries, the model has %d", path, n, vocab_size);
 
     t.byte_fallback = has_byte_tokens(&t);
+    for (int id = FIRST_PIECE; id < vocab_size; id++) t.own_space |= is_space_piece(&t.piece[id]);
     for (int b = 0; b < 256; b++) t.byte[b] = (char)(unsigned char)b;
     t.sorted = allocate((uint64_t)vocab_size, sizeof *t.sorted, "the vocabulary's order");
     for (int id = 0; id < vocab_size; id++)

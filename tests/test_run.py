@@ -797,6 +797,30 @@ def test_long_text_is_encoded_quickly(build, tmp_path):
     assert got == [[1] + [259 + 11] * 2**9]
 
 
+def test_the_first_tokenizer_spells_bytes_as_characters(build, tmp_path):
+    """llama2.c's first tokenizer.bin: byte token b is the UTF-8 of chr(b). The same ids as with names."""
+    named = byte_pieces(300)
+    spelled = SPECIAL + [chr(b).encode() for b in range(256)] + named[259:]
+    texts = [t.encode() for t in AWKWARD] + byte_strings(random.Random(6), 2000)
+    write_tokenizer(tmp_path / "named.bin", named)
+    write_tokenizer(tmp_path / "spelled.bin", spelled)
+    expected, got = (encode_all(build("sanitized", "tests/c/encode_main.c"), tmp_path / name, 300, texts)
+                     for name in ("named.bin", "spelled.bin"))
+    assert got == expected and [1, named.index(b" "), *(b + 3 for b in "\U0001f600!".encode())] in got
+    write_model(tmp_path / "m.bin", seq_len=60)
+    run = [build("sanitized"), tmp_path / "m.bin", "-t", "1", "-s", "3", "-p", "1", "-i", "caf\u00e9 \U0001f600"]
+    story = succeeds(*run, "-z", tmp_path / "spelled.bin")
+    assert story == succeeds(*run, "-z", tmp_path / "named.bin") and story.startswith("caf\u00e9 \U0001f600".encode())
+    byte_level = SPECIAL + [chr(b).encode() for b in range(256)]  # no other space: one goes in front, as a byte
+    write_tokenizer(tmp_path / "bytes.bin", byte_level)
+    got = encode_all(build("sanitized", "tests/c/encode_main.c"), tmp_path / "bytes.bin", 259, [b"a\xc3"])
+    assert got == [[1, 35, ord("a") + 3, 0xC3 + 3]]
+    wrong = spelled[:3 + 200] + [b"y"] + spelled[3 + 201:]  # one is not: then these are pieces like others
+    write_tokenizer(tmp_path / "wrong.bin", wrong)
+    got = encode_all(build("sanitized", "tests/c/encode_main.c"), tmp_path / "wrong.bin", 300, ["\u00e9".encode()])
+    assert got == [[1, 35, 3 + 0xE9]]
+
+
 def test_character_without_a_token_is_an_error(build, tmp_path):
     write_model(tmp_path / "m.bin", vocab_size=40)
     tokenizer = write_tokenizer(tmp_path / "tok.bin", visible_pieces(40))
@@ -988,6 +1012,8 @@ def test_files_that_are_no_model(build, tiny, tmp_path):
     refuses(run, tmp_path / "pipe", says=["pipe", "not a regular file"])
     bad.write_bytes(struct.pack("<7I", 0x64616568, 1, 1, 1, 8, 300, 0))
     refuses(run, bad, says=["future heads", "-d"])
+    bad.write_bytes(b"PK\3\4" + bytes(300))
+    refuses(run, bad, says=["bad.bin", "PyTorch", "export.py"])
     good = tiny[0].read_bytes()
     for data, says in [(b"", "is empty"), (b"\x40", "too few"), (good[:27], "too few"), (good + b"\0", "asks for"),
                        (struct.pack("<Ii", 0x616B3432, 1) + good[:247], "too few"),
@@ -1017,14 +1043,26 @@ def test_wrong_header_fields(build, tiny):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space limits are not enforced here")
 def test_too_little_memory_is_an_error(build, tmp_path):
-    """An honest sparse file of a few megabytes whose KV cache needs 16 GiB."""
+    """An honest sparse file of a few megabytes whose KV cache needs 8 GiB."""
     import resource
-    sizes = dict(zip(FIELDS, (2, 1, 1024, 1, 1, 3, 2**20), strict=True))
+    sizes = dict(zip(FIELDS, (2, 1, 1024, 1, 1, 3, 2**19), strict=True))
     path = tmp_path / "m.bin"
     path.write_bytes(struct.pack("<7i", *sizes.values()))
     os.truncate(path, 28 + 4 * sum(int(np.prod(s)) for s in tensor_shapes(sizes, True).values()))
     refuses(build("plain"), path, says=["out of memory", "cache"],
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)))
+
+
+def test_a_long_context_costs_nothing_until_it_is_used(build, tmp_path):
+    """In versions 1 and 2 seq_len costs no bytes of the file. A forged one is refused or touches little memory."""
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    write_model(tmp_path / "m.bin", version=1, dim=128, n_heads=1)
+    good, bad = (tmp_path / "m.bin").read_bytes(), tmp_path / "bad.bin"
+    bad.write_bytes(good[:32] + struct.pack("<i", 2**21) + good[36:])
+    done = execute(build("plain"), bad, "-t", "0", "-n", "8")
+    assert done.returncode == 0 and float(done.stderr.split()[-2]) < 30, done.stderr
+    bad.write_bytes(good[:32] + struct.pack("<i", 2**21 + 1) + good[36:])
+    refuses(build("sanitized"), bad, says=["bad.bin: seq_len is 2097153; expected at most 2097152 with 1 layers"])
 
 
 @pytest.mark.parametrize("kind", BUILDS)
