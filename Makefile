@@ -5,7 +5,9 @@ PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = out/quickstart
 SET = seeds4
-.PHONY: help demo test test-interop lint fuzz bench bench-c ablation results run runfast runomp rundebug clean
+# the flag by which the compiler builds for this machine; nothing if it knows none
+NATIVE = $(shell for flag in -march=native -mcpu=native; do echo 'int main(void) { return 0; }' | $(CC) $$flag -x c -o /dev/null - 2> /dev/null && echo $$flag && break; done)
+.PHONY: help demo test test-interop lint fuzz bench bench-c ablation results run runportable runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*##/  make \1 |/' | column -t -s '|'
@@ -27,17 +29,19 @@ test-interop: .venv/interop-ready ## compare stories with llama.cpp, which is bu
 
 lint: .venv/test-ready ## ruff, and the C compiler's warnings as errors
 	$(PY) -m ruff check
-	for flags in -O2 "-O3 -march=native" "-O2 -DSCALAR"; do \
+	for flags in -O2 "-O3 $(NATIVE)" "-O2 -DSCALAR"; do \
 	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror $$flags -pthread -o /dev/null run.c -lm || exit 1; \
 	    $(CC) -std=c11 -Wall -Wextra -Wpedantic -Werror -Wno-unknown-pragmas $$flags -c -o /dev/null step/kernels.c || exit 1; done
 
-run: run.c ## build run: inference in C
+run: run.c ## build run, inference in C, for this machine's processor
+	$(CC) -O3 $(NATIVE) -pthread -o run run.c -lm
+
+runportable: run.c ## build run for any processor of this kind, to copy it elsewhere
 	$(CC) -O3 -pthread -o run run.c -lm
 
-runfast: run.c ## build run for this machine's processor
-	$(CC) -O3 -march=native -pthread -o run run.c -lm
+runfast: run ## the same as make run
 
-runomp: runfast ## the same, under llama2.c's name (every build has threads: OMP_NUM_THREADS=4 ./run ..., or -j 4)
+runomp: run ## the same, under llama2.c's name: every build has threads (OMP_NUM_THREADS=4 ./run ..., or -j 4)
 
 rundebug: run.c ## build run with address and undefined-behaviour sanitizers
 	$(CC) -g -O1 -Wall -Wextra -DSEPARATE_BUFFERS -fsanitize=address,undefined -pthread -o run run.c -lm

@@ -69,8 +69,11 @@ Letters in shapes:
 #ifdef __APPLE__
 #include <sys/resource.h>
 #endif
-#ifdef __AVX512VNNI__
+#ifdef __SSE2__
 #include <immintrin.h>
+#endif
+#ifdef __ARM_FEATURE_DOTPROD
+#include <arm_neon.h>
 #endif
 
 #ifndef O_BINARY
@@ -176,13 +179,39 @@ enum { WIDTH = 8, REGISTERS = 8 };
 enum { WIDTH = 4, REGISTERS = 8 };
 #endif
 typedef float Floats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(WIDTH * 4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))  // for functions whose loop bounds are literals
 
-// sum plus, in each lane, the products of four unsigned bytes of w with the four signed bytes of x
+// An int8 weight is kept as a byte, weight + ZERO_POINT: x86 multiplies unsigned with signed bytes, ARM signed ones.
+#if defined __ARM_FEATURE_DOTPROD && !defined SCALAR
+enum { ZERO_POINT = 0 };
+#else
+enum { ZERO_POINT = 128 };
+#endif
+
+// In each lane the sum of two products of 16-bit numbers.
+#if defined __AVX512BW__
+#define MULTIPLY_PAIRS(a, b) (Ints)_mm512_madd_epi16((__m512i)(a), (__m512i)(b))
+#elif defined __AVX2__ && !defined __AVX512F__
+#define MULTIPLY_PAIRS(a, b) (Ints)_mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#elif defined __SSE2__ && !defined __AVX__
+#define MULTIPLY_PAIRS(a, b) (Ints)_mm_madd_epi16((__m128i)(a), (__m128i)(b))
+#endif
+
+// sum plus, in each lane, the products of the four weights in w with the four signed bytes in x.
 INLINE Ints dot4(Ints sum, Ints w, int32_t x) {
 #if defined __AVX512VNNI__ && defined __AVX512F__ && !defined SCALAR
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined __AVXVNNI__ && !defined __AVX512F__ && !defined SCALAR
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(x));
+#elif defined __ARM_FEATURE_DOTPROD && !defined SCALAR
+    return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+#elif defined MULTIPLY_PAIRS && !defined SCALAR
+    // Even and odd bytes, widened to 16 bits; x is the same in all lanes, so the compiler moves its half out of the loop.
+    Shorts bytes = (Shorts)((Ints){0} + x);
+    sum += MULTIPLY_PAIRS(w & 0x00ff00ff, bytes << 8 >> 8);
+    return sum + MULTIPLY_PAIRS(w >> 8 & 0x00ff00ff, bytes >> 8);
 #else
     return sum + (w & 255) * (int8_t)x + (w >> 8 & 255) * (int8_t)(x >> 8) + (w >> 16 & 255) * (int8_t)(x >> 16) +
            (w >> 24 & 255) * (int8_t)(x >> 24);
@@ -1097,8 +1126,8 @@ static void print_token(const Tokenizer *t, int previous, int id) {
 // 10 Products. W, (rows, n), is kept in panels of PANEL rows that are interleaved by column, so that a register holds
 // many rows' weights for one input: a product needs no horizontal sums and reads the weights as one stream.
 //   float32  each column of a panel is 64 floats, one per row
-//   int8     columns go by fours, 64 rows of 4 bytes, each a weight + 128. The 64 rows' scales, floats, follow the columns
-//            of each group. A weight is (byte - 128) * scale; inputs are rounded in the same groups.
+//   int8     columns go by fours, 64 rows of 4 bytes, each a weight + ZERO_POINT. The 64 rows' scales, floats, follow
+//            the columns of each group. A weight is (byte - ZERO_POINT) * scale; inputs are rounded in the same groups.
 // Rows beyond the last are zero.
 
 enum { COLUMNS = 4 };  // inputs that meet a panel together
@@ -1121,7 +1150,7 @@ static void interleave(const Matrix *m, int p, const char *const *row, const cha
         for (int r = 0; r < count; r++) {
             uint32_t bits;
             memcpy(&bits, row[r] + j * unit, sizeof bits);
-            if (m->group) bits ^= 0x80808080u;  // int8 to int8 + 128
+            if (m->group) bits ^= ZERO_POINT * 0x01010101u;  // adds it to each byte
             memcpy(to + r * unit, &bits, sizeof bits);
         }
         if (!m->group || (j + 1) % units_of_group) continue;
@@ -1131,7 +1160,7 @@ static void interleave(const Matrix *m, int p, const char *const *row, const cha
 }
 
 // Rounds x, (n,), to q * scale with q in -127..127 and one scale for each group. offset undoes what
-// the 128 in every weight byte adds to a group's sum of products. A scale of NaN means that a number was not finite.
+// the ZERO_POINT in every weight byte adds to a group's sum of products. A scale of NaN means that a number was not finite.
 static void quantise(const float *restrict x, int n, int group, int8_t *restrict q, float *restrict scale,
                      int32_t *restrict offset) {
     for (int g = 0; g < n / group; g++, x += group, q += group) {
@@ -1154,7 +1183,7 @@ static void quantise(const float *restrict x, int n, int group, int8_t *restrict
             q[i] = (int8_t)v;
             sum += v;
         }
-        offset[g] = -128 * sum;
+        offset[g] = -ZERO_POINT * sum;
     }
 }
 
@@ -1225,7 +1254,7 @@ INLINE void multiply_columns(const Product *a, int p, int input, int C) {
     const char *panel = a->W->at + p * panel_bytes(a->W);
     float *out = a->out + input * padded(a->W->rows) + (size_t)p * PANEL;
     if (a->W->group) {
-        const int R = fitting(WIDTH == 16 ? REGISTERS : REGISTERS / 2, C);  // int8: half for sums of ints, the floats may spill
+        const int R = fitting(REGISTERS, C);  // of sums of ints; those of floats, touched once a group, may spill
         for (int first = 0; first < PANEL; first += R * WIDTH) multiply_int8(a, panel, first, out, input, R, C);
     } else {
         const int R = fitting(REGISTERS, C);
@@ -1522,7 +1551,7 @@ static void fill_screen(void *model, int p, int thread) {
                 Floats rounded = __builtin_convertvector(q, Floats), off = x - rounded;
                 distance += off * off;
                 length += rounded * rounded;
-                four |= ((q + 128) & 255) << 8 * k;
+                four |= ((q + ZERO_POINT) & 255) << 8 * k;
             }
             memcpy(to + j * PANEL + first * 4, &four, sizeof four);
         }

@@ -13,12 +13,14 @@ What this leaves out on purpose: reading heads (run.c does), and `tokenizer.bin`
 
 import struct
 import zlib
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from model import ROPE_THETA, ModelArgs, Transformer
 from system.files import atomic_write
@@ -70,19 +72,23 @@ def float_bytes(t: Tensor) -> bytes:
     return t.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes()
 
 
-def largest_group(args: ModelArgs) -> int:
-    """Columns of a weight matrix that share an int8 scale: at most 64, as in llama2.c, and a divisor of every
-    matrix's input dimension, so that no group reaches into the next row. Errors: ValueError if there is none.
+def int8_shape(args: ModelArgs) -> tuple[int, ModelArgs]:
+    """Columns of a weight matrix that share an int8 scale, and the shape that version 2 writes.
+
+    The group is the largest of 64 (llama2.c's), 32, 16, 8 and 4 that divides dim. hidden_dim is rounded up to whole
+    groups: the new units are zero, so the model computes the same, and no group reaches into the next row.
+    Errors: ValueError if no group divides dim.
     """
     for group in (64, 32, 16, 8, 4):  # run.c multiplies four columns at a time
-        if args.dim % group == args.hidden_dim % group == 0:
-            return group
-    raise ValueError(f"dim {args.dim} and hidden_dim {args.hidden_dim}: version 2 needs multiples of 4")
+        if args.dim % group == 0:
+            return group, replace(args, hidden_dim=-(-args.hidden_dim // group) * group)
+    raise ValueError(f"dim {args.dim}: version 2 needs a multiple of 4")
 
 
-def int8_bytes(t: Tensor, group: int) -> bytes:
-    """Q8_0: the numbers as int8 in -127..127, then a float32 scale for each `group` of them."""
-    rows = t.detach().float().reshape(-1, group)
+def int8_bytes(t: Tensor, shape: tuple[int, int], group: int) -> bytes:
+    """Q8_0: the numbers as int8 in -127..127, then a float32 scale for each `group` of them; zeros fill up `shape`."""
+    rows, columns = t.shape
+    rows = pad(t.detach().float(), (0, shape[1] - columns, 0, shape[0] - rows)).reshape(-1, group)
     scale = rows.abs().amax(1, keepdim=True) / 127
     q = torch.where(scale > 0, rows / scale, 0).round().to(torch.int8)
     return q.numpy().tobytes() + float_bytes(scale)
@@ -107,9 +113,11 @@ def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
     check_unstated(args, path)
     # In version 0 a negative vocabulary size says that an unembedding of its own follows at the end.
     sign = -1 if version == 0 and not args.tie_embeddings else 1
+    group = 0
+    if version == 2:
+        group, args = int8_shape(args)
     sizes = {name: getattr(args, name) for name in SIZES}
     header = struct.pack("<7i", *(sizes | {"vocab_size": sign * args.vocab_size}).values())
-    group = largest_group(args) if version == 2 else 0
     if version > 0:
         header = struct.pack("<Ii", MAGIC, version) + header + struct.pack("<Bi", args.tie_embeddings, group)
         header = header.ljust(HEADER_BYTES, b"\0")
@@ -118,7 +126,7 @@ def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
         f.write(header)
         for name, shape in layout(args, version):
             as_int8 = version == 2 and len(shape) == 2
-            f.write(int8_bytes(state[name], group) if as_int8 else float_bytes(state[name]))
+            f.write(int8_bytes(state[name], shape, group) if as_int8 else float_bytes(state[name]))
 
 
 def trunk_checksum(model: Transformer) -> int:

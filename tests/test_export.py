@@ -195,11 +195,31 @@ def test_layout_of_versions_1_and_2(tmp_path, tied, version):
 
 
 def test_group_size_divides_every_input(tmp_path):
-    for dim, hidden, group in [(64, 172, 4), (288, 768, 32), (512, 1376, 32), (768, 2048, 64), (40, 24, 8)]:
-        assert llama2c.largest_group(ModelArgs(dim=dim, hidden_dim=hidden, n_heads=4)) == group
-    with pytest.raises(ValueError, match="hidden_dim 86"):
-        write_trunk(random_model(hidden_dim=86), tmp_path / "m.bin", 2)
+    for dim, hidden, group, padded in [(64, 172, 64, 192), (288, 768, 32, 768), (512, 1376, 64, 1408),
+                                       (768, 2048, 64, 2048), (40, 30, 8, 32)]:
+        found, args = llama2c.int8_shape(ModelArgs(dim=dim, hidden_dim=hidden, n_heads=4))
+        assert (found, args.hidden_dim) == (group, padded)
+    with pytest.raises(ValueError, match="dim 30: version 2 needs a multiple of 4"):
+        write_trunk(random_model(dim=30, n_heads=1, n_kv_heads=1), tmp_path / "m.bin", 2)
     assert not (tmp_path / "m.bin").exists()
+
+
+def test_padded_hidden_units_change_nothing(run, tmp_path, data_dir):
+    """hidden_dim 86 becomes 96 in version 2; the file's model computes what the rounded weights without padding do."""
+    (tmp_path / "tokenizer.bin").write_bytes((data_dir / "toy" / "tok512" / "tokenizer.bin").read_bytes())
+    model = random_model(hidden_dim=86)
+    write_trunk(model, tmp_path / "m.bin", 2)
+    wide = load_model(tmp_path / "m.bin")
+    assert wide.args.hidden_dim == 96
+    narrow = random_model(hidden_dim=86)
+    state = {name: w[tuple(slice(n) for n in narrow.state_dict()[name].shape)] for name, w in wide.state_dict().items()}
+    narrow.load_state_dict(state)
+    x = torch.arange(100)[None]
+    with torch.no_grad():
+        assert torch.allclose(wide(x), narrow(x), atol=1e-4) and not torch.allclose(model(x), narrow(x), atol=1e-4)
+    for layer in wide.layers:
+        ffn = layer.feed_forward
+        assert not ffn.w1.weight[86:].any() and not ffn.w3.weight[86:].any() and not ffn.w2.weight[:, 86:].any()
 
 
 @pytest.mark.parametrize("tied", [True, False])
