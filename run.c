@@ -366,7 +366,7 @@ typedef struct {
     float *hb;                   // (N, [2H]) hidden activations, gate and up side by side
     float *att;                  // (threads, sharing, [S]) attention weights of the queries that share a key head
     float *key;                  // (L, n_kv_heads) matrices ([S], hd): the cache of keys, its positions in panels
-    float *value;                // (L, n_kv_heads, S, hd) the cache of values
+    float *value;                // (L, n_kv_heads, [S], hd) the cache of values; with heads of LANE_HEAD as keys are
     float *frequency;            // (hd / 2,) of RoPE
     float *rope_cos, *rope_sin;  // (S, hd / 2), of which the first rope_rows are filled
     int rope_rows;
@@ -729,7 +729,7 @@ static State new_state(const Config *c) {
     const char *what = "the activations";
     State s = {
         .key = buffer(L * padded(S) * K, f, "the cache of keys"),
-        .value = buffer(L * S * K, f, "the cache of values"),
+        .value = buffer(L * padded(S) * K, f, "the cache of values"),
         .frequency = buffer(half, f, "the RoPE table"),
         .rope_cos = buffer(S * half, f, "the RoPE table"),
         .rope_sin = buffer(S * half, f, "the RoPE table"),
@@ -1289,8 +1289,11 @@ static void matmul(const State *s, float *out, const float *x, size_t x_stride, 
 
 // The sum over a register.
 static inline float sum_lanes(Floats v) {
-    float sum[4] = {0};
-    for (int i = 0; i < WIDTH; i++) sum[i % 4] += v[i];
+    typedef float Four __attribute__((vector_size(16)));
+    Four part[WIDTH < 4 ? 1 : WIDTH / 4] = {{0}}, sum;
+    memcpy(part, &v, sizeof v);
+    sum = part[0];
+    for (int i = 1; i < WIDTH / 4; i++) sum += part[i];
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -1298,6 +1301,17 @@ static inline Floats load(const float *x) {
     Floats v;
     memcpy(&v, x, sizeof v);
     return v;
+}
+
+static inline void store(float *x, Floats v) { memcpy(x, &v, sizeof v); }
+
+// a where the lane of mask is all ones, b where it is 0
+static inline Floats choose(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }
+
+static inline float max_lanes(Floats v) {
+    float max = v[0];
+    for (int i = 1; i < WIDTH; i++) max = v[i] > max ? v[i] : max;
+    return max;
 }
 
 static float sum_of_squares(const float *x, int n) {
@@ -1335,16 +1349,12 @@ static float exponentials(float *x, int n) {
     }
     for (int i = n; i < end; i++) x[i] = x[0];
     Floats high = load(x), sum = {0};
-    for (int i = 0; i < end; i += WIDTH) {
-        Ints above = load(x + i) > high;
-        high = (Floats)(((Ints)load(x + i) & above) | ((Ints)high & ~above));
-    }
-    float max = high[0];
-    for (int i = 1; i < WIDTH; i++) max = high[i] > max ? high[i] : max;
+    for (int i = 0; i < end; i += WIDTH) high = choose(load(x + i) > high, load(x + i), high);
+    float max = max_lanes(high);
     for (int i = n; i < end; i++) x[i] = max > 0.0f ? -3e38f : 3e38f;  // far from max: adds nothing
     for (int i = 0; i < end; i += WIDTH) {
         Floats e = exp_minus_abs(load(x + i) - max);
-        memcpy(x + i, &e, sizeof e);
+        store(x + i, e);
         sum += e;
     }
     return 1.0f / sum_lanes(sum);
@@ -1360,10 +1370,8 @@ static void swiglu(float *gate, const float *up, int n) {
     for (int j = 0; j < n; j += WIDTH) {
         // exp(-|a|) never overflows; exp(-a) does below -88, and 1 / infinity is not 0 under -ffast-math.
         Floats a = load(gate + j), e = exp_minus_abs(a);
-        Ints below = a < 0.0f;
-        Floats top = (Floats)(((Ints)e & below) | ((Ints)((Floats){0} + 1.0f) & ~below));
-        a = a * top / (1.0f + e) * load(up + j);
-        memcpy(gate + j, &a, sizeof a);
+        Floats top = choose(a < 0.0f, e, (Floats){0} + 1.0f);
+        store(gate + j, a * top / (1.0f + e) * load(up + j));
     }
 }
 
@@ -1382,23 +1390,75 @@ INLINE void weigh(float *out, const float *weight, const float *value, int n, in
     for (int i = 0; i < W; i++) out[i] = scale * sum[0][i];
 }
 
+enum { LANE_HEAD = 8 };  // head size for which a register's lanes are positions, in values as in keys
+
+// Attention for C heads of LANE_HEAD numbers that share a key head: out = softmax(q k) v over n positions. With a head
+// that small, the sums over positions stay in registers, and all C heads use each key and value that is loaded.
+// q, out: (C, LANE_HEAD); key, value: matrices ([n], LANE_HEAD) in panels; att: (C, [n]) room for the scores
+INLINE void attend_lanes(const float *q, const float *key, const float *value, float *att, float *out, int n, const int C) {
+    size_t stride = padded(n);
+    Floats high[2], sum[2] = {{0}}, weighted[2][LANE_HEAD] = {{{0}}};
+    Ints lane, not_finite = {0};
+    for (int i = 0; i < WIDTH; i++) lane[i] = i;
+    for (int c = 0; c < C; c++) high[c] = (Floats){0} - FLT_MAX;
+    for (int t = 0; t < n; t += WIDTH) {
+        const float *k = key + (size_t)(t / PANEL) * PANEL * LANE_HEAD + t % PANEL;
+        Ints inside = lane < n - t;
+        for (int c = 0; c < C; c++) {
+            Floats score = {0};
+            for (int j = 0; j < LANE_HEAD; j++) score += load(k + j * PANEL) * q[c * LANE_HEAD + j];
+            score = choose(inside, score, (Floats){0} - FLT_MAX);
+            not_finite |= ((Ints)score & 0x7f800000) == 0x7f800000;
+            high[c] = choose(score > high[c], score, high[c]);
+            store(att + c * stride + t, score);
+        }
+    }
+    float most[2];
+    for (int c = 0; c < C; c++) most[c] = max_lanes(high[c]);
+    for (int t = 0; t < n; t += WIDTH) {
+        const float *v = value + (size_t)(t / PANEL) * PANEL * LANE_HEAD + t % PANEL;
+        Floats e[2];
+        for (int c = 0; c < C; c++) {
+            e[c] = exp_minus_abs(load(att + c * stride + t) - most[c]);
+            sum[c] += e[c];
+        }
+        for (int j = 0; j < LANE_HEAD; j++) {
+            Floats row = load(v + j * PANEL);
+            for (int c = 0; c < C; c++) weighted[c][j] += e[c] * row;
+        }
+    }
+    bool overflow = false;  // of a score; then NaNs, which `checked` finds
+    for (int i = 0; i < WIDTH; i++) overflow |= not_finite[i] != 0;
+    for (int c = 0; c < C; c++) {
+        float scale = overflow ? NAN : 1.0f / sum_lanes(sum[c]);
+        for (int j = 0; j < LANE_HEAD; j++) out[c * LANE_HEAD + j] = scale * sum_lanes(weighted[c][j]);
+    }
+}
+
 typedef struct {
     Model *m;
     int layer, pos;  // of the first token
 } Attention;
 
-// Keys or values of one layer and key/value head: (positions, hd).
-static float *cached(float *cache, uint64_t positions, const Config *c, int layer, int kv_head) {
-    return cache + ((size_t)layer * c->n_kv_heads + kv_head) * positions * c->head_size;
+// Keys or values of one layer and key/value head: ([S], hd).
+static float *cached(float *cache, const Config *c, int layer, int kv_head) {
+    return cache + ((size_t)layer * c->n_kv_heads + kv_head) * padded(c->seq_len) * c->head_size;
+}
+
+// Row `row` of a float32 matrix in panels.
+static void put_in_panel(float *matrix, const float *x, int row, int n) {
+    float *to = matrix + (size_t)(row / PANEL) * PANEL * n + row % PANEL;
+    for (int j = 0; j < n; j++) to[j * PANEL] = x[j];
 }
 
 static void store_kv(Model *m, int layer, int pos, const float *k, const float *v) {
     const Config *c = &m->config;
     int hd = c->head_size;
     for (int h = 0; h < c->n_kv_heads; h++, k += hd, v += hd) {
-        float *key = cached(m->s.key, padded(c->seq_len), c, layer, h) + (size_t)(pos / PANEL) * PANEL * hd;
-        for (int j = 0; j < hd; j++) key[j * PANEL + pos % PANEL] = k[j];
-        memcpy(cached(m->s.value, c->seq_len, c, layer, h) + (size_t)pos * hd, v, hd * sizeof(float));
+        put_in_panel(cached(m->s.key, c, layer, h), k, pos, hd);
+        float *value = cached(m->s.value, c, layer, h);
+        if (hd == LANE_HEAD) put_in_panel(value, v, pos, hd);
+        else memcpy(value + (size_t)pos * hd, v, hd * sizeof(float));
     }
 }
 
@@ -1412,11 +1472,17 @@ static void attend_heads(void *attention, int piece, int thread) {
     float *q = s->qkv + i * padded(c->dim + 2 * (uint64_t)c->kv_dim) + (size_t)h * c->sharing * hd;
     float scale_q = 1.0f / sqrtf((float)hd);
     for (int j = 0; j < c->sharing * hd; j++) q[j] *= scale_q;
-    const float *value = cached(s->value, c->seq_len, c, a->layer, h);
+    const float *key = cached(s->key, c, a->layer, h), *value = cached(s->value, c, a->layer, h);
     float *att = s->att + thread * c->sharing * padded(c->seq_len);
     float *out = s->xb + (size_t)i * c->dim + (size_t)h * c->sharing * hd;
-    Matrix key = {(char *)cached(s->key, padded(c->seq_len), c, a->layer, h), n, hd, 0};
-    Product scores = {att, q, hd, c->sharing, &key, NULL, NULL, NULL};
+    if (hd == LANE_HEAD) {
+        int k = 0;
+        for (; k + 2 <= c->sharing; k += 2) attend_lanes(q + k * hd, key, value, att, out + k * hd, n, 2);
+        if (k < c->sharing) attend_lanes(q + k * hd, key, value, att, out + k * hd, n, 1);
+        return;
+    }
+    Matrix keys = {(char *)key, n, hd, 0};
+    Product scores = {att, q, hd, c->sharing, &keys, NULL, NULL, NULL};
     for (int p = 0; p < (int)panels(n); p++) multiply_panel(&scores, p, thread);
     for (int k = 0; k < c->sharing; k++, att += padded(n), out += hd) {
         float scale = exponentials(att, n);

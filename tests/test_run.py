@@ -255,6 +255,7 @@ SHAPES = {
     "multi-head": {"n_heads": 4, "n_kv_heads": 4, "n_layers": 2},
     "grouped": {"dim": 48, "hidden_dim": 40, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2},
     "multi-query": {"dim": 36, "hidden_dim": 70, "n_layers": 2, "n_heads": 3, "n_kv_heads": 1, "seq_len": 33},
+    "heads of 8": {"dim": 40, "n_heads": 5, "n_kv_heads": 1, "n_layers": 2, "seq_len": 90},
 }
 
 
@@ -375,9 +376,10 @@ class Sampler:
 @pytest.mark.parametrize("kind", [*BUILDS, "native", "avx2"])
 def test_tokens_together_equal_one_at_a_time(build, tmp_path, kind, version):
     """Bit for bit, for every batch size; dimensions that are no multiples of a panel, several panels of positions."""
-    write_model(tmp_path / "m.bin", seed=2, dim=24, n_heads=4, n_kv_heads=2, n_layers=2, hidden_dim=72, vocab_size=131,
-                seq_len=150, version=version, group=8)
-    succeeds(build(kind, "tests/c/batch_main.c"), tmp_path / "m.bin")
+    for heads in ({"n_heads": 4, "n_kv_heads": 2}, {"n_heads": 3, "n_kv_heads": 1}):  # heads of 6, and of 8
+        write_model(tmp_path / "m.bin", seed=2, dim=24, n_layers=2, hidden_dim=72, vocab_size=131, seq_len=150,
+                    version=version, group=8, **heads)
+        succeeds(build(kind, "tests/c/batch_main.c"), tmp_path / "m.bin")
 
 
 @pytest.mark.parametrize("kind", BUILDS)
@@ -1069,8 +1071,8 @@ def test_a_long_context_costs_nothing_until_it_is_used(build, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 def test_damaged_weights_stop_the_story(build, tmp_path, kind, value):
     write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
-    for name in ["tok_emb", "wk", "rms_ffn", "rms_final"]:
-        write_model(tmp_path / "m.bin", change=lambda w, name=name: w[name].fill(value))
+    for name, heads in [("tok_emb", 2), ("wk", 2), ("wk", 1), ("rms_ffn", 2), ("rms_final", 2)]:  # 1: a head of 8
+        write_model(tmp_path / "m.bin", n_heads=heads, change=lambda w, name=name: w[name].fill(value))
         for flags in (["-t", "0"], ["-t", "1", "-s", "1"], ["-m", "score"]):
             done = execute(build(kind), tmp_path / "m.bin", *flags, stdin=b"hi")
             if value != 3e38:  # a huge but finite weight may be normalised away
