@@ -120,6 +120,17 @@ static void use_huge_pages(void *at, size_t n) {
 #endif
 }
 
+// Takes the pages of mapped bytes out of memory. Reading them again brings them back from the file.
+static void release_pages(const char *at, size_t n) {
+#ifdef __linux__
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t from = (uintptr_t)at / page * page, to = ((uintptr_t)at + n) / page * page;
+    if (to > from) madvise((void *)from, to - from, MADV_DONTNEED);
+#else
+    (void)at, (void)n;
+#endif
+}
+
 static void binary_streams(void) {
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
@@ -670,7 +681,8 @@ static void parallel(Work *work, void *context, int pieces, double cost);
 static void start_threads(int threads);
 static int n_threads(void);
 
-// Float32 tensors may become int8, a scale per row: heads do, see load_heads.
+// Float32 tensors may become int8, a scale per row: heads do, see load_heads. The file's pages are released as they are
+// packed, so that memory never holds the weights twice.
 static void pack_panel(void *packing, int p, int thread) {
     const Packing *a = packing;
     const Matrix *m = a->to;
@@ -682,8 +694,10 @@ static void pack_panel(void *packing, int p, int thread) {
         while (index >= a->part[part]->rows) index -= a->part[part++]->rows;
         row[r] = tensor_row(a->part[part], a->which, index, &scale[r]);
     }
+    const char *first = row[0], *end = row[count - 1] + (size_t)m->n * (a->part[0]->group ? 1 : sizeof(float));
     if (m->group == a->part[0]->group) {
         interleave(m, p, row, scale, count);
+        if (end > first) release_pages(first, (size_t)(end - first));
         return;
     }
     int8_t *q = allocate((uint64_t)PANEL * m->n, 1, "rounded weights");
@@ -697,6 +711,7 @@ static void pack_panel(void *packing, int p, int thread) {
     }
     interleave(m, p, row, scale, count);
     free(q);
+    if (end > first) release_pages(first, (size_t)(end - first));
 }
 
 static int whole_row(int n) { return n % 4 || n > MAX_GROUP ? 0 : n; }  // as a group, if it can be one

@@ -1067,6 +1067,16 @@ def test_a_long_context_costs_nothing_until_it_is_used(build, tmp_path):
     refuses(build("sanitized"), bad, says=["bad.bin: seq_len is 2097153; expected at most 2097152 with 1 layers"])
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are released on Linux only")
+def test_weights_are_in_memory_once(build, tmp_path):
+    """A model of 34 MB: the file's pages are released as they are packed."""
+    write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
+    write_model(tmp_path / "m.bin", dim=512, hidden_dim=2048, n_layers=2)
+    size = (tmp_path / "m.bin").stat().st_size / 1e6
+    done = execute(build("plain"), tmp_path / "m.bin", "-n", "4", "-j", "1")
+    assert size > 30 and size < float(done.stderr.split()[-2]) < 1.5 * size, done.stderr
+
+
 @pytest.mark.parametrize("kind", BUILDS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 def test_damaged_weights_stop_the_story(build, tmp_path, kind, value):
