@@ -341,9 +341,10 @@ typedef struct {
 typedef struct {
     char *at;
     int rows, n;
-    int group;  // int8: columns that share a scale, a multiple of 4; 0: float32
+    int group;  // int8: columns that share a scale, a multiple of 4; else FLOAT32 or BFLOAT16
 } Matrix;
 
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { PANEL = 64, MAX_GROUP = 1 << 15 };  // rows of a panel; columns of a group at most, so that int8 sums fit 32 bits
 
 static uint64_t panels(uint64_t rows) { return (rows + PANEL - 1) / PANEL; }
@@ -402,6 +403,7 @@ typedef struct {
     Matrix classifier;       // (V, D)
     Screen screen;
     bool greedy;             // only the best logit has to be exact, so the screen may be used
+    bool bf16;               // float32 matrices are rounded to bfloat16
     State s;
 } Model;
 
@@ -618,9 +620,11 @@ static const unsigned char ORDER[2][TENSORS] = {
     {ATT_NORM, FFN_NORM, NORM, TOK, WQ, WK, WV, WO, W1, W2, W3, CLS, ROPE},  // versions 1 and 2
 };
 
-// Bytes of that many weights, in a file as in a panel: float32, or int8 and a float32 scale for each group.
+// Bytes of that many weights, in a file as in a panel: floats, or int8 and a float32 scale for each group.
 static uint64_t weight_bytes(uint64_t weights, int group) {
-    return group ? weights + weights / group * sizeof(float) : weights * sizeof(float);
+    if (group == FLOAT32) return weights * sizeof(float);
+    if (group == BFLOAT16) return weights * sizeof(uint16_t);
+    return weights + weights / group * sizeof(float);
 }
 
 static uint64_t matrix_bytes(const Tensor *t) { return weight_bytes((uint64_t)t->rows * t->n, t->group); }
@@ -681,7 +685,7 @@ static void parallel(Work *work, void *context, int pieces, double cost);
 static void start_threads(int threads);
 static int n_threads(void);
 
-// Float32 tensors may become int8, a scale per row: heads do, see load_heads. The file's pages are released as they are
+// Float32 tensors may become bfloat16, or int8 with a scale per row, as heads do (load_heads). The file's pages are released as they are
 // packed, so that memory never holds the weights twice.
 static void pack_panel(void *packing, int p, int thread) {
     const Packing *a = packing;
@@ -695,7 +699,7 @@ static void pack_panel(void *packing, int p, int thread) {
         row[r] = tensor_row(a->part[part], a->which, index, &scale[r]);
     }
     const char *first = row[0], *end = row[count - 1] + (size_t)m->n * (a->part[0]->group ? 1 : sizeof(float));
-    if (m->group == a->part[0]->group) {
+    if (m->group == a->part[0]->group || m->group == BFLOAT16) {
         interleave(m, p, row, scale, count);
         if (end > first) release_pages(first, (size_t)(end - first));
         return;
@@ -727,13 +731,13 @@ static Matrix pack(Packing a, int group) {
 
 static void pack_weights(Model *m) {
     const Tensor *t = m->tensor, *cls = &t[m->config.shared_classifier ? TOK : CLS];
-    int g = m->config.group;
+    int g = m->bf16 ? BFLOAT16 : m->config.group, h = m->bf16 && m->config.hidden_dim % 2 ? FLOAT32 : g;  // bf16: pairs
     m->layer = allocate(m->config.n_layers, sizeof *m->layer, "the layers");
     for (int l = 0; l < m->config.n_layers; l++)
         m->layer[l] = (Layer){pack((Packing){.which = l, .part = {&t[WQ], &t[WK], &t[WV]}}, g),
                               pack((Packing){.which = l, .part = {&t[WO]}}, g),
                               pack((Packing){.which = l, .part = {&t[W1], &t[W3]}}, g),
-                              pack((Packing){.which = l, .part = {&t[W2]}}, g)};
+                              pack((Packing){.which = l, .part = {&t[W2]}}, h)};
     m->classifier = pack((Packing){.part = {cls}}, g);
 }
 
@@ -767,9 +771,10 @@ static void new_screen(Model *m);  // section 13
 enum { BYTES_PER_THREAD = 4 << 20 };
 
 // threads: 0 chooses by the size of the file, which is about what is read for each token.
-static Model load_model(const char *path, bool greedy, int threads) {
-    Model m = {.file = map_file(path, "model file"), .greedy = greedy};
+static Model load_model(const char *path, bool greedy, bool bf16, int threads) {
+    Model m = {.file = map_file(path, "model file"), .greedy = greedy, .bf16 = bf16};
     m.config = read_config(&m.file);
+    if (bf16 && m.config.group) die("--bf16: %s is int8; bfloat16 is made of float32", path);
     map_tensors(&m.file, &m.config, m.tensor);
     if (threads == 0) {
         uint64_t worth = m.file.n / BYTES_PER_THREAD + 1, most = processors();
@@ -1141,6 +1146,7 @@ static void print_token(const Tokenizer *t, int previous, int id) {
 // 10 Products. W, (rows, n), is kept in panels of PANEL rows that are interleaved by column, so that a register holds
 // many rows' weights for one input: a product needs no horizontal sums and reads the weights as one stream.
 //   float32  each column of a panel is 64 floats, one per row
+//   bf16     columns go by twos, 64 words of 4 bytes: the even column's upper 16 bits, then, in the upper half, the odd's
 //   int8     columns go by fours, 64 rows of 4 bytes, each a weight + ZERO_POINT. The 64 rows' scales, floats, follow
 //            the columns of each group. A weight is (byte - ZERO_POINT) * scale; inputs are rounded in the same groups.
 // Rows beyond the last are zero.
@@ -1155,11 +1161,27 @@ static Matrix new_matrix(int rows, int n, int group) {
     return m;
 }
 
+// The bits of a float32, rounded to the 16 of a bfloat16. A NaN stays one.
+static uint32_t upper_half(uint32_t bits) {
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 // Writes panel p from `count` rows; the last panel may have fewer than PANEL. row[r]: n float32 or n int8; scale[r]: the
-// latter's n / group scales.
+// latter's n / group scales. Floats are rounded to bfloat16 here, to nearest, ties to even.
 static void interleave(const Matrix *m, int p, const char *const *row, const char *const *scale, int count) {
     char *to = m->at + p * panel_bytes(m);
-    size_t unit = 4;  // bytes that stay together: one float or four int8
+    size_t unit = 4;  // bytes that stay together: one float, two bfloat16 or four int8
+    if (m->group == BFLOAT16) {
+        for (int j = 0; j < m->n; j += 2, to += PANEL * unit)
+            for (int r = 0; r < count; r++) {
+                uint32_t pair[2];
+                memcpy(pair, row[r] + j * sizeof(float), sizeof pair);
+                uint32_t word = upper_half(pair[0]) | upper_half(pair[1]) << 16;
+                memcpy(to + r * unit, &word, sizeof word);
+            }
+        return;
+    }
     int units = m->group ? m->n / 4 : m->n, units_of_group = m->group ? m->group / 4 : m->n;
     for (int j = 0; j < units; j++, to += PANEL * unit) {
         for (int r = 0; r < count; r++) {
@@ -1231,6 +1253,27 @@ INLINE void multiply_floats(const Product *a, const char *panel, int first, floa
             *(Floats *)(void *)(out + c * padded(a->W->rows) + first + r * WIDTH) = sum[r][c];
 }
 
+// A bfloat16 is the upper half of a float32: shifting and masking widen it, and inputs and sums stay float32.
+INLINE void multiply_bfloat16(const Product *a, const char *panel, int first, float *out, int input, int R, int C) {
+    Floats sum[8][COLUMNS];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = (Floats){0};
+    const float *x = a->x + input * a->x_stride;
+    const char *w = panel + first * sizeof(float);
+    for (int j = 0; j < a->W->n; j += 2, w += PANEL * sizeof(float))
+        for (int r = 0; r < R; r++) {
+            Ints pair = *(const Ints *)(const void *)(w + r * sizeof pair);
+            Floats even = (Floats)(pair << 16), odd = (Floats)(pair & ~0xffff);
+            for (int c = 0; c < C; c++) {
+                sum[r][c] += even * x[c * a->x_stride + j];
+                sum[r][c] += odd * x[c * a->x_stride + j + 1];
+            }
+        }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++)
+            *(Floats *)(void *)(out + c * padded(a->W->rows) + first + r * WIDTH) = sum[r][c];
+}
+
 INLINE void multiply_int8(const Product *a, const char *panel, int first, float *out, int input, int R, int C) {
     int n = a->W->n, group = a->W->group, groups = n / group;
     Floats sum[8][COLUMNS];
@@ -1268,13 +1311,13 @@ INLINE int fitting(int registers, int C) {  // how many registers of rows fit fo
 INLINE void multiply_columns(const Product *a, int p, int input, int C) {
     const char *panel = a->W->at + p * panel_bytes(a->W);
     float *out = a->out + input * padded(a->W->rows) + (size_t)p * PANEL;
-    if (a->W->group) {
-        const int R = fitting(REGISTERS, C);  // of sums of ints; those of floats, touched once a group, may spill
-        for (int first = 0; first < PANEL; first += R * WIDTH) multiply_int8(a, panel, first, out, input, R, C);
-    } else {
-        const int R = fitting(REGISTERS, C);
-        for (int first = 0; first < PANEL; first += R * WIDTH) multiply_floats(a, panel, first, out, input, R, C);
-    }
+    const int R = fitting(REGISTERS, C);  // int8: for the sums of ints; those of floats, touched once a group, may spill
+    for (int first = 0; first < PANEL; first += R * WIDTH)
+        switch (a->W->group) {
+            case FLOAT32: multiply_floats(a, panel, first, out, input, R, C); break;
+            case BFLOAT16: multiply_bfloat16(a, panel, first, out, input, R, C); break;
+            default: multiply_int8(a, panel, first, out, input, R, C); break;
+        }
 }
 
 // Panel p of out = W x for each of N inputs. It stays in the cache for all of them.
@@ -1292,7 +1335,7 @@ static void multiply_panel(void *product, int p, int thread) {
 
 static void matmul(const State *s, float *out, const float *x, size_t x_stride, int N, const Matrix *W) {
     Product a = {out, x, x_stride, N, W, s->q, s->scale, s->offset};
-    if (W->group)
+    if (W->group > BFLOAT16)
         for (int i = 0, groups = W->n / W->group; i < N; i++)
             quantise(x + i * x_stride, W->n, W->group, s->q + (size_t)i * W->n, s->scale + i * groups,
                      s->offset + i * groups);
@@ -1596,13 +1639,22 @@ static void parallel(Work *work, void *context, int pieces, double cost) {
 // are computed once per token. A row may hold the best logit if rough + bound reaches the best rough - bound.
 // Exact panels come from the same kernel as a full product, so the best token is the same to the last bit.
 
-// Makes room for a screen where one pays: a large float32 classifier. It is filled after the first token, see classify.
+// Makes room for a screen where one pays: a large classifier that is not int8. It is filled after the first token, see classify.
 static void new_screen(Model *m) {
     int V = m->config.vocab_size, D = m->config.dim;
-    if (m->classifier.group || !whole_row(D) || (double)V * D < SCREEN_FROM) return;
+    if (m->config.group || !whole_row(D) || (double)V * D < SCREEN_FROM) return;
     m->screen.norm = buffer(padded(V), sizeof(float), "the classifier's bounds");
     m->screen.error = buffer(padded(V), sizeof(float), "the classifier's bounds");
     m->screen.rough = new_matrix(V, D, D);
+}
+
+// The weights of column j for a register of rows of a float32 or bfloat16 panel.
+INLINE Floats column(const char *panel, int group, int j, int first) {
+    if (group == FLOAT32) return load((const float *)(const void *)panel + j * PANEL + first);
+    Ints pair;
+    memcpy(&pair, panel + (j / 2 * PANEL + first) * sizeof(float), sizeof pair);
+    if (j % 2) return (Floats)(pair & ~0xffff);
+    return (Floats)(pair << 16);
 }
 
 // Rounds panel p of the classifier to int8 as quantise does, a register of rows at a time, and notes the bounds of each.
@@ -1612,12 +1664,12 @@ static void fill_screen(void *model, int p, int thread) {
     const Screen *screen = &m->screen;
     (void)thread;
     int D = m->config.dim;
+    const char *panel = m->classifier.at + p * panel_bytes(&m->classifier);
     char *to = screen->rough.at + p * panel_bytes(&screen->rough);
     for (int first = 0; first < PANEL; first += WIDTH) {
-        const float *w = (const float *)(const void *)(m->classifier.at + p * panel_bytes(&m->classifier)) + first;
         Ints high = {0};  // bits of |w|: ordered as the floats are, NaN above all
         for (int j = 0; j < D; j++) {
-            Ints bits = (Ints)load(w + j * PANEL) & 0x7fffffff, above = bits > high;
+            Ints bits = (Ints)column(panel, m->classifier.group, j, first) & 0x7fffffff, above = bits > high;
             high = (bits & above) | (high & ~above);
         }
         Ints normal = high >= 0x0a000000, finite = high < 0x7f800000;  // 6e-33: its inverse is finite
@@ -1627,7 +1679,7 @@ static void fill_screen(void *model, int p, int thread) {
         for (int j = 0; j < D; j += 4) {
             Ints four = {0};
             for (int k = 0; k < 4; k++) {
-                Floats x = (Floats)((Ints)(load(w + (j + k) * PANEL) * inverse) & finite);
+                Floats w = column(panel, m->classifier.group, j + k, first), x = (Floats)((Ints)(w * inverse) & finite);
                 Ints q = __builtin_convertvector(x + 128.5f, Ints) - 128;
                 Floats rounded = __builtin_convertvector(q, Floats), off = x - rounded;
                 distance += off * off;
@@ -2001,7 +2053,7 @@ typedef struct {
     const char *model, *tokenizer, *mode, *prompt, *system, *draft;  // NULL where a flag was not given
     float temperature, top_p;
     uint64_t seed, steps, threads;
-    bool steps_given;
+    bool steps_given, bf16;
 } Options;
 
 static const char USAGE[] =
@@ -2015,6 +2067,7 @@ static const char USAGE[] =
     "  -m MODE    generate, chat or score (default generate); score reads its text from standard input\n"
     "  -y TEXT    system prompt of -m chat\n"
     "  -d DRAFT   draft tokens ahead: the same text, sooner; a heads file (export.py --heads) or ngram\n"
+    "  --bf16     round the weights of a float32 model to 16 bits: half the memory, and faster where that is the limit\n"
     "  -j INT     threads; 0 chooses by the size of the model (default: OMP_NUM_THREADS, else 0)\n"
     "example: run stories15M.bin -n 256 -i \"Once upon a time\"\n";
 
@@ -2053,7 +2106,7 @@ static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .threads = 0};
     long wanted = omp ? strtol(omp, NULL, 10) : 0;
     if (wanted > 0) o.threads = wanted < MAX_THREADS ? (uint64_t)wanted : MAX_THREADS;
-    for (int i = 1; i < argc; i += i == 1 ? 1 : 2)  // only where a flag stands: "-i -h" is a prompt
+    for (int i = 1; i < argc; i += i == 1 || !strcmp(argv[i], "--bf16") ? 1 : 2)  // only where a flag stands: "-i -h" is a prompt
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
             fputs(USAGE, stdout);
             flush_output();
@@ -2062,8 +2115,13 @@ static Options parse_options(int argc, char **argv) {
     if (argc < 2) usage_error("no model file given", "");
     if (argv[1][0] == '-') usage_error("the model file comes before the flags; found ", argv[1]);
     o.model = argv[1];
-    for (int i = 2; i < argc; i += 2) {
-        const char *flag = argv[i], *value = argv[i + 1];  // argv[argc] is NULL
+    for (int i = 2; i < argc; i++) {
+        const char *flag = argv[i];
+        if (!strcmp(flag, "--bf16")) {
+            o.bf16 = true;
+            continue;
+        }
+        const char *value = argv[++i];  // argv[argc] is NULL
         if (flag[0] != '-' || !flag[1] || flag[2] || !strchr("tpsnizmydj", flag[1])) usage_error("unknown flag ", flag);
         if (!value) usage_error("a value is missing after ", flag);
         switch (flag[1]) {
@@ -2114,7 +2172,7 @@ int main(int argc, char **argv) {
     double start = seconds();
     bool scoring = !strcmp(o.mode, "score");
     static Model m;  // static: what it holds is still in use when the program ends, and no leak
-    m = load_model(o.model, !scoring && o.temperature == 0.0f, (int)o.threads);
+    m = load_model(o.model, !scoring && o.temperature == 0.0f, o.bf16, (int)o.threads);
     int V = m.config.vocab_size, steps = steps_within(&o, m.config.seq_len);
     static Tokenizer t;
     t = find_tokenizer(&o, V);
@@ -2129,7 +2187,8 @@ int main(int argc, char **argv) {
     else if (!strcmp(o.mode, "chat")) chat(&d, &t, &s, o.system, o.prompt, steps);
     else generate(&d, &t, &s, o.prompt ? o.prompt : "", steps);
     report_drafts(&d);
-    fprintf(stderr, "load: %.3f s, threads: %d, peak memory: %.1f MB\n", loaded - start, pool.threads, peak_memory());
+    fprintf(stderr, "load: %.3f s, weights: %s, threads: %d, peak memory: %.1f MB\n", loaded - start,
+            o.bf16 ? "bfloat16" : m.config.group ? "int8" : "float32", pool.threads, peak_memory());
     return EXIT_SUCCESS;
 }
 #endif

@@ -297,6 +297,35 @@ def test_int8_score_equals_float64_reference(build, tmp_path, kind, shared):
     assert sorted(effect)[len(effect) // 2] > 1e-2  # of rounding the inputs at all
 
 
+def to_bfloat16(x):
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("kind", [*BUILDS, "native", "avx2"])
+def test_bfloat16_score_equals_float64_reference(build, tmp_path, kind):
+    """--bf16 rounds the matrices, the classifier among them, but not what a token's embedding is read from."""
+    tokenizer, text = write_tokenizer(tmp_path / "tok.bin", byte_pieces(300)), b"the hen in the inn, a\0b\xff"
+    ids = slow_encode(*read_tokenizer(tokenizer), text)
+    for shared, hidden_dim in [(True, 40), (False, 41)]:  # w2 has hidden_dim columns: an odd number stays float32
+        c, w = write_model(tmp_path / "m.bin", shared, seed=3, **SHAPES["grouped"] | {"hidden_dim": hidden_dim})
+        names = [name for name in MATRICES if name != "w2" or hidden_dim % 2 == 0]
+        rough = w | {name: to_bfloat16(w[name]) for name in names} | {"wcls": to_bfloat16(w.get("wcls", w["tok_emb"]))}
+        run = [build(kind), tmp_path / "m.bin", "-z", tokenizer, "-m", "score"]
+        done = execute(*run, "--bf16", stdin=text)
+        assert float(done.stdout) == pytest.approx(reference_score(c, rough, ids), abs=1e-5)
+        assert abs(float(done.stdout) - float(succeeds(*run, stdin=text))) > 1e-4
+        assert b"weights: bfloat16" in done.stderr
+
+
+def test_bfloat16_flag(build, tiny, tmp_path):
+    run = build("sanitized")
+    assert succeeds(run, tiny[0], "--bf16", "-t", "0", "-n", "3") == succeeds(run, tiny[0], "-t", "0", "-n", "3", "--bf16")
+    assert succeeds(run, tiny[0], "--bf16", "--help").startswith(b"usage")
+    write_model(tmp_path / "m2.bin", version=2)
+    refuses(run, tmp_path / "m2.bin", "--bf16", "-z", tiny[1], says=["--bf16", "m2.bin is int8"])
+
+
 @pytest.mark.parametrize("kind", BUILDS)
 def test_version_1_scores_as_version_0(build, tmp_path, kind):
     write_tokenizer(tmp_path / "tokenizer.bin", byte_pieces(300))
@@ -380,6 +409,8 @@ def test_tokens_together_equal_one_at_a_time(build, tmp_path, kind, version):
         write_model(tmp_path / "m.bin", seed=2, dim=24, n_layers=2, hidden_dim=72, vocab_size=131, seq_len=150,
                     version=version, group=8, **heads)
         succeeds(build(kind, "tests/c/batch_main.c"), tmp_path / "m.bin")
+        if version == 0:
+            succeeds(build(kind, "tests/c/batch_main.c"), tmp_path / "m.bin", "bf16")
 
 
 @pytest.mark.parametrize("kind", BUILDS)
@@ -472,8 +503,9 @@ def test_screened_classifier_takes_the_same_tokens(build, tmp_path, kind, change
     for seed in range(12):
         write_model(tmp_path / "m.bin", False, seed=seed, seq_len=100, dim=16, n_heads=4, change=change)
         flags = [tmp_path / "m.bin", "-z", tokenizer, "-t", "0", "-n", "0"]
-        for draft in ([], ["-d", "ngram"]):
-            assert succeeds(build(kind), *flags, *draft) == succeeds(plain, *flags), seed
+        for extra in ([], ["-d", "ngram"]):
+            assert succeeds(build(kind), *flags, *extra) == succeeds(plain, *flags), seed
+        assert succeeds(build(kind), *flags, "--bf16") == succeeds(plain, *flags, "--bf16"), seed
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])

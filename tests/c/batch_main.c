@@ -1,11 +1,12 @@
 // Do tokens that go through run.c's layers together get the same logits, bit for bit, as one at a time?
-// batch_main MODEL.bin: exit code 0 if so, for every batch size from 2 to BATCH and every position.
+// batch_main MODEL.bin [bf16]: exit code 0 if so, for every batch size from 2 to BATCH and every position.
 #define RUN_NO_MAIN
 #include "../../run.c"
 
 int main(int argc, char **argv) {
-    if (argc != 2) return 2;
-    Model one = load_model(argv[1], false, 1), many = load_model(argv[1], false, 1);
+    if (argc < 2) return 2;
+    bool bf16 = argc > 2;
+    Model one = load_model(argv[1], false, bf16, 1), many = load_model(argv[1], false, bf16, 1);
     int S = one.config.seq_len, V = one.config.vocab_size;
     int *token = allocate(S, sizeof *token, "the tokens");
     float *expected = allocate((uint64_t)S * V, sizeof *expected, "the logits");

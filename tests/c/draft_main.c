@@ -25,7 +25,7 @@ static void check_drafts(const Drafter *d, const Map *file, const float *state) 
 
 int main(int argc, char **argv) {
     if (argc != 3) return 2;
-    Model one = load_model(argv[1], false, 1), many = load_model(argv[1], false, 1);
+    Model one = load_model(argv[1], false, false, 1), many = load_model(argv[1], false, false, 1);
     Drafter plain = new_drafter(&one, NULL), d = new_drafter(&many, argv[2]);
     int V = one.config.vocab_size, S = one.config.seq_len, prompt[40] = {BOS};
     Sampler s = {V, 1.0f, 0.9f, 7, allocate(padded(V), sizeof(float), "p"), allocate(V, sizeof(Candidate), "c")};

@@ -76,8 +76,8 @@ static const char *write_file(const char *name, const void *data, size_t n) {
     return name;
 }
 
-static void use_model(const char *path, bool greedy) {
-    Model m = load_model(path, greedy, 1);
+static void use_model(const char *path, bool greedy, bool bf16) {
+    Model m = load_model(path, greedy, bf16, 1);
     int token[3] = {1, m.config.vocab_size - 1, 0}, n = m.config.seq_len < 3 ? m.config.seq_len : 3;
     for (int i = 0; i < 2; i++) feed(&m, token, n, 0);  // the second time through the screen
 }
@@ -89,7 +89,7 @@ static void use_tokenizer(const char *path, int vocab_size, const char *prompt, 
 }
 
 static void use_heads(const char *model, const char *path) {
-    Model m = load_model(model, true, 1);
+    Model m = load_model(model, true, false, 1);
     Drafter d = new_drafter(&m, path);
     int token = BOS;
     begin(&d, &token, 1, 0);
@@ -143,7 +143,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     const char *rest = (const char *)data + 1;
     if (setjmp(out) == 0) {
         switch (data[0] % 4) {
-            case 0: use_model(write_file(model, rest, n - 1), data[0] & 4); break;
+            case 0: use_model(write_file(model, rest, n - 1), data[0] & 4, data[0] & 8); break;
             case 1: {  // the next byte is the vocabulary's size; with a small one the last entry is soon reached
                 if (n < 2) break;
                 int vocab_size = data[1] ? data[1] : VOCAB;
