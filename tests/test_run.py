@@ -320,7 +320,8 @@ def test_bfloat16_score_equals_float64_reference(build, tmp_path, kind):
 
 def test_bfloat16_flag(build, tiny, tmp_path):
     run = build("sanitized")
-    assert succeeds(run, tiny[0], "--bf16", "-t", "0", "-n", "3") == succeeds(run, tiny[0], "-t", "0", "-n", "3", "--bf16")
+    greedy = ["-t", "0", "-n", "3"]
+    assert succeeds(run, tiny[0], "--bf16", *greedy) == succeeds(run, tiny[0], *greedy, "--bf16")
     assert succeeds(run, tiny[0], "--bf16", "--help").startswith(b"usage")
     write_model(tmp_path / "m2.bin", version=2)
     refuses(run, tmp_path / "m2.bin", "--bf16", "-z", tiny[1], says=["--bf16", "m2.bin is int8"])
