@@ -57,7 +57,7 @@ fuzz: ## fuzz run.c's readers for FUZZ_SECONDS (60) with clang's libFuzzer
 bench: .venv/test-ready ## speed and memory of training steps by path, heads, vocabulary and length, into doc/training.md (15 minutes)
 	$(PY) -m bench.training
 
-bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md (20 minutes, 1 GB in out/bench)
+bench-c: .venv/test-ready ## tokens/s of run.c by size, precision and threads, into doc/decode.md; LLAMA2C_RUN=PATH and others take part (20 minutes, 1 GB)
 	$(PY) -m bench.decoding decode
 
 ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds and compare: hours; continues where it stopped

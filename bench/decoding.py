@@ -1,7 +1,12 @@
-"""How fast is run.c? Decoding at four sizes, and drafting on real prompts.
+"""How fast is run.c? Decoding at four sizes, beside other programs if there are any, and drafting on real prompts.
 
     python -m bench.decoding decode                           # make bench-c: writes doc/decode.md and doc/decode.svg
     python -m bench.decoding draft MODEL.bin HEADS.bin STORIES.txt   # plain, n-grams, heads on beginnings of stories
+
+`decode` takes in other programs that the environment names (PEERS below): an older build of run.c, llama2.c's run
+and runq, llama.cpp's llama-bench. All read the same random weights:
+
+    RUN_BEFORE=~/old/run LLAMA2C_RUN=~/llama2.c/run LLAMA2C_RUNQ=~/llama2.c/runq make bench-c
 
 Times are medians over rounds in which all variants take turns, so that a machine that slows down
 slows all of them; ratios are taken within a round. Close other programs first.
@@ -13,6 +18,7 @@ from system.program import positive, program
 
 import argparse
 import itertools
+import json
 import os
 import re
 import shlex
@@ -21,10 +27,12 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
+from formats.gguf import write_gguf
 from formats.llama2c import write_trunk
 from model import ModelArgs, Transformer
 from step.machine import describe
@@ -40,8 +48,13 @@ SIZES = {  # dim, hidden_dim, layers, heads, kv heads, vocabulary: stories260K's
     "110M": (768, 2048, 12, 12, 12, 32000)}
 BUILDS = {"scalar": "-O2 -fno-tree-vectorize -fno-tree-slp-vectorize -DSCALAR -DSCREEN_FROM=1e30",
           "unscreened": "-O3 -march=native -DSCREEN_FROM=1e30", "run": "-O3 -march=native"}
-VARIANTS = {  # name: (build, version of the file)
-    "scalar fp32": ("scalar", 0), "fp32": ("unscreened", 0), "fp32, screened": ("run", 0), "int8": ("run", 2)}
+VARIANTS = {  # name: (build, file, flags)
+    "scalar fp32": ("scalar", "v0.bin", []), "fp32": ("unscreened", "v0.bin", []),
+    "fp32, screened": ("run", "v0.bin", []), "bf16, screened": ("run", "v0.bin", ["--bf16"]), "int8": ("run", "v2.bin", [])}
+PEERS = {  # environment variable that names the program: {row: file}
+    "RUN_BEFORE": {"before: fp32": "v0.bin", "before: int8": "v2.bin"},
+    "LLAMA2C_RUN": {"llama2.c run": "v0.bin"}, "LLAMA2C_RUNQ": {"llama2.c runq": "v2.bin"},
+    "LLAMA_BENCH": {"llama.cpp f16": "f16.gguf", "llama.cpp q8_0": "q8_0.gguf"}}
 
 
 def compile_c(name: str, flags: str, source: str = "run.c") -> Path:
@@ -54,9 +67,11 @@ def compile_c(name: str, flags: str, source: str = "run.c") -> Path:
 
 
 def random_model(size: str, folder: Path) -> None:
-    """Files of versions 0 and 2 and a tokenizer of a random model that never emits BOS, so that no story ends early."""
+    """Files of versions 0 and 2 and a tokenizer of a random model that never emits BOS, so that no story ends early;
+    GGUF files too if llama-bench takes part."""
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size = SIZES[size]
-    if (folder / "v2.bin").exists():
+    last = "q8_0.gguf" if "LLAMA_BENCH" in os.environ else "v2.bin"
+    if (folder / last).exists():
         return
     torch.manual_seed(1)
     model = Transformer(ModelArgs(dim, n_layers, n_heads, n_kv_heads, vocab_size, hidden_dim, max_seq_len=STEPS))
@@ -69,49 +84,90 @@ def random_model(size: str, folder: Path) -> None:
         f.write(b"\x02\0\0\0" + b"\0\0\0\0\x02\0\0\0ab" * vocab_size)
     write_trunk(model, folder / "v0.bin", 0)
     write_trunk(model, folder / "v2.bin", 2)
+    if last == "q8_0.gguf":
+        pieces = SimpleNamespace(pieces=lambda: [(b"t%d" % i, 0.0) for i in range(vocab_size)])
+        for kind in ("f16", "q8_0"):
+            write_gguf(model, pieces, folder / f"{kind}.gguf", kind)
 
 
-def measure(command: list) -> tuple[float, str, bytes]:
-    """A run's tokens per second (0 for a story that ends where it begins), its report on stderr, and its story."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, check=False)
+def execute(command: list, **environment: str) -> tuple[str, bytes]:
+    """What a program reports on stderr, and its output. Errors: ValueError if it fails."""
+    words = [str(c) for c in command]
+    done = subprocess.run(words, capture_output=True, check=False, env=os.environ | environment)
     report = done.stderr.decode(errors="replace")
     if done.returncode:
-        raise ValueError(f"{shlex.join(map(str, command))}: {report}")
+        raise ValueError(f"{shlex.join(words)}: {report}")
+    return report, done.stdout
+
+
+def measure(command: list, **environment: str) -> tuple[float, str, bytes]:
+    """A run's tokens per second (0 for a story that ends where it begins), its report on stderr, and its story."""
+    report, story = execute(command, **environment)
     speed = re.search(r"achieved tok/s: ([0-9.]+)", report)
-    return float(speed.group(1)) if speed else 0.0, report, done.stdout
+    return float(speed.group(1)) if speed else 0.0, report, story
+
+
+def speed_of(program: str, file: Path, flags: list[str], threads: int) -> float:
+    """Tokens per second of one story; all programs but llama-bench take llama2.c's flags."""
+    if file.suffix == ".gguf":
+        _, out = execute([program, "-m", file, "-p", 0, "-n", STEPS, "-r", 1, "-t", threads, "-o", "json"])
+        return json.loads(out)[0]["avg_ts"]
+    command = [program, file, "-t", 0, "-n", STEPS, "-z", file.parent / "tokenizer.bin", *flags]
+    return measure(command, OMP_NUM_THREADS=str(threads))[0]
+
+
+def programs() -> dict[str, tuple[str, str, list[str]]]:
+    """{row: (program, file, flags)}: our builds, compiled now, and the peers that the environment names."""
+    for name, flags in BUILDS.items():
+        compile_c(name, flags)
+    rows = {row: (str(BUILD / build), file, flags) for row, (build, file, flags) in VARIANTS.items()}
+    for variable, files in PEERS.items():
+        program = os.environ.get(variable)
+        if program and not shutil.which(program):
+            raise ValueError(f"{variable}: expected a program, found {program}")
+        if program:
+            rows |= {row: (program, file, []) for row, file in files.items()}
+    return rows
+
+
+def bytes_per_token(row: str, size: str, file: Path) -> float:
+    """About what a token reads of the weights, in MB: the file, less what rounding and the screen save."""
+    megabytes, width = file.stat().st_size / 1e6, 4
+    if "bf16" in row:
+        megabytes, width = megabytes / 2, 2
+    if "screened" in row:  # of the classifier, bytes are read, and few of its rows
+        megabytes -= (width - 1) * SIZES[size][0] * SIZES[size][5] / 1e6
+    return megabytes
 
 
 def decode(sizes: list[str], rounds: int, threads: list[int], folder: Path) -> None:
     """Tokens a second of each size, precision and number of threads; a table and a plot in `folder`."""
-    for name, flags in BUILDS.items():
-        compile_c(name, flags)
+    rows_of = programs()
     read = compile_c("read", BUILDS["run"], "bench/read_main.c")
     rows, speeds = [], {}
     for size in tqdm(sizes, desc="sizes", file=sys.stderr):
         models = MODELS / size
         random_model(size, models)
-        cases = [("scalar fp32", 1), *itertools.product(list(VARIANTS)[1:], threads)]
+        cases = [("scalar fp32", 1), *itertools.product(list(rows_of)[1:], threads)]
         if size == "260K":
             cases = [case for case in cases if "screened" not in case[0]]  # its classifier is too small for that
         times = {case: [] for case in cases}
         repeats = 5 if size == "260K" else 1  # its stories take milliseconds
         for _, case in itertools.product(tqdm(range(rounds), size, leave=False, file=sys.stderr), cases):
-            build, version = VARIANTS[case[0]]
-            command = [BUILD / build, models / f"v{version}.bin", "-t", 0, "-n", STEPS, "-j", case[1]]
-            times[case].append(statistics.median(measure(command)[0] for _ in range(repeats)))
+            program, file, flags = rows_of[case[0]]
+            speeds_now = [speed_of(program, models / file, flags, case[1]) for _ in range(repeats)]
+            times[case].append(statistics.median(speeds_now))
         for case in cases:
             variant, n = case
             speed = statistics.median(times[case])
             ratio = statistics.median(a / b for a, b in zip(times[case], times["scalar fp32", 1], strict=True))
-            size_of = (models / f"v{VARIANTS[variant][1]}.bin").stat().st_size / 1e6
-            if "screened" in variant:  # of the classifier, bytes are read instead of floats, and little else
-                size_of -= 3 * SIZES[size][0] * SIZES[size][5] / 1e6
+            size_of = bytes_per_token(variant, size, models / rows_of[variant][1])
             bandwidth = float(subprocess.run([read, str(size_of), str(n)], capture_output=True, check=True).stdout)
             spread = f"{min(times[case]):,.0f}-{max(times[case]):,.0f}"
             rows.append((size, variant, n, f"{speed:,.0f}", spread, f"{ratio:.1f}", f"{size_of:.1f}",
                          f"{speed * size_of / 1e3:.0f} of {bandwidth:.0f}", f"{speed * size_of / bandwidth / 10:.0f}%"))
             speeds[size, variant, n] = speed, min(times[case]), max(times[case])
-    head = ("model", "precision", "threads", "tokens/s", "range", "x scalar", "MB read a token",
+    head = ("model", "precision", "threads", "tokens/s", "range", "x scalar", "MB per token",
             "GB/s, of what can be read", "share")
     text = f"""# Decoding speed of run.c
 
@@ -135,12 +191,13 @@ def plot(speeds: dict, sizes: list[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(3.2 * len(sizes), 3.6), layout="constrained", squeeze=False)
-    colours = dict(zip(VARIANTS, ("#999999", "#4477aa", "#66ccee", "#ee6677"), strict=True))
+    colours = dict(zip(VARIANTS, ("#999999", "#4477aa", "#66ccee", "#228833", "#ee6677"), strict=True))
     for axis, size in zip(axes[0], sizes, strict=True):
         cases = [case for case in speeds if case[0] == size]
         for i, case in enumerate(cases):
             middle, low, high = speeds[case]
-            axis.bar(i, middle, color=colours[case[1]], hatch="//" if case[2] > 1 else None, edgecolor="white")
+            hatch = "//" if case[2] > 1 else None
+            axis.bar(i, middle, color=colours.get(case[1], "#ccbb44"), hatch=hatch, edgecolor="white")
             axis.plot([i, i], [low, high], color="black", linewidth=1)
         axis.set_xticks(range(len(cases)), [f"{variant}, {n} thr." for _, variant, n in cases], rotation=60, ha="right")
         axis.set_title(size)

@@ -26,6 +26,33 @@ def test_decode_writes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_decode_takes_in_programs_that_the_environment_names(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    for name, line in (("run", "echo achieved tok/s: 7.0 >&2"), ("bench", """echo '[{"avg_ts": 9.0}]'""")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho $OMP_NUM_THREADS \"$@\" >> {tmp_path}/{name}.log\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(decoding, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(decoding, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(decoding, "SIZES", {"15M": (32, 48, 1, 4, 2, 64)})
+    command = ["decode", "--sizes", "15M", "--rounds", "1", "--threads", "2", "--folder", str(tmp_path)]
+    for variable in ("RUN_BEFORE", "LLAMA2C_RUN", "LLAMA2C_RUNQ"):
+        monkeypatch.setenv(variable, str(tmp_path / "run"))
+    monkeypatch.setenv("LLAMA_BENCH", str(tmp_path / "bench"))
+    decoding.main(command)
+    rows = [line.split(" | ")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| 15M")]
+    peers = [row for files in decoding.PEERS.values() for row in files]
+    assert [row[0] for row in rows] == [*decoding.VARIANTS, *peers]
+    assert [row[2] for row in rows[-6:]] == ["7"] * 4 + ["9"] * 2
+    calls = (tmp_path / "run.log").read_text().splitlines()
+    models = tmp_path / "models" / "15M"
+    assert calls[0] == f"2 {models}/v0.bin -t 0 -n 256 -z {models}/tokenizer.bin" and "v2.bin" in calls[3]
+    assert f"-m {models}/q8_0.gguf -p 0 -n 256 -r 1 -t 2 -o json" in (tmp_path / "bench.log").read_text()
+    monkeypatch.setenv("LLAMA2C_RUN", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="LLAMA2C_RUN: expected a program, found .*none"):
+        decoding.main(command)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_draft_compares_on_prompts(tmp_path, monkeypatch, capsys, data_dir):
     import torch
     from test_export import random_model
