@@ -50,7 +50,8 @@ BUILDS = {"scalar": "-O2 -fno-tree-vectorize -fno-tree-slp-vectorize -DSCALAR -D
           "unscreened": "-O3 -march=native -DSCREEN_FROM=1e30", "run": "-O3 -march=native"}
 VARIANTS = {  # name: (build, file, flags)
     "scalar fp32": ("scalar", "v0.bin", []), "fp32": ("unscreened", "v0.bin", []),
-    "fp32, screened": ("run", "v0.bin", []), "bf16, screened": ("run", "v0.bin", ["--bf16"]), "int8": ("run", "v2.bin", [])}
+    "fp32, screened": ("run", "v0.bin", []), "bf16, screened": ("run", "v0.bin", ["--bf16"]),
+    "int8": ("run", "v2.bin", [])}
 PEERS = {  # environment variable that names the program: {row: file}
     "RUN_BEFORE": {"before: fp32": "v0.bin", "before: int8": "v2.bin"},
     "LLAMA2C_RUN": {"llama2.c run": "v0.bin"}, "LLAMA2C_RUNQ": {"llama2.c runq": "v2.bin"},
