@@ -12,19 +12,26 @@ its annotation says which values it takes and the comment behind it is its help 
         batch_size: Annotated[int, Range(1)] = 32  # sequences in one micro-batch
         dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
 
+An attribute `elsewhere` of that class, {name: hint}, says what settings of other programs are called here.
+
 What this leaves out on purpose: nested settings, environment variables, and config files that run code.
 """
 
 import ast
 import difflib
+import functools
 import inspect
 import io
 import math
 import operator
+import os
 import textwrap
 import tokenize
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+MOST_BYTES = 1 << 16  # of a config file; ours have a thousand
+MOST_BITS = 64  # of a whole number
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,10 @@ def configure(settings_class: type, argv: list[str]) -> Any:
     Errors: ValueError that names the word or the file and line, what was found and what was expected.
     """
     values, config_file = {}, None
-    for word in argv:
+    for before, word in zip(("", *argv), argv):
         if not word.startswith("-"):
+            if takes_a_value(settings_class, before):
+                raise ValueError(f"{before} {shown(word)}: expected {before}={word[:80]}, with an equals sign")
             if config_file is not None:
                 raise ValueError(f"{word}: a second config file after {config_file}; a run takes one, then --key=value")
             config_file = word
@@ -65,8 +74,15 @@ def configure(settings_class: type, argv: list[str]) -> Any:
                 raise ValueError(f"{word}: expected config/file.py or --key=value (try --help)")
             key, equals, text = word[2:].partition("=")  # the first '=' only: values may hold more
             key = key.replace("-", "_")
-            values[key] = parse(settings_class, key, text if equals else None, f"--{key}")
+            where = f"--{key}" if key.isidentifier() and len(key) < 80 else shown(word)
+            values[key] = parse(settings_class, key, text if equals else None, where)
     return settings_class(**values)
+
+
+def takes_a_value(settings_class: type, word: str) -> bool:
+    """Is this a bare --key whose value may be the next word, as other programs have it?"""
+    key = word.removeprefix("--").replace("-", "_")
+    return word.startswith("--") and hints_of(settings_class).get(key, bool) is not bool
 
 
 def parse(settings_class: type, key: str, text: str | None, where: str) -> Any:
@@ -94,16 +110,30 @@ def checked(settings_class: type, key: str, value: Any, where: str) -> Any:
         value = float(value)  # --learning_rate=1 is a fine float
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is not kind or not finite or (limit is not None and value not in limit):
-        raise ValueError(f"{where}: expected {describe(kind, limit)}, found {value!r}")
+        raise ValueError(f"{where}: expected {describe(kind, limit)}, found {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value in a message: printable and short."""
+    if type(value) is int and value.bit_length() > MOST_BITS:
+        return f"a number of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} ... {text[-50:]}"
+
+
+@functools.cache
+def hints_of(settings_class: type) -> dict[str, Any]:
+    return get_type_hints(settings_class, include_extras=True)
 
 
 def kind_of(settings_class: type, key: str, where: str) -> tuple[type, Range | tuple | None]:
     """The type of setting `key` and what limits it: a Range, a tuple of choices, or None."""
-    hints = get_type_hints(settings_class, include_extras=True)
+    hints = hints_of(settings_class)
     if key not in hints:
-        near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key[:80], hints, n=1, cutoff=0.75)
         hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        hint = getattr(settings_class, "elsewhere", {}).get(key, hint)
         raise ValueError(f"{where}: no such setting; {hint}")
     hint = hints[key]
     if get_origin(hint) is Annotated:
@@ -129,13 +159,18 @@ BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, 
 
 def read_config_file(settings_class: type, path: str) -> dict[str, Any]:
     """The assignments of a config file, checked: {setting: value}."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe never ends, or never begins
+        kind = "folder" if os.path.isdir(path) else "pipe or device"
+        raise ValueError(f"{path}: expected a config file, found a {kind}")
     try:
         with open(path, encoding="utf-8-sig") as f:
-            source = f.read()
+            source = f.read(MOST_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot read this config file: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
+    if len(source) > MOST_BYTES:
+        raise ValueError(f"{path}: expected a config file of at most {MOST_BYTES:,} characters, found more")
     try:
         statements = ast.parse(source, filename=path).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: a NUL byte in the source
@@ -149,9 +184,14 @@ def read_config_file(settings_class: type, path: str) -> dict[str, Any]:
             continue  # the file's docstring
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
                 and isinstance(statement.targets[0], ast.Name)):
-            raise ValueError(f"{where}: expected `setting = value`, found `{ast.unparse(statement).splitlines()[0]}`")
+            raise ValueError(f"{where}: expected `setting = value`, found `{source_of(statement)}`")
         key = statement.targets[0].id
-        values[key] = checked(settings_class, key, evaluate(statement.value, values, where), f"{where}: {key}")
+        where = f"{where}: {key}"
+        try:
+            value = evaluate(statement.value, values, where)
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deeply") from None
+        values[key] = checked(settings_class, key, value, where)
     return values
 
 
@@ -159,8 +199,24 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float)  # and not bool, which Python counts among the ints
 
 
+def source_of(node: ast.AST) -> str:
+    """The first line of what a config file says there, cut where it is long."""
+    try:
+        line = ast.unparse(node).partition("\n")[0]
+    except (ValueError, RecursionError):  # a number of thousands of digits; an expression of thousands of levels
+        return "..."
+    return line if len(line) <= 200 else f"{line[:200]} ..."
+
+
 def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
-    """The value of a literal, arithmetic on numbers, or a name assigned further up."""
+    """The value of a literal, arithmetic on numbers, or a name assigned further up; whole numbers have MOST_BITS."""
+    value = value_of(node, names, where)
+    if type(value) is int and value.bit_length() > MOST_BITS:
+        raise ValueError(f"{where}: expected a number of at most {MOST_BITS} bits, found {shown(value)}")
+    return value
+
+
+def value_of(node: ast.expr, names: dict[str, Any], where: str) -> Any:
     match node:
         case ast.Constant(value):
             return value
@@ -176,9 +232,9 @@ def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
                 try:
                     return BINARY[type(op)](a, b)
                 except (ZeroDivisionError, OverflowError) as error:
-                    raise ValueError(f"{where}: `{ast.unparse(node)}`: {error}") from error
+                    raise ValueError(f"{where}: `{source_of(node)}`: {error}") from error
     raise ValueError(f"{where}: expected a number, a text, True/False, arithmetic on them or a setting assigned "
-                     f"further up, found `{ast.unparse(node)}`")
+                     f"further up, found `{source_of(node)}`")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -338,8 +338,8 @@ def heads_in_curriculum(kind: str, n: int, progress: float) -> int:
 def loss_weights(settings, progress: float) -> dict[str, float]:
     """{loss: weight} at `progress` (0..1) of the run; a loss that weighs 0 is left out and need not be computed.
 
-    settings: the names below, as settings.Settings has them. Head i weighs head_decay^(i-1) of its
-    kind's weight; the letters share that of spelling. While tokens are in superposition nothing else weighs.
+    settings: the names below, as settings.Settings has them. Head i weighs a part of its kind's
+    weight, its head_factor; the letters share that of spelling. While tokens are in superposition nothing else weighs.
     """
     s = settings
     if s.superposition > 1 and progress < s.superposition_end:
@@ -348,7 +348,7 @@ def loss_weights(settings, progress: float) -> dict[str, float]:
     weights = {"ntp": 1.0}
     for kind, weight in (("nitp", s.nitp_weight), ("consistency", s.consistency_weight)):
         for i in range(1, heads_in_curriculum(s.curriculum, s.n_future_heads, progress) + 1):
-            weights[f"{kind}_{i}"] = weight * s.head_decay ** (i - 1) * factor
+            weights[f"{kind}_{i}"] = weight * s.head_factor(i) * factor
     for j in range(1, s.spelling_letters + 1):
         weights[f"spelling_{j}"] = s.spelling_weight / s.spelling_letters * factor
     weights |= {"order": s.order_weight * factor, "soft": s.soft_weight * factor}

@@ -105,6 +105,7 @@ class Looking:
     consistency_teacher: Literal["later", "same"] = "later"  # the NTP head at t+i, or at t (a control)
     consistency_temperature: Positive = 1.0  # softens both sides
     head_decay: FractionAbove0 = 1.0  # head i's weights are those above times head_decay^(i-1)
+    head_weights: str = ""  # "1,0.5,0.25": a factor for each head instead, head 1's first
     head_init: Literal["random", "last_block"] = "random"  # last_block: blocks of heads copy the trunk's last
     aux_grad_scale: Fraction = 1.0  # the part of each further head's gradient that reaches the trunk
     aux_grad_power: bool = False  # head i's part is that to the power of i
@@ -160,6 +161,30 @@ class Computing:
 class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  # fields come from the last base first
     """All of them, in the order of this file."""
 
+    elsewhere = {  # settings of llama2.c, its multi-token fork and nanoGPT that have another name or none here
+        "aux_losses": "here it is n_future_heads, with nitp_weight or consistency_weight",
+        "use_k_ntp_loss": "here it is nitp_weight, with n_future_heads",
+        "use_consistency_loss": "here it is consistency_weight, with n_future_heads",
+        "vocab_source": "here a data set has its vocabulary: dataset and vocab_size (tinystories.py train_vocab)",
+        "always_save_checkpoint": "here last.pt is saved at every evaluation, ckpt.pt when val/ntp is no worse",
+        "resume": "here it is --init_from=resume", "block_size": "here it is max_seq_len",
+        "n_layer": "here it is n_layers", "n_head": "here it is n_heads", "n_embd": "here it is dim",
+        "lr": "here it is learning_rate", "lr_decay_iters": "here the rate falls until max_iters",
+        "bias": "a Llama has none", "backend": "here the device decides: nccl for CUDA, else gloo"}
+
+    def head_factor(self, i: int) -> float:
+        """Head i's part of nitp_weight and consistency_weight, i = 1..n_future_heads. Errors: ValueError."""
+        if not self.head_weights:
+            return self.head_decay ** (i - 1)
+        try:
+            factors = [float(text) for text in self.head_weights.split(",")]
+        except ValueError:
+            factors = []
+        if len(factors) != self.n_future_heads or not all(0 <= x < 1e9 for x in factors) or not any(factors):
+            raise ValueError(f"head_weights={self.head_weights[:80]}: expected {self.n_future_heads} numbers >= 0, one "
+                             "for each of n_future_heads, with commas between them")
+        return factors[i - 1]
+
 
 def names_of(*sections: type) -> set[str]:
     """The settings of these sections: names_of(Shape, Heads)."""
@@ -206,6 +231,10 @@ def check_heads(s: Settings) -> None:
         raise ValueError("aux_grad_power=True: not with head=sequential, whose heads read one another")
     if s.head_input == "before_last" and s.n_future_heads == 0:
         raise ValueError("head_input=before_last: needs future heads, found n_future_heads=0")
+    if s.head_weights and s.head_decay != 1.0:
+        raise ValueError(f"head_weights={s.head_weights[:80]}: expected one of head_weights and head_decay, found "
+                         f"head_decay={s.head_decay} as well")
+    s.head_factor(1)
     blocks = s.head in ("block", "sequential") and s.trunk == "transformer" and s.n_future_heads
     if s.head_init == "last_block" and not blocks:
         raise ValueError(f"head_init=last_block: needs future heads with a block, and a Transformer; found "

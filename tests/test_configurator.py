@@ -1,5 +1,6 @@
 """Settings from files and the command line: what is accepted, what is refused, and the message."""
 
+import os
 import re
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -20,6 +21,7 @@ class Knobs:
     name: str = "a"  # a text
     compile: bool = True  # or not
     dtype: Literal["float32", "bfloat16"] = "float32"  # of products
+    elsewhere = {"steps": "here it is batch_size, of a kind"}
 
 
 def write(tmp_path, text):
@@ -66,12 +68,19 @@ def test_words_that_are_taken(word, key, value):
     ("-b", ["-b", "--key=value"]),
     ("--", ["--key=value"]),
     ("--=3", ["no such setting"]),
+    ("--zzz=" + "9" * 100_000, ["--zzz: no such setting"]),
+    ("--batch_size=" + "9" * 10_000, ["--batch_size: expected int >= 1, found '99", " ... "]),
+    ("--a\x1b[2J=3", ["'--a\\x1b[2J=3'", "no such setting"]),
+    ("--steps=3", ["--steps: no such setting; here it is batch_size, of a kind"]),
+    ("--resume", ["--resume: no such setting; --help lists all"]),
+    ("--typo=1", ["--typo: no such setting; --help lists all"]),
 ])
 def test_words_that_are_refused(word, says):
     with pytest.raises(ValueError) as caught:
         configure(Knobs, [word])
     for text in says:
         assert text in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_files_and_words_together(tmp_path):
@@ -98,6 +107,14 @@ def test_files_and_words_together(tmp_path):
     ("a\0b", ["x.py"]),
     ("learning_rate = " + "9" * 400, ["x.py:1", "learning_rate"]),
     ("batch_size = True + 1", ["x.py:1"]),
+    ("batch_size = 0x" + "f" * 10_000, ["x.py:1: batch_size: expected a number of at most 64 bits"]),
+    ("batch_size = " + "9" * 10_000, ["x.py:1"]),
+    ("batch_size = " + " * ".join(["9999999999"] * 2000), ["x.py:1: batch_size: nested too deeply"]),
+    ("batch_size = " + " * ".join(["9999999999"] * 3), ["expected a number of at most 64 bits, found"]),
+    ("batch_size = -0x" + "f" * 10_000 + " if 1 else 0", ["x.py:1", "found `...`"]),
+    ("name = 'a'\n0x" + "f" * 10_000, ["x.py:2", "found `...`"]),
+    ("batch_size = [" + "1, " * 20_000 + "]", ["x.py:1", "[1, 1, 1", " ...`"]),
+    ("batch_size = 3\n" * 10_000, ["x.py: expected a config file of at most 65,536 characters"]),
     ("batch_size = " + "-" * 100_000 + "1", ["x.py"]),
 ])
 def test_files_that_are_refused(tmp_path, text, says):
@@ -105,6 +122,7 @@ def test_files_that_are_refused(tmp_path, text, says):
         configure(Knobs, [write(tmp_path, text)])
     for part in says:
         assert part in str(caught.value)
+    assert len(str(caught.value)) < 700
 
 
 def test_config_files_are_read_not_run(tmp_path):
@@ -119,6 +137,14 @@ def test_missing_file_second_file_and_binary_file(tmp_path):
     path = write(tmp_path, "batch_size = 3")
     with pytest.raises(ValueError, match="second config file"):
         configure(Knobs, [path, path])
+    for words in (["--batch_size", "5"], [path, "--batch_size", "5"], ["--batch-size", "5", path]):
+        with pytest.raises(ValueError, match="--batch.size '5': expected --batch.size=5, with an equals sign"):
+            configure(Knobs, words)
+    assert configure(Knobs, ["--compile", path]).batch_size == 3
+    os.mkfifo(tmp_path / "pipe.py")
+    for name, kind in (("pipe.py", "pipe or device"), ("", "folder")):
+        with pytest.raises(ValueError, match=f"expected a config file, found a {kind}"):
+            configure(Knobs, [str(tmp_path / name)])
     (tmp_path / "b.py").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="UTF-8"):
         configure(Knobs, [str(tmp_path / "b.py")])
@@ -133,6 +159,17 @@ def test_help_names_every_setting_with_default_range_and_comment():
         entry = re.search(rf"--{field.name}=.*\n +(.+)", text)
         assert entry, field.name
         assert len(entry[1].split("; ", 1)[1]) > 3, f"{field.name} has no comment"
+
+
+def test_settings_of_other_programs_are_told_by_their_name_here():
+    for word, says in (("--aux_losses", "n_future_heads"), ("--use_k_ntp_loss=True", "here it is nitp_weight"),
+                       ("--use_consistency_loss", "consistency_weight"), ("--vocab_source=custom", "dataset"),
+                       ("--always_save_checkpoint", "last.pt"), ("--resume", "--init_from=resume"),
+                       ("--block_size=3", "max_seq_len"), ("--n_layer=3", "n_layers")):
+        with pytest.raises(ValueError, match=f"{word.partition('=')[0]}: no such setting; .*{says}"):
+            configure(train.Settings, [word])
+    names = {field.name for field in fields(train.Settings)}
+    assert not names & set(train.Settings.elsewhere)
 
 
 @pytest.mark.parametrize("words,says", [

@@ -10,7 +10,7 @@ import losses
 from configurator import configure
 from losses import Objective, all_losses, heads_in_curriculum, loss_weights, position_weights, schedule, valid_positions
 from model import ModelArgs, Readout, Transformer
-from settings import Settings
+from settings import Settings, check
 from step import chunks, kernels
 from text.letters import ALPHABETS, Letters, alphabet_size
 
@@ -663,6 +663,19 @@ def test_weights_are_independent_and_decay_by_head():
         {"ntp": 1.0, "nitp_1": 0.4, "nitp_2": 0.2, "consistency_1": 0.02, "consistency_2": 0.01})
     assert set(loss_weights(settings(nitp_weight=0.0), 0.3)) == {"ntp", "consistency_1", "consistency_2"}
     assert set(loss_weights(settings(consistency_weight=0.0), 0.3)) == {"ntp", "nitp_1", "nitp_2"}
+
+
+def test_each_head_may_have_a_weight_of_its_own():
+    s = settings(head_decay=1.0, head_weights="1, 0.25")
+    check(s)
+    assert loss_weights(s, 0.3) == pytest.approx(
+        {"ntp": 1.0, "nitp_1": 0.4, "nitp_2": 0.1, "consistency_1": 0.02, "consistency_2": 0.005})
+    assert set(loss_weights(settings(head_decay=1.0, head_weights="0,1"), 0.3)) == {"ntp", "nitp_2", "consistency_2"}
+    with pytest.raises(ValueError, match="expected one of head_weights and head_decay"):
+        check(settings(head_weights="1,0.5"))
+    for wrong in ("1", "1,0.5,0.25", "1,x", "1,-1", "1,nan", "1,inf", "0,0", ",", "1;2"):
+        with pytest.raises(ValueError, match="head_weights=.*: expected 2 numbers >= 0"):
+            check(settings(head_decay=1.0, head_weights=wrong))
 
 
 def test_a_loss_whose_schedule_has_ended_or_not_begun_is_left_out():
