@@ -34,8 +34,9 @@ from configurator import configure
 from formats.checkpoint import read_checkpoint
 from settings import Output, Settings, check, names_of
 from step.machine import describe, find_machine
-from study.processes import POLL, complaint, evaluations, free_cores, how_to_begin, lock, settings_in, start, stop
+from study.processes import POLL, complaint, evaluations, free_cores, how_to_begin, settings_in, start, stop
 from system.files import atomic_write
+from system.lock import hold
 from text.letters import token_texts
 from text.tokenizer import load_tokenizer, vocab_folder
 from train import step_on_random_tokens
@@ -182,9 +183,7 @@ def main(argv: list[str]) -> None:
     for s in runs:
         check_same(s)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a") as f:
-        if not lock(f):
-            raise ValueError(f"{out}: another ablate.py is at work here; wait for it, or choose another --out")
+    with hold(out / "lock"):
         train_and_compare(args, runs, rounds, out, {name: settings_of(name, configs[name], args.seeds[0], words, out)
                                                     for name in names})
 

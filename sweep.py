@@ -23,7 +23,6 @@ from system.program import positive, program
 import argparse
 import math
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -37,9 +36,11 @@ from tqdm import tqdm
 
 from configurator import checked, configure, kind_of
 from settings import Data, Settings, names_of
-from study.processes import METRIC, POLL, complaint, evaluations, free_cores, how_to_begin, lock, start, stop
+from study.processes import METRIC, POLL, complaint, evaluations, free_cores, how_to_begin, start, stop
 from study.tables import markdown
 from system.files import atomic_write
+from system.lock import hold
+from system.signals import ENDING
 
 if TYPE_CHECKING:
     import optuna
@@ -48,7 +49,7 @@ ROOT = Path(__file__).resolve().parent
 MOST_FAILURES = 3  # trials in a row; then something is wrong with the search
 NOT_SEARCHED = names_of(Data) | {"out_dir", "eval_interval", "eval_only", "max_iters", "vocab_size"}
 STARTUP_TRIALS = 5  # that have to be complete before one is stopped early
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
+STOPPED = {code for number in ENDING for code in (128 + number, -number)}  # exit codes
 PLAIN = ["${env}", "${interpreter}"]
 # wandb tells a run its name in the environment only; without a folder of its own train.py refuses all but the first
 OWN_FOLDER = ["${env}", "sh", "-c", 'exec "$@" --out_dir="out/sweep/wandb/$WANDB_RUN_ID"', "sh", "${interpreter}"]
@@ -343,9 +344,7 @@ def main(argv: list[str]) -> None:
     sweep = read_sweep(args.file)
     out = args.out or Path("out/sweep") / args.file.stem
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a") as f:
-        if not lock(f):
-            raise ValueError(f"{out}: another sweep.py is at work here; wait for it, or choose another --out")
+    with hold(out / "lock"):
         try:
             study, at_work = open_study(out, sweep)
             check_same(study, sweep, args.last, out)
@@ -361,5 +360,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trials save and stop
     sys.exit(program(main, "interrupted; the same command goes on"))

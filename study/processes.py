@@ -1,9 +1,9 @@
-"""Runs of train.py as processes of their own: one thread each, pinned to a core, with a log to look at meanwhile.
+"""Runs of train.py as separate processes: one thread each, pinned to a core, followed by their logs.
 
 What this leaves out on purpose: which runs there are (ablate.py, sweep.py), and other machines.
 """
 
-import json
+import operator
 import os
 import signal
 import subprocess
@@ -11,66 +11,55 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing keeps two programs from one run
-    fcntl = None
+from system.files import open_regular, parse_json, read_text
+from system.lock import holder, sign, take
+from system.shown import shown_message
 
 METRIC = "val/ntp"  # the only number by which runs are compared
-POLL = 0.5  # seconds between two looks at the logs
+POLL = 0.5  # seconds between reads of the logs
 
 
 def free_cores() -> list[int]:
-    """The cores that this process may use, by number; where they have none, 0 to as many as there are."""
+    """The numbers of the cores that this process may use; of all cores where the system does not say."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def lock(f: IO) -> bool:
-    """Take an open file for this process and those that inherit it, until the last has ended; False if it is taken."""
-    try:
-        if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def start(program: Path, words: list[str], folder: Path, core: int | None) -> subprocess.Popen:
-    """A process with one thread, on one core, or on any. folder/stderr.txt has what it complains of.
+    """Start a program with one thread, on one core or on any; folder/stderr.txt gets its errors.
 
-    It holds `folder`/pid locked. One that is still at work there, because it outlived a program that was killed, is
-    asked to save and stop before.
+    It holds folder/pid locked. A process that still runs there, because the program that started it was killed,
+    is asked to save and stop first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "pid", "a+") as pid, open(folder / "stderr.txt", "w") as errors:
-        if not lock(pid):
-            print(f"{folder}: stopping its process from before", file=sys.stderr)
-            pid.seek(0)
-            if number := pid.read():
-                with suppress(ProcessLookupError):  # ended by now
-                    os.kill(int(number), signal.SIGTERM)
-            while not lock(pid):
-                time.sleep(POLL)
-        pid.truncate(0)
-        # a session of its own: Ctrl-C reaches this program alone, which asks runs to stop; asked twice they do not save
+    path = folder / "pid"
+    lock = take(path)
+    if not lock:
+        who, pid = holder(path)
+        print(f"{folder}: stopping its process from before ({who})", file=sys.stderr)
+        if pid:
+            with suppress(ProcessLookupError):  # ended by now
+                os.kill(pid, signal.SIGTERM)
+        while not (lock := take(path)):
+            time.sleep(POLL)
+    with lock, open(folder / "stderr.txt", "w") as errors:
+        # a new session: Ctrl-C reaches only this program, which asks its runs to stop; asked twice they do not save
         process = subprocess.Popen([sys.executable, str(program), *words], stdout=subprocess.DEVNULL, stderr=errors,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-                                   pass_fds=[pid.fileno()] if fcntl else [])
-        pid.write(str(process.pid))
+                                   pass_fds=[lock.fileno()] if os.name == "posix" else [])
+        sign(lock, process.pid)
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, {core})
     return process
 
 
 def how_to_begin(folder: Path) -> list[str]:
-    """The words for train.py by which a run that was cut short goes on, and a new one begins."""
+    """Arguments for train.py that continue a run that was cut short; none for a new run."""
     return ["--init_from=resume"] if (folder / "last.pt").exists() else []
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """Ask them to save and end, and wait until they have."""
+    """Ask processes to save and end, and wait for them."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -78,26 +67,26 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def evaluations(folder: Path) -> dict[int, float]:
-    """{iteration: val/ntp} of a log so far; a line that is half written, or broken, does not count."""
+    """{iteration: val/ntp} of a log so far. Lines that are half written or broken do not count."""
     path, found = folder / "log.jsonl", {}
-    for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
-        if METRIC in line:  # few have it, and others are not worth parsing
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
-                values = json.loads(line)
-                found[values["iter"]] = float(values[METRIC])
+    for line in read_text(path, errors="replace").split("\n")[:-1] if path.exists() else []:
+        if METRIC in line:  # few lines have it, the others are not worth parsing
+            with suppress(ValueError, KeyError, TypeError, OverflowError):
+                values = parse_json(line)
+                found[operator.index(values["iter"])] = float(values[METRIC])
     return found
 
 
 def settings_in(folder: Path) -> dict:
     """The settings in the first line of a run's log; none where it has none."""
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        with open(folder / "log.jsonl", errors="replace") as f:
-            return dict(json.loads(f.readline())["config"])
+    with suppress(ValueError, KeyError, TypeError):
+        with open_regular(folder / "log.jsonl", "r", errors="replace") as f:
+            return dict(parse_json(f.readline())["config"])
     return {}
 
 
 def complaint(folder: Path, code: int) -> str:
-    """Why a process failed, in its own words."""
-    lines = (folder / "stderr.txt").read_text(errors="replace").strip().splitlines()
+    """Why a process failed: the last message that it printed."""
+    lines = read_text(folder / "stderr.txt", errors="replace").strip().splitlines()
     said = [line for line in lines if line.startswith("train.py: ")] or lines or [f"exit code {code}, without a word"]
-    return said[-1]
+    return shown_message(said[-1])

@@ -1,13 +1,14 @@
 """Read regular files only; write a file whole or not at all.
 
 A file that matters is written under a temporary name in the same folder, flushed to the disk, and
-moved into place in one step (POSIX rename), so whoever looks at its name sees the old content or
-the new one, never half of either: not after Ctrl-C, not after kill -9, not on a full disk.
+moved into place in one step (POSIX rename). A reader sees the old content or the new, never half of
+either: not after Ctrl-C, not after kill -9, not on a full disk.
 """
 
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,27 @@ def read_json(path: str | Path, most: int | None = None) -> Any:
         raise ValueError(f"{shown(path)}: expected JSON: {error}") from error
 
 
+def fingerprint(path: str | Path) -> str:
+    """Size and CRC-32 of a file. Of a big one the CRC covers 16 MiB spread over it, and so takes milliseconds."""
+    block, most = 1 << 16, 256
+    crc = 0
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        blocks = -(-size // block)
+        for k in range(min(blocks, most)):
+            f.seek(k * block if blocks <= most else k * (size - block) // (most - 1))
+            crc = zlib.crc32(f.read(block), crc)
+    return f"{size} bytes, crc32 {crc:08x}"
+
+
+def is_at(path: str | Path, f: IO) -> bool:
+    """True while the open file `f` is what `path` names: not removed, not replaced."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
+    except OSError:
+        return False
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb", **open_options) -> Iterator[IO]:
     """Open a temporary file that becomes `path` when the block ends without an exception.
@@ -89,9 +111,9 @@ def atomic_write(path: str | Path, mode: str = "wb", **open_options) -> Iterator
             f.write(header)
     """
     path = Path(path)
-    if is_irregular(path):  # root would put a file in the place of /dev/null
-        raise ValueError(f"cannot write {path}: it is there, and no file")
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same: what kill -9 leaves, the next write replaces
+    if is_irregular(path):  # root could replace /dev/null by a file
+        raise ValueError(f"cannot write {path}: it exists and is no regular file")
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next write replaces what kill -9 leaves
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -110,9 +132,9 @@ def atomic_write(path: str | Path, mode: str = "wb", **open_options) -> Iterator
 def atomic_folder(path: str | Path, files: Iterable[str]) -> Iterator[Path]:
     """An empty folder that becomes `path` when the block ends without an exception.
 
-    A folder that is there and holds nothing but `files` gives way to it. (Between the two moves that this
-    takes, a kill -9 leaves it as `.<name>.old`.) Errors: ValueError if there is something else, or it cannot be
-    written; whatever the block raised otherwise, and then `path` is what it was.
+    It replaces an existing folder that holds nothing but `files`. (A kill -9 between the two moves that this
+    takes leaves the old one as `.<name>.old`.) Errors: ValueError if `path` holds something else or cannot be
+    written; whatever the block raised otherwise. Then `path` is what it was.
     """
     path = Path(os.path.realpath(path))
     new, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))

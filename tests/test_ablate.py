@@ -10,7 +10,8 @@ from ablate import find_configs, settings_of
 from configurator import configure
 from settings import Settings
 from study.groups import OBJECTIVE
-from study.processes import free_cores, lock
+from study.processes import free_cores
+from system.lock import hold
 
 
 @pytest.fixture
@@ -104,10 +105,8 @@ def test_what_cannot_be_compared_is_said(lab):
         with pytest.raises(ValueError, match=says):
             ablate.main(words(lab, word))
     (lab / "out").mkdir(exist_ok=True)
-    with open(lab / "out" / "lock", "a") as f:
-        assert lock(f)
-        with pytest.raises(ValueError, match="out: another ablate.py is at work here"):
-            ablate.main(words(lab, "--no_runs"))
+    with hold(lab / "out" / "lock"), pytest.raises(ValueError, match="out: another program is at work here"):
+        ablate.main(words(lab, "--no_runs"))
 
 
 def test_a_broken_line_in_a_log_does_not_stop_a_comparison(lab, capsys):

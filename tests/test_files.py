@@ -7,7 +7,16 @@ import time
 
 import pytest
 
-from system.files import atomic_folder, atomic_write, parse_json, read_bytes, read_json, read_text, refuse_irregular
+from system.files import (
+    atomic_folder,
+    atomic_write,
+    fingerprint,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    refuse_irregular,
+)
 
 
 def test_new_content_replaces_old(tmp_path):
@@ -59,7 +68,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, where):
 def test_devices_and_pipes_are_neither_read_nor_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     pipe = tmp_path / "pipe"
-    with pytest.raises(ValueError, match="cannot write .*pipe: it is there, and no file"), atomic_write(pipe):
+    with pytest.raises(ValueError, match="cannot write .*pipe: it exists and is no regular file"), atomic_write(pipe):
         pass
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(ValueError, match=f"{path.name}: expected a file, found a"):
@@ -114,3 +123,25 @@ def test_bytes_that_are_no_utf8_and_json_without_an_end_are_named(tmp_path):
     for text in ("[" * 100_000, '{"a":' * 100_000, "1" * 5000, "", "nan"):
         with pytest.raises(ValueError):
             parse_json(text)
+
+
+def test_a_fingerprint_tells_files_apart_and_costs_no_time_with_big_ones(tmp_path):
+    path = tmp_path / "a.bin"
+    prints = set()
+    for content in (b"", b"a", b"b", b"a" * 99_999, b"a" * 99_998 + b"b", b"a" * 50_000 + b"b" + b"a" * 49_998):
+        path.write_bytes(content)
+        prints.add(fingerprint(path))
+    assert len(prints) == 6
+    with open(path, "wb") as f:
+        f.truncate(2 << 30)  # 2 GiB that take no room
+    began = time.process_time()
+    sparse = fingerprint(path)
+    assert time.process_time() - began < 1.0
+    for at in (0, (2 << 30) - 1):
+        with open(path, "r+b") as f:
+            f.seek(at)
+            f.write(b"x")
+        assert fingerprint(path) != sparse
+        with open(path, "r+b") as f:
+            f.seek(at)
+            f.write(b"\0")
