@@ -9,13 +9,17 @@ kernels.c is compiled once, by the C compiler that also builds run.c, and kept i
 What this leaves out on purpose: float16 and devices that are not CPUs; those take model.Transformer.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +31,12 @@ from torch.autograd import Function
 from model import RMSNorm, Transformer, TransformerBlock
 from step.chunks import PLAIN_KL, Head, chunk_rows, rows_of
 from step.chunks import per_position_losses as in_pytorch
+from system.files import read_bytes
+from system.shown import shown
 
 SOURCE = Path(__file__).with_name("kernels.c")
+BUILD = SOURCE.parent.parent / "build"
+TEMPORARY = ".kernels-"  # begins the names of folders to compile in
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
 # In order of preference. OpenMP is the one that PyTorch has loaded, so both share their threads.
 MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"], [])
@@ -43,8 +51,8 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ct
 def library() -> ctypes.CDLL:
     """The compiled kernels.c, built on first use (2 s) unless build/ has it for this source, compiler and processor.
 
-    CC names the compiler (default cc). Its attribute `threads` is false where the compiler has no
-    OpenMP. Errors: ValueError if there is no compiler, it fails, or what it built cannot be loaded.
+    CC names the compiler (default cc). The attribute `threads` of the result is False if the compiler has no
+    OpenMP. Errors: ValueError if there is no compiler, it fails, or its library cannot be loaded.
     """
     try:
         compiler = shlex.split(os.environ.get("CC") or "cc")
@@ -55,43 +63,71 @@ def library() -> ctypes.CDLL:
         macros = _run([*compiler, *FLAGS, *flags, "-dM", "-E", str(SOURCE)])
         if macros.returncode == 0:
             break
-    text = repr((macros.stdout, SOURCE.read_bytes(), FLAGS, flags)).encode()
-    built = SOURCE.parent.parent / "build" / f"kernels-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if not built.exists():
-        try:
-            built.parent.mkdir(exist_ok=True)
-            folder = tempfile.TemporaryDirectory(dir=built.parent)
-        except OSError:  # the project is not ours to write to
-            folder = tempfile.TemporaryDirectory()
-            built = None
-        with folder:
-            fresh = Path(folder.name) / "kernels.so"
-            done = _run([*compiler, *FLAGS, *flags, "-o", str(fresh), str(SOURCE), "-lm"])
-            if done.returncode or not fresh.exists():
-                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and no library"]
-                reason = next((line for line in lines if "error" in line), lines[0])
-                raise ValueError(f"{shlex.join(compiler)} could not compile {SOURCE.name}: {reason[:300]}")
-            if built is None:
-                return _load(fresh, "-fopenmp" in flags)
-            os.replace(fresh, built)  # in one step: other processes may be at it too
+    key = _digest(repr((macros.stdout, SOURCE.read_bytes(), FLAGS, flags)).encode())
+    built = _find(key) or _build([*compiler, *FLAGS, *flags], key)
     return _load(built, "-fopenmp" in flags)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _find(key: str) -> Path | None:
+    """The library in build/, if its content is what its name says: loading one that was cut short is a SIGBUS."""
+    for path in BUILD.glob(f"kernels-{key}-*.so"):
+        with suppress(OSError, ValueError):
+            if path.name == f"kernels-{key}-{_digest(read_bytes(path))}.so":
+                return path
+            path.unlink()  # cut short or changed on the disk
+    return None
+
+
+def _build(command: list[str], key: str) -> Path:
+    """Compile kernels.c into build/, or into a folder of this process where that cannot be written."""
+    try:
+        BUILD.mkdir(exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=BUILD, prefix=TEMPORARY)
+    except OSError:  # the project is another user's
+        try:
+            folder = tempfile.TemporaryDirectory(prefix=TEMPORARY)
+        except OSError as error:
+            raise ValueError(f"no folder to compile {SOURCE.name} in: {error.strerror}; set TMPDIR") from error
+        atexit.register(folder.cleanup)
+        return _compile(command, Path(folder.name) / "kernels.so")
+    for left in BUILD.glob(f"{TEMPORARY}*"):  # by processes that were killed as they compiled
+        if time.time() - left.stat().st_mtime > 600:
+            shutil.rmtree(left, ignore_errors=True)
+    with folder:
+        fresh = _compile(command, Path(folder.name) / "kernels.so")
+        path = BUILD / f"kernels-{key}-{_digest(fresh.read_bytes())}.so"
+        os.replace(fresh, path)  # in one step: other processes may build it too
+        return path
+
+
+def _compile(command: list[str], to: Path) -> Path:
+    done = _run([*command, "-o", str(to), str(SOURCE), "-lm"])
+    if done.returncode or not to.exists():
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and no library"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise ValueError(f"{command[0]} could not compile {SOURCE.name}: {shown(reason, 300)}")
+    return to
 
 
 def _load(path: Path, threads: bool) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be loaded ({error}); delete it, and it is built anew") from error
-    for name, signature in SIGNATURES.items():
-        getattr(loaded, name).argtypes = [TYPES[letter] for letter in signature]
+        for name, signature in SIGNATURES.items():
+            getattr(loaded, name).argtypes = [TYPES[letter] for letter in signature]
+        loaded.keep_freed_memory()
+    except (OSError, AttributeError) as error:  # AttributeError: a compiler that leaves functions out
+        raise ValueError(f"{path}: cannot be loaded: {shown(error)}") from error
     loaded.threads = threads
-    loaded.keep_freed_memory()
     return loaded
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise ValueError(f"no C compiler: {command[0]}: {error.strerror}") from error
 

@@ -1,6 +1,7 @@
 """kernels.c against PyTorch in float64, value by value and gradient by gradient."""
 
 import ctypes
+import os
 import subprocess
 
 import pytest
@@ -417,6 +418,7 @@ def anew(monkeypatch, tmp_path):
     source.parent.mkdir()
     source.write_bytes(kernels.SOURCE.read_bytes())
     monkeypatch.setattr(kernels, "SOURCE", source)
+    monkeypatch.setattr(kernels, "BUILD", tmp_path / "build")
     kernels.library.cache_clear()
     yield source
     monkeypatch.undo()
@@ -425,7 +427,7 @@ def anew(monkeypatch, tmp_path):
 
 def test_a_build_is_kept_and_used_again(anew, monkeypatch):
     assert isinstance(kernels.library(), ctypes.CDLL)
-    (built,) = (anew.parent.parent / "build").iterdir()  # and nothing half-made beside it
+    (built,) = kernels.BUILD.iterdir()  # and nothing half-made beside it
     stamp = built.stat().st_mtime_ns
     kernels.library.cache_clear()
     kernels.library()
@@ -433,7 +435,7 @@ def test_a_build_is_kept_and_used_again(anew, monkeypatch):
     anew.write_text(anew.read_text() + "\n")
     kernels.library.cache_clear()
     kernels.library()
-    assert len(list((anew.parent.parent / "build").iterdir())) == 2
+    assert len(list(kernels.BUILD.iterdir())) == 2
 
 
 @pytest.mark.parametrize("compiler,says", [("no-such-cc", "no C compiler: no-such-cc"), ("false", "false could not")])
@@ -451,18 +453,37 @@ def test_what_is_no_compiler_is_told(anew, monkeypatch, compiler, says):
         kernels.library()
 
 
-def test_a_broken_build_is_named(anew, monkeypatch):
-    kernels.library()
-    (name,) = (path.name for path in (anew.parent.parent / "build").iterdir())
-    source = anew.parent.parent / "elsewhere" / "step" / "kernels.c"
-    source.parent.mkdir(parents=True)
-    source.write_bytes(anew.read_bytes())
-    (source.parent.parent / "build").mkdir()
-    (source.parent.parent / "build" / name).write_bytes(b"junk")
-    monkeypatch.setattr(kernels, "SOURCE", source)
-    kernels.library.cache_clear()
-    with pytest.raises(ValueError, match=f"{name}: cannot be loaded .*; delete it"):
+def test_a_build_that_was_cut_short_or_changed_is_made_anew(anew, monkeypatch):
+    """Loading the former ends in SIGBUS, the latter in a crash or wrong numbers: here it is only looked for."""
+    monkeypatch.setattr(kernels, "_load", lambda path, threads: path)
+    built = kernels.library()
+    whole = built.read_bytes()
+    for broken in (whole[:-1], whole[:20_000], b"", whole[:5000] + b"\xff" + whole[5001:]):
+        built.write_bytes(broken)
+        kernels.library.cache_clear()
+        built = kernels.library()
+        assert list(kernels.BUILD.iterdir()) == [built] and built.read_bytes() == whole
+
+
+def test_a_library_without_the_functions_is_named(anew, monkeypatch):
+    fake = anew.with_name("cc")
+    fake.write_text('#!/bin/sh\ncase "$*" in *-dM*) exit 0;; esac\n'
+                    'for word; do [ "$last" = -o ] && out=$word; last=$word; done\n'
+                    'echo "int x;" | cc -x c -shared -o "$out" -\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CC", str(fake))
+    with pytest.raises(ValueError, match="kernels-.*so: cannot be loaded: .*attention_forward"):
         kernels.library()
+
+
+def test_what_a_killed_compilation_left_is_removed_in_time(anew):
+    old, new = kernels.BUILD / f"{kernels.TEMPORARY}old", kernels.BUILD / f"{kernels.TEMPORARY}new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "kernels.so").touch()
+    os.utime(old, (0, 0))
+    kernels.library()
+    assert not old.exists() and new.exists()  # another process may be compiling there
 
 
 def test_a_source_that_does_not_compile_is_named(anew):
@@ -472,7 +493,7 @@ def test_a_source_that_does_not_compile_is_named(anew):
 
 
 def test_a_project_that_cannot_be_written_to_still_has_kernels(anew):
-    (anew.parent.parent / "build").write_text("a file where the folder should be")
+    kernels.BUILD.write_text("a file where the folder should be")
     assert isinstance(kernels.library(), ctypes.CDLL)
 
 
