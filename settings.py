@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 MOST_NEIGHBOURS = 1 << 24  # entries of the table of soft targets; 12 bytes each, in every checkpoint
 
-# Ranges by name, so that the list of settings stays readable.
-AtLeast0 = Annotated[int, Range(0)]
-AtLeast1 = Annotated[int, Range(1)]
+# Ranges by name, so that the list of settings stays readable. What is beyond them is a slip of the keyboard; what is
+# beyond one machine's memory, step/memory.py knows.
+Interval = Annotated[int, Range(1, 10**9)]  # iterations
+Iterations = Annotated[int, Range(0, 10**9)]
+Rows = Annotated[int, Range(1, 10**6)]  # or other things of which an iteration has many
+Length = Annotated[int, Range(1, 1 << 24)]  # tokens
+Width = Annotated[int, Range(1, 1 << 16)]
+Hidden = Annotated[int, Range(0, 1 << 20)]
+Depth = Annotated[int, Range(1, 1 << 10)]  # layers
+DepthOrNone = Annotated[int, Range(0, 1 << 10)]  # layers, heads
 Positive = Annotated[float, Range(0, low_open=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
@@ -34,9 +41,9 @@ class Output:
     """Where a run is kept and what it logs; no result depends on these."""
 
     out_dir: str = "out"  # folder of ckpt.pt, last.pt and log.jsonl
-    eval_interval: AtLeast1 = 250  # iterations between evaluations; each saves last.pt
+    eval_interval: Interval = 250  # iterations between evaluations; each saves last.pt
     eval_only: bool = False  # evaluate once and stop; writes nothing
-    log_interval: AtLeast1 = 1  # iterations between lines on the terminal and in log.jsonl
+    log_interval: Interval = 1  # iterations between lines on the terminal and in log.jsonl
     wandb_log: bool = False  # send the log to wandb as well
     wandb_project: str = "lookahead"  # wandb project
     wandb_run_name: str = ""  # wandb run name; empty: the name of out_dir
@@ -52,7 +59,8 @@ class Data:
     dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
     train_fraction: FractionAbove0 = 1.0  # train on only this leading part of train.bin, over and over
     pack: bool = False  # prompts and answers: rows hold whatever follows, not one example each
-    eval_iters: AtLeast1 = 25  # validation batches (32 rows each) per evaluation, the same in every run
+    eval_iters: Rows = 25  # validation batches (32 rows each) per evaluation, the same in every run
+    allow_other_data: bool = False  # resume even if the data or its vocabulary is not what the run began with
     seed: Annotated[int, Range(0, 2**32 - 1)] = 1337  # of initial weights, order of the data, dropout
 
 
@@ -61,14 +69,14 @@ class Shape:
     """The trunk; a resumed run keeps its shape."""
 
     vocab_size: Annotated[int, Range(4, MAX_VOCAB_SIZE)] = 512  # tokens; 259 is the byte tokenizer
-    max_seq_len: AtLeast1 = 512  # tokens in a row, and the longest context of the model
-    dim: AtLeast1 = 64  # width of the residual stream
-    n_layers: AtLeast1 = 5  # transformer blocks
-    n_heads: AtLeast1 = 8  # query heads; dim must be an even multiple
-    n_kv_heads: AtLeast1 = 4  # key/value heads; a divisor of n_heads
-    head_dim: AtLeast0 = 0  # numbers in a query, key or value; 0: dim / n_heads
-    hidden_dim: AtLeast0 = 0  # width of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
-    multiple_of: AtLeast1 = 4  # see hidden_dim
+    max_seq_len: Length = 512  # tokens in a row, and the longest context of the model
+    dim: Width = 64  # width of the residual stream
+    n_layers: Depth = 5  # transformer blocks
+    n_heads: Width = 8  # query heads; dim must be an even multiple
+    n_kv_heads: Width = 4  # key/value heads; a divisor of n_heads
+    head_dim: Annotated[int, Range(0, 1 << 16)] = 0  # numbers in a query, key or value; 0: dim / n_heads
+    hidden_dim: Hidden = 0  # width of the feed-forward; 0: 2/3 of 4 dim, rounded up to multiple_of
+    multiple_of: Width = 4  # see hidden_dim
     norm_eps: Positive = 1e-5  # RMSNorm's epsilon; run.c uses 1e-5
     tie_embeddings: bool = True  # one matrix for the token embedding and the NTP head
     rope_theta: Positive = 10000.0  # base of RoPE's angles; run.c uses 10000
@@ -76,21 +84,21 @@ class Shape:
     rope_factor: Annotated[float, Range(1)] = 1.0  # by how much
     rope_low_freq_factor: Positive = 1.0  # llama3: waves longer than rope_original_seq_len / this are stretched
     rope_high_freq_factor: Positive = 4.0  # llama3: waves shorter than rope_original_seq_len / this are not
-    rope_original_seq_len: AtLeast0 = 0  # llama3: the context before it was stretched
+    rope_original_seq_len: Annotated[int, Range(0, 1 << 24)] = 0  # llama3: the context before it was stretched
     trunk: Literal["transformer", "rnn"] = "transformer"  # rnn: n_layers of Elman's, for comparison; not exported
-    recurrence: AtLeast1 = 1  # how often the layers between prelude and coda are applied
-    prelude_layers: AtLeast0 = 1  # layers before the ones that recur
-    coda_layers: AtLeast0 = 1  # layers after the ones that recur
+    recurrence: Depth = 1  # how often the layers between prelude and coda are applied
+    prelude_layers: DepthOrNone = 1  # layers before the ones that recur
+    coda_layers: DepthOrNone = 1  # layers after the ones that recur
 
 
 @dataclass
 class Heads:
     """The heads besides the next-token (NTP) head; a resumed run keeps them."""
 
-    n_future_heads: AtLeast0 = 0  # n; head i predicts x[t+1+i]
+    n_future_heads: DepthOrNone = 0  # n; head i predicts x[t+1+i]
     head: Literal["linear", "residual", "block", "sequential", "shared"] = "linear"  # type of the future heads
     head_input: Literal["last", "before_last"] = "last"  # heads read the state after, or before, the trunk's last block
-    spelling_letters: AtLeast0 = 0  # letters of the following text, a small head for each
+    spelling_letters: DepthOrNone = 0  # letters of the following text, a small head for each
     spelling_case: Literal["true", "lower", "upper"] = "true"  # letters as they are, or all lower or upper case
     order_window: Annotated[int, Range(0, 32)] = 0  # tokens ahead that a head ranks by distance; 0: no such head
 
@@ -109,15 +117,15 @@ class Looking:
     head_init: Literal["random", "last_block"] = "random"  # last_block: blocks of heads copy the trunk's last
     aux_grad_scale: Fraction = 1.0  # the part of each further head's gradient that reaches the trunk
     aux_grad_power: bool = False  # head i's part is that to the power of i
-    freeze_trunk_iters: Annotated[int, Range(-1)] = 0  # iterations in which only heads learn; -1: all
+    freeze_trunk_iters: Annotated[int, Range(-1, 10**9)] = 0  # iterations in which only heads learn; -1: all
     freeze_embeddings: bool = False  # token embeddings, and an unembedding tied to them, stay as they start
     curriculum: Literal["none", "forward", "reverse"] = "none"  # future heads join, or leave, one by one over the run
     spelling_weight: NonNegative = 0.0  # weight of all letters together
     order_weight: NonNegative = 0.0  # weight of the order head's ranking
     soft_weight: NonNegative = 0.0  # weight of the cross-entropy against neighbours of the next token
-    soft_neighbours: AtLeast1 = 8  # tokens that share a soft target, the next token included
+    soft_neighbours: Rows = 8  # tokens that share a soft target, the next token included
     soft_temperature: Positive = 0.1  # of the softmax of their cosines; high: even shares
-    soft_refresh: AtLeast1 = 100  # iterations between updates of the table of neighbours
+    soft_refresh: Interval = 100  # iterations between updates of the table of neighbours
     superposition: Annotated[int, Range(1, 64)] = 1  # tokens in a bag, in the first part of the run; 1: no bags
     superposition_end: FractionBetween = 0.3  # fraction of the run at which that part ends
     mask_document_ends: bool = False  # future-token targets never cross a story boundary
@@ -130,13 +138,13 @@ class Looking:
 class Optimisation:
     """How the parameters are updated."""
 
-    batch_size: AtLeast1 = 16  # rows in a micro-batch of one process
-    gradient_accumulation_steps: AtLeast1 = 1  # micro-batches per iteration
-    max_iters: AtLeast1 = 100_000  # iterations of the whole run
+    batch_size: Rows = 16  # rows in a micro-batch of one process
+    gradient_accumulation_steps: Rows = 1  # micro-batches per iteration
+    max_iters: Interval = 100_000  # iterations of the whole run
     max_epochs: NonNegative = 0.0  # length of the run in passes over the data, in place of max_iters; 0: max_iters
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
     learning_rate: Positive = 5e-4  # peak of the learning rate
-    warmup_iters: AtLeast0 = 1000  # iterations in which the rate rises to its peak
+    warmup_iters: Iterations = 1000  # iterations in which the rate rises to its peak
     decay_lr: bool = True  # fall to min_lr in half a cosine by max_iters; false: stay at the peak
     min_lr: NonNegative = 0.0  # where the cosine ends
     weight_decay: NonNegative = 0.1  # on matrices only

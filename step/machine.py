@@ -19,12 +19,19 @@ import torch
 import torch.distributed as dist
 
 from step import kernels
+from system.memory import machine_bytes
+from system.streams import tell
 
 
 def note(text: str) -> None:
-    """Tell the user, once however many processes there are."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+    """Print a line on standard error, once however many processes there are."""
+    if is_first():
+        tell(text, sys.stderr)
+
+
+def is_first() -> bool:
+    """True in the only process, or in the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
@@ -42,19 +49,29 @@ class Machine:
             dist.all_reduce(x)
         return x
 
+    def anywhere(self, flag: bool) -> bool:
+        """True in all processes if `flag` is in one."""
+        return flag if self.world == 1 else self.sum(torch.tensor(int(flag))).item() > 0
+
+    def memory_bytes(self) -> int | None:
+        """Memory of the device; None where that is not known."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return machine_bytes()  # mps shares it with the processor
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next counts its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def peak_mib(self) -> float:
-        """The most memory that this process has held so far, in MiB, on its device; 0 where that is not told."""
+        """This process's peak memory so far on its device, in MiB; 0 where that is not reported."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return memory("VmHWM") if self.device.type == "cpu" else 0.0
 
     def facts(self, path: "StepPath") -> dict:
-        """What the log is to say of where and how a run was computed."""
+        """What the log reports about where and how a run is computed."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         return {"device": self.device.type, "device_name": name, "processes": self.world,
@@ -69,7 +86,7 @@ class Machine:
 
 
 def memory(what: str) -> float:
-    """This process's memory in MiB: VmRSS now, VmHWM at most up to now; 0 where the system does not tell."""
+    """This process's memory in MiB: VmRSS: now, VmHWM: the peak; 0 where the system does not report it."""
     status = Path("/proc/self/status")
     found = re.search(what + r":\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(found.group(1)) / 1024 if found else 0.0
@@ -111,18 +128,18 @@ def find_machine(wanted: str) -> Machine:
 
 
 def lost_a_process(error: Exception) -> bool:
-    """Is this what torch.distributed says when another process has died or does not answer?"""
+    """True for what torch.distributed raises when another process has died or does not answer."""
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Is this an allocation that failed, on whatever device?"""
+    """True for an allocation that failed, on any device."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclass
 class StepPath:
-    """The way of a step, and the reason for it in words."""
+    """How a step is computed, and why."""
 
     kind: str  # plain, compiled or fast
     dtype: torch.dtype  # of matrix products
@@ -134,7 +151,7 @@ class StepPath:
         return self.kind == "fast"
 
     def autocast(self):
-        """The context in which a model and its losses are to run."""
+        """The context in which a model and its losses run."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
 
     def __str__(self) -> str:
@@ -142,7 +159,7 @@ class StepPath:
 
 
 def choose_path(s, device: torch.device) -> StepPath:
-    """The one place that decides; s has path, dtype, compile. Errors: ValueError if path=fast cannot be."""
+    """The one place that decides; s: path, dtype, compile. Errors: ValueError if path=fast is impossible here."""
     dtype = getattr(torch, s.dtype) if s.dtype != "auto" else torch.bfloat16 if has_bfloat16(device) else torch.float32
     otherwise = "compiled" if s.compile else "plain"
     if s.path == "plain":
@@ -164,7 +181,7 @@ def choose_path(s, device: torch.device) -> StepPath:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Does the device multiply matrices of bfloat16 in hardware, and so faster than those of float32?"""
+    """True if the device multiplies bfloat16 matrices in hardware, and so faster than float32."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()  # bf16: ARM's
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

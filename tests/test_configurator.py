@@ -3,13 +3,15 @@
 import os
 import re
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
 import train
-from configurator import configure, help_text
-from settings import AtLeast1, Fraction, FractionBelow1, Positive
+from configurator import Range, configure, help_text
+from settings import Fraction, FractionBelow1, Positive
+
+AtLeast1 = Annotated[int, Range(1)]
 
 
 @dataclass
