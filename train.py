@@ -16,10 +16,10 @@ it, `training_step` last. Losses are in losses.py, settings in settings.py.
 from system.program import program
 
 import math
-import signal
 import sys
 import time
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -34,40 +34,24 @@ from tqdm import tqdm
 
 from configurator import configure, help_text
 from formats.checkpoint import load_weights
-from formats.resume import Progress, load_start, restore, save
+from formats.resume import Progress, fingerprints, load_start, restore, save
 from losses import Objective, all_losses, loss_weights, position_weights
 from model import Transformer
 from settings import Settings, check, shape_of
 from step import kernels
-from step.machine import Machine, StepPath, choose_path, find_machine, lost_a_process, note, out_of_memory
+from step.machine import Machine, StepPath, choose_path, find_machine, is_first, lost_a_process, note, out_of_memory
+from step.memory import check_memory
 from step.optimizer import make_optimizer
 from study.log import Log
 from synthetic import Answers
+from system.lock import hold
+from system.shown import shown, shown_message
+from system.signals import Stop, handlers_restored
+from system.streams import tell
 from text.letters import Letters, token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from text.tokenizer_json import TOKENIZER
 from tinystories import TrainBatches, Windows, eval_batches, eval_windows
-
-# ---------------------------------------------------------------------------------------------
-# stopping
-
-class Stop:
-    """SIGINT and SIGTERM ask for a stop at the end of the step; a second one is not waited for."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._heard)
-
-    def _heard(self, number: int, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        self.signal = number
-        note("stopping after this step (again to stop at once)")
-
-    def asked(self, machine: Machine) -> bool:
-        """True in all processes as soon as it is in one; they must leave the loop together."""
-        return self.signal > 0 if machine.world == 1 else machine.sum(torch.tensor(self.signal)).item() > 0
-
 
 # ---------------------------------------------------------------------------------------------
 # data
@@ -329,6 +313,12 @@ def tokens_per_step(s: Settings, machine: Machine, it: int) -> int:
     return s.batch_size * s.gradient_accumulation_steps * machine.world * s.max_seq_len * bag
 
 
+def tokens_of_run(s: Settings, machine: Machine) -> int:
+    """The sum of tokens_per_step over all iterations."""
+    in_bags = bisect_left(range(s.max_iters), s.superposition_end, key=lambda it: it / s.max_iters)  # iterations
+    return in_bags * tokens_per_step(s, machine, 0) + (s.max_iters - in_bags) * tokens_per_step(s, machine, s.max_iters)
+
+
 def iterations_of(s: Settings, rows: int, world: int) -> int:
     """How many iterations are max_epochs passes over `rows` rows; while tokens are in bags each step reads more."""
     per_step = s.batch_size * s.gradient_accumulation_steps * world
@@ -339,19 +329,18 @@ def iterations_of(s: Settings, rows: int, world: int) -> int:
 def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, path: StepPath) -> None:
     """Print what follows from the settings."""
     counts = model.parameter_counts()
-    per_step = tokens_per_step(s, machine, s.max_iters)
-    total = sum(tokens_per_step(s, machine, it) for it in range(s.max_iters))
+    per_step, total = tokens_per_step(s, machine, s.max_iters), tokens_of_run(s, machine)
     if s.n_future_heads and not (s.nitp_weight or s.consistency_weight):
         note(f"n_future_heads={s.n_future_heads}: no loss has a weight, so the heads stay as they start")
     if s.warmup_iters >= s.max_iters:
         note(f"warmup_iters={s.warmup_iters}: the run ends before the learning rate is at its peak")
     others = " and others" if s.spelling_letters or s.order_window else ""
     epochs = total / (len(train) * s.max_seq_len)
-    print(f"parameters: {counts['trunk']:,} in trunk and NTP head, "
-          f"{counts['future heads']:,} in {s.n_future_heads} future heads{others}\n"
-          f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
-          f"{epochs:.2f} epochs of {len(train):,} rows in {train.path}\n"
-          f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {path}", flush=True)
+    tell(f"parameters: {counts['trunk']:,} in trunk and NTP head, "
+         f"{counts['future heads']:,} in {s.n_future_heads} future heads{others}\n"
+         f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
+         f"{epochs:.2f} epochs of {len(train):,} rows in {train.path}\n"
+         f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {path}")
 
 
 def show(line: dict, s: Settings, step_seconds: float) -> str:
@@ -386,12 +375,12 @@ def step_figures(run: Training, weights: dict[str, float], means: dict[str, Tens
 
 def train(s: Settings) -> int:
     """Run from settings to the last checkpoint; returns the exit code: 0, or 128 + the signal that stopped it."""
-    # settings, and the checkpoint that the run starts from
-    check(s)
+    # the checkpoint that the run starts from
     checkpoint, source = load_start(s)
-    check(s)  # again, with what the checkpoint has decided
+    check(s)  # with what the checkpoint has decided
     machine = find_machine(s.device)
     first = machine.rank == 0
+    check_memory(s, shape_of(s), machine)
 
     # data; the model, its losses and optimizer
     data = load_data(s, machine)
@@ -399,7 +388,7 @@ def train(s: Settings) -> int:
         s.max_iters = iterations_of(s, len(data.train), machine.world)
         check(s)
     run = build(s, machine, data.texts, checkpoint, source, data.bos)
-    progress = Progress()
+    progress = Progress(data=fingerprints(s))
     if s.init_from == "resume":
         progress = restore(checkpoint, source, run)
     del checkpoint
@@ -417,9 +406,12 @@ def train(s: Settings) -> int:
     if first:
         log = Log(Path(s.out_dir), progress.iter_num, header, wandb_settings(s, header, progress.wandb_id))
         progress.wandb_id = log.wandb_id or progress.wandb_id
-    stop, shown = Stop(), replace(progress)  # shown: the progress at the last line shown
+    stop = Stop("stopping after this step (again to stop at once)\n" if first else "")
+    last_shown = replace(progress)  # at the last line on the terminal
 
     for it in range(progress.iter_num, s.max_iters + 1):
+        if first:
+            log.check()  # an out_dir that was removed or replaced ends the run
         line = {"iter": it, "tokens": progress.tokens, "seconds": progress.seconds}
 
         # evaluate on the validation rows, and save
@@ -428,7 +420,7 @@ def train(s: Settings) -> int:
             val = evaluate(run.objective, data.validation, losses_of(s), machine, run.path)
             line |= {f"val/{name}": value for name, value in val.items()} | {"peak_mib": machine.peak_mib()}
             if first:
-                print(f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items()), flush=True)
+                tell(" ".join([f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items())]))
             check_finite("validation loss", val["ntp"], it, s)
             file_names = ["last.pt"]
             if val["ntp"] <= progress.best_val_ntp:  # a frozen trunk's stays the same while its heads get better
@@ -441,7 +433,7 @@ def train(s: Settings) -> int:
             if first:
                 log.write(line)
             break
-        if stop.asked(machine):
+        if machine.anywhere(stop.signal > 0):
             largest = torch.stack([p.detach().abs().max() for p in run.model.parameters()]).max()  # keeps a NaN
             check_finite("largest weight", largest, it, s)
             save(["last.pt"], run, progress)
@@ -468,13 +460,13 @@ def train(s: Settings) -> int:
         # log
         if logs:
             line |= step_figures(run, weights, means, grad_norm)
-            seconds, tokens = progress.seconds - shown.seconds, progress.tokens - shown.tokens
+            seconds, tokens = progress.seconds - last_shown.seconds, progress.tokens - last_shown.tokens
             line["tok_per_s"] = tokens / seconds
             check_finite("training loss", line["train/total"], it, s)
             if first:
                 log.write(line)
-                print(show(line, s, seconds / (progress.iter_num - shown.iter_num)), flush=True)
-            shown = replace(progress)
+                tell(show(line, s, seconds / (progress.iter_num - last_shown.iter_num)))
+            last_shown = replace(progress)
 
     if first:
         log.close()
@@ -490,28 +482,26 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         s = configure(Settings, argv)
-        return train(s)
+        check(s)
+        writes = is_first() and not s.eval_only
+        with handlers_restored(), hold(Path(s.out_dir) / "lock") if writes else nullcontext():
+            return train(s)
     except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        complaint = str(error)
     except (MemoryError, RuntimeError) as error:
-        what = (str(error).splitlines() or [""])[0][:300]
+        what = (str(error).splitlines() or [""])[0]
         if lost_a_process(error):
-            print(f"train.py: rank {dist.get_rank()}: another process is gone ({what}). "
-                  f"{s.out_dir}/last.pt is from the last evaluation; --init_from=resume continues it", file=sys.stderr)
+            complaint = (f"rank {dist.get_rank()}: another process is gone ({shown(what)}). "
+                         f"{s.out_dir}/last.pt is from the last evaluation; --init_from=resume continues it")
         elif out_of_memory(error):
-            print(f"train.py: out of memory ({what}); try a smaller batch_size and more gradient_accumulation_steps",
-                  file=sys.stderr)
+            complaint = f"out of memory ({shown(what)}); try a smaller batch_size and more gradient_accumulation_steps"
         else:
             raise
-        return 1
-    except KeyboardInterrupt:  # before the loop, where there is nothing to save
-        return 128 + signal.SIGINT
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
+    tell(f"train.py: {shown_message(complaint)}", sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

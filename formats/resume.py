@@ -11,7 +11,7 @@ A checkpoint holds plain tensors and built-in types, so torch.load(weights_only=
 
 import io
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -21,8 +21,10 @@ from formats.checkpoint import has_another_vocabulary, model_args_of, read_check
 from model import ModelArgs
 from settings import Heads, Settings, Shape, names_of, shape_of
 from step.machine import Machine, note
-from system.files import atomic_write
+from system.files import atomic_write, fingerprint
+from system.shown import shown
 from text.tokenizer import vocab_folder
+from text.tokenizer_json import TOKENIZER
 
 RESUMED = {"optimizer": dict, "scaler": dict, "iter_num": int, "best_val_ntp": float, "config": dict, "rng": list,
            "seconds": float, "tokens": int}  # what a checkpoint needs besides the model to be resumed
@@ -37,6 +39,7 @@ class Progress:
     seconds: float = 0.0  # of training, without evaluations
     tokens: int = 0  # trained on
     wandb_id: str | None = None
+    data: dict[str, str] = field(default_factory=dict)  # {file: its fingerprint}
 
 
 def load_start(s: Settings) -> tuple[dict | None, Path]:
@@ -79,7 +82,33 @@ def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
         if f.name in names_of(Shape, Heads) and then != now:
             raise ValueError(f"{f.name}={now}: the run in {path} has {then}; a resumed run keeps its shape")
         if f.name in checkpoint["config"] and then != now and f.name not in ("init_from", "eval_only"):
-            note(f"resuming with {f.name}={now}, was {then}")
+            note(f"resuming with {f.name}={shown(now)}, was {shown(then)}")
+    if not s.eval_only:
+        check_data(checkpoint, path, s)
+
+
+def fingerprints(s: Settings) -> dict[str, str]:
+    """{file: its size and checksum}, of what a run reads of its data set; {} where there is no data set."""
+    folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
+    paths = [folder / name for name in ("train.bin", "val.bin", "tokenizer.bin", TOKENIZER)]
+    return {path.name: fingerprint(path) for path in paths if path.exists()}
+
+
+def check_data(checkpoint: dict, path: Path, s: Settings) -> None:
+    """Refuse to go on with other data than the run began with, unless allow_other_data says so."""
+    then, now = checkpoint.get("data"), fingerprints(s)
+    if not isinstance(then, dict):
+        note(f"{path}: has no checksums of its data; expected {s.dataset} to be what it was trained on")
+        return
+    for name in now:
+        if then.get(name) == now[name]:
+            continue
+        difference = f"{name} of {s.dataset} is not the run's: expected {shown(then.get(name))}, found {now[name]}"
+        if not s.allow_other_data:
+            raise ValueError(f"{path}: {difference}; put it back, or add --allow_other_data")
+        note(f"resuming although {difference}")
+        if name == "val.bin":
+            checkpoint["best_val_ntp"] = math.inf  # of other rows: the next evaluation is the best so far
 
 
 def take_shape(checkpoint: dict, path: Path, s: Settings) -> None:
@@ -155,7 +184,7 @@ def restore(checkpoint: dict, path: Path, run) -> Progress:
         else:
             note(f"{path}: has no {name} for soft_neighbours={run.s.soft_neighbours}: made anew")
     return Progress(*(checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens")),
-                    checkpoint.get("wandb_id"))
+                    checkpoint.get("wandb_id"), fingerprints(run.s))
 
 
 def save(file_names: list[str], run, progress: Progress) -> None:

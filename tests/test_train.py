@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from model import FUTURE_HEADS, ModelArgs, Transformer
 from model import HEADS as HEAD_NAMES
 from settings import Settings, check
 from study.runs import leveldb_records
+from system.lock import hold
 from text.tokenizer import BOS, load_tokenizer
 from tinystories import Windows
 from train import learning_rate
@@ -258,7 +260,7 @@ def wait_for(process, text: str) -> None:
     raise AssertionError(f"ended without {text!r}: {process.stderr.read()}")
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_ends(words, tmp_path, number, code):
     argv = words(max_iters=200, eval_interval=1000, **HEADS)
     process = start("train.py", *argv)
@@ -302,7 +304,7 @@ def test_a_half_written_log_line_is_left_out_on_resume(words, tmp_path, capsys):
     log.write_text(log.read_text() + '{"iter": 9, "tok')
     run(words(init_from="resume", max_iters=10))
     assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(11))
-    assert "broken line" in capsys.readouterr().err
+    assert "log.jsonl, line 11: broken, left out" in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten(words, tmp_path, capsys):
@@ -321,13 +323,86 @@ def test_a_run_that_is_further_than_max_iters_is_not_resumed(words, capsys):
 
 
 def test_a_stop_after_divergence_keeps_the_better_checkpoint(words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.Stop, "asked", lambda self, machine: any(w.detach().isnan().any() for w in watched))
+    monkeypatch.setattr(train.Machine, "anywhere", lambda self, flag: any(w.detach().isnan().any() for w in watched))
     watched = []
     make = train.make_optimizer
     monkeypatch.setattr(train, "make_optimizer", lambda s, m: (watched.extend(m.parameters()), make(s, m))[1])
     assert train.main(words(learning_rate=1e30, grad_clip=0, log_interval=1000, eval_interval=1000, max_iters=50)) == 1
     assert "largest weight is nan" in capsys.readouterr().err
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
+
+
+def test_a_second_run_in_an_out_dir_is_refused(words, tmp_path, capsys):
+    with hold(tmp_path / "out" / "lock"):
+        assert train.main(words()) == 1
+        assert f"out: another program is at work here (pid {os.getpid()} on " in capsys.readouterr().err
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+    run(words())
+    with hold(tmp_path / "out" / "lock"):
+        assert train.main([*words(max_iters=12), "--init_from=resume"]) == 1
+        assert train.main([*words(), "--init_from=resume", "--eval_only"]) == 0  # which writes nothing
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+def test_a_run_goes_on_with_its_own_data_unless_told_otherwise(words, data_dir, tmp_path, capsys):
+    data, resumed = tmp_path / "data", [*words(data_dir=tmp_path / "data", max_iters=9), "--init_from=resume"]
+    shutil.copytree(data_dir, data)
+    run(words(data_dir=data))
+    for name in ("tokenizer.bin", "train.bin", "val.bin"):
+        path = data / "toy" / "tok512" / name
+        content = path.read_bytes()
+        path.write_bytes(np.frombuffer(content[: len(content) // 2 * 2], np.uint16)[::-1].tobytes())
+        assert train.main(resumed) == 1
+        assert f"{name} of toy is not the run's: expected {len(content)} bytes, crc32 " in capsys.readouterr().err
+        path.write_bytes(content)
+    path.write_bytes(np.frombuffer(content, np.uint16)[::-1].tobytes())
+    run([*resumed, "--allow_other_data"])
+    assert "resuming although val.bin of toy is not the run's" in capsys.readouterr().err
+    last = [line["val/ntp"] for line in log_lines(tmp_path / "out") if "val/ntp" in line][-1]
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["best_val_ntp"] == last  # no other rows' loss
+    run(resumed)  # with what is its own data by now
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_out_dir_is_removed_ends_and_says_so(words, tmp_path, capsys, monkeypatch, replaced):
+    save = train.save
+
+    def save_and_remove(file_names, run, progress):
+        save(file_names, run, progress)
+        shutil.rmtree(tmp_path / "out")
+        if replaced:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "log.jsonl").write_text("another run's\n")
+
+    monkeypatch.setattr(train, "save", save_and_remove)
+    assert train.main(words()) == 1
+    assert "log.jsonl: was removed or replaced during the run" in capsys.readouterr().err
+    assert not replaced or [p.read_text() for p in (tmp_path / "out").iterdir()] == ["another run's\n"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_a_run_goes_on_without_standard_output(words, tmp_path, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        run(words())
+    assert capsys.readouterr().err.count("standard output: No space left on device; going on without it") == 1
+    assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(9))
+
+
+@pytest.mark.parametrize("end", [0.1, 0.3, 1 / 3, 0.5, 0.999])
+@pytest.mark.parametrize("iters", [1, 3, 7, 10, 1000])
+def test_all_tokens_of_a_run_are_counted_without_going_through_it(end, iters):
+    s, machine = Settings(superposition=4, superposition_end=end, max_iters=iters), train.Machine(torch.device("cpu"))
+    assert train.tokens_of_run(s, machine) == sum(train.tokens_per_step(s, machine, it) for it in range(iters))
+
+
+def test_a_run_beyond_the_machine_is_refused_before_anything_is_built(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "build", None)
+    for changes in ({"dim": 65536}, {"n_layers": 1024, "dim": 8192}, {"batch_size": 1_000_000, "max_seq_len": 4096},
+                    {"gradient_accumulation_steps": 1_000_000, "batch_size": 1000}):
+        assert train.main(words(**changes)) == 1
+        assert "out of memory: this run needs at least " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_keeps_the_older_checkpoint(words, tmp_path, capsys, monkeypatch):
