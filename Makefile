@@ -46,7 +46,8 @@ runomp: run ## the same, under llama2.c's name: every build has threads (OMP_NUM
 rundebug: run.c ## build run with address and undefined-behaviour sanitizers
 	$(CC) -g -O1 -Wall -Wextra -DSEPARATE_BUFFERS -fsanitize=address,undefined -pthread -o run run.c -lm
 
-fuzz: ## fuzz run.c's readers for FUZZ_SECONDS (60) with clang's libFuzzer
+fuzz: .venv/test-ready ## fuzz the Python readers with hypothesis (a minute), then run.c's for FUZZ_SECONDS (60) with clang's libFuzzer
+	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 	@printf 'int LLVMFuzzerTestOneInput(const char *d, long n) { return !d && n; }' | clang -x c -fsanitize=fuzzer,address -o /dev/null - 2>/dev/null \
 	|| { echo "make fuzz needs clang with libFuzzer (Debian: apt-get install clang libclang-rt-dev)"; exit 1; }
 	mkdir -p build/corpus

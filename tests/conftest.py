@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import tinystories
 from text import toystories
@@ -20,6 +21,10 @@ SPECIAL_BUILDS = {"native": "-O3 -march=native", "avx2": "-O3 -mavx2 -mfma",
                   "screened": "-O3 -march=native -DSCREEN_FROM=1", "screened portable": "-O3 -DSCREEN_FROM=1",
                   "races": "-g -O1 -fsanitize=thread",
                   "sanitized threads": f"{SANITIZE} -march=native -fopenmp -Wno-unknown-pragmas"}
+EASY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}  # busy machines are slow
+settings.register_profile("suite", max_examples=40, derandomize=True, **EASY)
+settings.register_profile("fuzz", max_examples=1000, print_blob=True, **EASY)
+settings.load_profile("suite")
 os.environ["WANDB_SILENT"] = "true"  # no advertisement in the tests' output
 torch.set_num_threads(1)  # tiny models: a second thread would only wait for the first
 
@@ -33,6 +38,19 @@ def data_dir(tmp_path_factory) -> Path:
         tinystories.train_vocab(folder / "toy", vocab_size)
         tinystories.pretokenize(folder / "toy", vocab_size, workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fresh_folder(tmp_path_factory):
+    """fresh_folder() -> an empty folder, the same one each time: for the many examples of a test by hypothesis."""
+    folder = tmp_path_factory.mktemp("example")
+
+    def empty() -> Path:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        return folder
+
+    return empty
 
 
 @pytest.fixture
