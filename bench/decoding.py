@@ -75,7 +75,8 @@ def random_model(size: str, folder: Path) -> None:
     if (folder / last).exists():
         return
     torch.manual_seed(1)
-    model = Transformer(ModelArgs(dim, n_layers, n_heads, n_kv_heads, vocab_size, hidden_dim, max_seq_len=STEPS))
+    model = Transformer(ModelArgs(dim=dim, hidden_dim=hidden_dim, n_layers=n_layers, n_heads=n_heads,
+                                  n_kv_heads=n_kv_heads, vocab_size=vocab_size, max_seq_len=STEPS))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
