@@ -26,7 +26,7 @@ from pathlib import Path
 
 from study.comparison import csv_rows, summary, table_along, tables
 from study.figures import Figures, figures, known_goals, parse_goal
-from study.groups import Group, choose_baseline, families, group_runs, remarks_on
+from study.groups import Group, choose_baseline, families, group_runs, of_other_length, remarks_on
 from study.runs import Reader, Remark, Run, joined
 from study.seconds import find_step_seconds, read_step_seconds, remarks_on_clocks, step_ratios
 from study.setups import tables_of_what_was_run
@@ -131,6 +131,20 @@ def measured_step_seconds(args: argparse.Namespace, problems: list[Remark]) -> d
     return read_step_seconds(there[0]) if len(there) == 1 else {}
 
 
+def lines_along(found: dict[float, list[Figures]], setting: str) -> dict[str, list[tuple[float, Figures]]]:
+    """{set-up: (value of the setting, its figures there)}; where each value is one set-up, all are one line."""
+    if len(found) == 1:
+        (each,) = found.values()
+        length = each[0].group.length
+        return {"": sorted(((f.group.first.config[setting], f) for f in each if f.group.length == length),
+                           key=lambda point: point[0])}
+    lines: dict[str, list[tuple[float, Figures]]] = {}
+    for value, each in found.items():
+        for f in each:
+            lines.setdefault(f.group.label, []).append((value, f))
+    return lines
+
+
 def how_measured(args: argparse.Namespace) -> list[str]:
     """What a table's note says of how its figures came about."""
     notes = []
@@ -162,8 +176,8 @@ def groups_of(args: argparse.Namespace, reader: Reader) -> dict[float, list[Grou
         found = {math.nan: group_runs(reader.runs, reader.problems)}
     if not any(found.values()):
         raise ValueError("nothing to compare: no run with an evaluation was found")
-    if args.along and all(len(groups) == 1 for groups in found.values()):
-        found = {math.nan: group_runs([run for each in runs.values() for run in each], [])}
+    if args.along and all(len(of_other_length(groups)) == len(groups) for groups in found.values()):
+        found = {math.nan: group_runs([run for run in reader.runs if run.config.get(args.along) in runs], [])}
     return {value: choose_baseline(groups, args.baseline) for value, groups in found.items()}
 
 
@@ -234,7 +248,7 @@ def show(args: argparse.Namespace, argv: list[str], found: dict[float, list[Figu
 
         panels = {} if several else report.panels(everything)
         if args.along:
-            panels = report.panels_along(found, args.along) | panels
+            panels = report.panels_along(lines_along(found, args.along), args.along) | panels
         if args.plots:
             report.write_plots(panels, args.plots)
         if args.html:

@@ -126,39 +126,36 @@ def mostly_same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return 2 * sum(x.shape == y.shape and np.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in lines) > len(lines)
 
 
-def panels_along(found: dict[float, list[Figures]], setting: str) -> dict[str, tuple[str, Draw]]:
+def panels_along(lines: dict[str, list[tuple[float, Figures]]], setting: str) -> dict[str, tuple[str, Draw]]:
     """{name: (title, what draws it)}: where set-ups end, and how far from the baseline, against a setting."""
-    return {f"along_{setting}": (f"Validation NTP against {setting}", along(found, setting, relative=False)),
+    return {f"along_{setting}": (f"Validation NTP against {setting}", along(lines, setting, relative=False)),
             f"difference_along_{setting}": ("Difference to the first set-up, 95% interval",
-                                            along(found, setting, relative=True))}
+                                            along(lines, setting, relative=True))}
 
 
-def along(found: dict[float, list[Figures]], setting: str, relative: bool) -> Draw:
+def along(lines: dict[str, list[tuple[float, Figures]]], setting: str, relative: bool) -> Draw:
     """A line for each set-up; with bars between the lowest and highest seed, or the interval of the difference.
 
     A single seed has no bar.
     """
+    def bar(f: Figures) -> tuple[float, float]:
+        if relative:
+            return f.difference.half, f.difference.half  # NaN with one pair
+        if len(f.ends) < 2:
+            return math.nan, math.nan
+        return f.end - min(f.ends), max(f.ends) - f.end
+
     def draw(axes: pyplot.Axes) -> None:
-        labels = list(dict.fromkeys(f.group.label for each in found.values() for f in each))
-        values = list(found)
-        for k, label in enumerate(labels):
-            at, mean, bars = [], [], []
-            for value, each in found.items():
-                for f in each:
-                    d = f.difference
-                    if f.group.label != label or relative and not d.n:
-                        continue
-                    at.append(value)
-                    mean.append(d.mean if relative else f.end)
-                    if relative:
-                        bars.append((d.half, d.half))  # NaN with one pair
-                    else:
-                        bars.append((f.end - min(f.ends), max(f.ends) - f.end) if len(f.ends) > 1 else (math.nan,) * 2)
-            if at:
-                axes.errorbar(at, mean, yerr=np.transpose(bars), label=label, linewidth=1.5, marker=".", capsize=3,
-                              **look(k))
+        for k, (label, line) in enumerate(lines.items()):
+            drawn = [(value, f) for value, f in line if f.difference.n or not relative]
+            if drawn:
+                mean = [f.difference.mean if relative else f.end for _, f in drawn]
+                bars = np.transpose([bar(f) for _, f in drawn])
+                axes.errorbar([value for value, _ in drawn], mean, yerr=bars, label=label, linewidth=1.5, marker=".",
+                              capsize=3, **look(k))
         if relative:
             axes.axhline(0.0, color=INK, linewidth=0.8)
+        values = sorted({value for line in lines.values() for value, _ in line})
         if min(values) > 0 and max(values) > 4 * min(values):
             axes.set_xscale("log")
         axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
@@ -293,7 +290,7 @@ def figure(title: str, draw: Draw) -> pyplot.Figure:
         draw(axes)
         axes.set_title(title, wrap=True)
         entries, columns = axes.get_legend_handles_labels(), 1
-        if entries[1]:
+        if any(entries[1]):
             columns = max(1, int(75 / (5 + max(map(len, entries[1])))))
             made.legend(*entries, loc="lower center", ncols=columns)
         rows = max(len(axes.get_yticks()) - 12, 0)  # of a forest

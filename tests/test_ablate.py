@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 import ablate
-from ablate import find_configs, settings_of
+from ablate import SetUp, find_configs, parse_vary, run_of, set_ups, sources_of
 from configurator import configure
 from settings import Settings
 from study.groups import OBJECTIVE
@@ -130,8 +131,101 @@ def test_sets_and_single_configs_stand_together(lab):
 
 
 def test_a_run_goes_by_its_config_its_length_and_its_seed(lab):
-    s = settings_of("base", lab / "configs" / "tiny" / "base.py", 5, ["--dim=32"], lab / "out", 1.25)
+    base = SetUp("base", lab / "configs" / "tiny" / "base.py")
+    s = run_of(base, 5, ["--dim=32"], lab / "out", longer=1.25).settings
     assert (s.seed, s.dim, s.max_iters, s.out_dir) == (5, 32, 10, str(lab / "out" / "base10-5"))
+
+
+def test_set_ups_from_one_config(lab, capsys):
+    """n = 0 has no heads, so no weight of theirs; the first value is the baseline; results are drawn against n."""
+    config = str(lab / "configs" / "tiny" / "base.py")
+    common = ["--seeds", "1", "2", "--rounds", "0", "--out", str(lab / "out"), "--max_iters=4", "--nitp_weight=0.1"]
+    ablate.main([config, "--vary", "n_future_heads=0,1,2", *common])
+    told = capsys.readouterr()
+    folders = {path.name for path in (lab / "out").iterdir() if path.is_dir()}
+    assert folders == {f"n_future_heads={n}-{seed}" for n in (0, 1, 2) for seed in (1, 2)}
+    assert "n_future_heads\u00a00\u00a0→\u00a02" in told.out and "Difference to n_future_heads=0" in told.out
+    assert "Validation NTP against n_future_heads" in (lab / "out" / "report.html").read_text()
+    ablate.main([config, "--vary", "n_future_heads=0,1,2", *common, "--no_runs"])
+    again = capsys.readouterr().out
+    assert again == told.out
+
+
+def test_a_set_at_each_value_of_a_setting(lab, capsys):
+    ablate.main(words(lab, "--vary", "train_fraction=0.5,1.0", "--rounds", "0", "--max_iters=4"))
+    told = capsys.readouterr().out
+    assert {str(path.relative_to(lab / "out")) for path in (lab / "out").glob("*/*") if path.is_dir()} == {
+        f"train_fraction={x}/{name}-{seed}" for x in ("0.5", "1.0") for name in ("base", "spelling") for seed in (1, 2)}
+    rows = [line.split() for line in told.split("Validation NTP against train_fraction")[1].splitlines()]
+    assert [row[:2] for row in rows if len(row) > 5 and row[-2:-1] != ["x"] and row[1] in ("base", "2")] == [
+        ["0.5", "base"], ["spelling", "2"], ["1", "base"], ["spelling", "2"]]
+
+
+def test_combinations_of_several_settings(lab):
+    found = set_ups({"base": lab / "x.py"}, parse_vary(["dim=16,32", "head=linear,block"]))
+    assert [s.name for s in found] == ["dim=16,head=linear", "dim=16,head=block", "dim=32,head=linear",
+                                       "dim=32,head=block"]
+    assert found[1].words == ["--dim=16", "--head=block"]
+    for word, says in (("dim", "expected SETTING=VALUE"), ("dim=1,,2", "expected SETTING=VALUE"),
+                       ("seed=1,2", "seed is set already")):
+        with pytest.raises(ValueError, match=says):
+            parse_vary([word])
+    with pytest.raises(ValueError, match="dims: no such setting"):
+        ablate.main(words(lab, "--vary", "dims=16,32"))
+
+
+def test_printed_command_lines_are_those_of_unfinished_runs(lab, capsys):
+    ablate.main(words(lab, "--only", "base", "--rounds", "0"))
+    capsys.readouterr()
+    ablate.main(words(lab, "--longer", "1.5", "--print"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("python train.py ") for line in lines)
+    made = [configure(Settings, line.split()[2:]) for line in lines]
+    assert {Path(s.out_dir).name for s in made} == {"spelling-1", "spelling-2", "base12-1", "base12-2"}
+    assert {s.max_iters for s in made if "base12" in s.out_dir} == {12}
+
+
+@pytest.fixture
+def two_stages(lab):
+    """A set of which two runs start from a third."""
+    folder = lab / "configs" / "tiny"
+    common = (folder / "base.py").read_text() + "max_iters = 4\n"
+    (folder / "first.py").write_text(common + 'out_dir = "out/tiny/first"\n')
+    for name in ("base", "spelling"):
+        text = (folder / f"{name}.py").read_text() + "max_iters = 4\n"
+        text += f'out_dir = "out/tiny/{name}"\ninit_from = "out/tiny/first/last.pt"\n'
+        (folder / f"{name}.py").write_text(text)
+    return lab
+
+
+def test_runs_start_from_runs_of_their_own_seed(two_stages, capsys):
+    lab = two_stages
+    ablate.main(words(lab, "--print"))
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2 and "4 more start from checkpoints of these" in told.err
+    ablate.main(words(lab, "--rounds", "0"))
+    told = capsys.readouterr()
+    assert "Difference to base" in told.out and "\nfirst " not in told.out  # what others start from is not compared
+    for seed in (1, 2):
+        ends = figures(lab, f"first-{seed}")[-1]["val/ntp"]
+        header = json.loads((lab / "out" / f"base-{seed}" / "log.jsonl").read_text().splitlines()[0])
+        assert header["config"]["init_from"] == str(lab / "out" / f"first-{seed}" / "last.pt")
+        assert figures(lab, f"base-{seed}")[0]["val/ntp"] == pytest.approx(ends, abs=1e-3)
+
+
+def test_runs_whose_source_failed_do_not_start(two_stages, monkeypatch):
+    (two_stages / "configs" / "tiny" / "first.py").write_text(
+        (two_stages / "configs" / "tiny" / "first.py").read_text() + 'dataset = "nowhere"\n')
+    with pytest.raises(ValueError, match="some runs failed") as error:
+        ablate.main(words(two_stages, "--rounds", "0"))
+    assert "first-1: train.py: " in str(error.value) and "base-1" not in str(error.value)
+
+
+def test_the_2x2_of_fine_tuning(monkeypatch):
+    made = [SetUp(name, path) for name, path in find_configs(["finetune"]).items()]
+    assert made[0].name == "base"
+    assert {name: s.name for (_, name), s in sources_of(made, []).items()} == {
+        "base": "pretrain", "mtp": "pretrain", "base_after_mtp": "pretrain_mtp", "mtp_after_mtp": "pretrain_mtp"}
 
 
 def test_more_runs_than_cores_are_not_pinned_and_that_is_said(lab, capsys):
@@ -145,6 +239,8 @@ def test_every_set_of_the_project_differs_from_its_baseline_in_the_objective_alo
         base = asdict(configure(Settings, [str(folder / "base.py")]))
         for path in folder.glob("*.py"):
             other = asdict(configure(Settings, [str(path)]))
-            differ = {key for key in base if base[key] != other[key]} - {"out_dir"}
+            if path.stem.startswith("pretrain"):  # others start from it
+                continue
+            differ = {key for key in base if base[key] != other[key]} - {"out_dir", "init_from"}
             of_a_search = {"learning_rate"} if folder.name == "confirm" else set()  # each its own
             assert differ <= OBJECTIVE | {"recurrence"} | of_a_search, path
