@@ -396,18 +396,21 @@ def test_bad_flags_are_refused(words, says, capsys):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """run_folder(name, n_future_heads): what train.py leaves of a run on arithmetic, here of random weights."""
+    """run_folder(name, heads, seed, sequences): what train.py leaves of a run on arithmetic, with random weights."""
     make(tmp_path, *ARITHMETIC, "--sequences=9")
 
-    def get(name, heads):
+    def get(name, heads, seed=1, sequences=9):
         model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=16, max_seq_len=8,
                                       n_future_heads=heads))
-        config = {"data_dir": str(tmp_path), "dataset": "arithmetic", "vocab_size": 16, "max_seq_len": 8}
-        (tmp_path / name).mkdir()
+        config = {"data_dir": str(tmp_path), "dataset": "arithmetic", "vocab_size": 16, "max_seq_len": 8,
+                  "n_future_heads": heads, "seed": seed}
+        (tmp_path / name).mkdir(parents=True)
         torch.save({"model": model.state_dict(), "model_args": model.args.as_dict(), "config": config},
                    tmp_path / name / "ckpt.pt")
-        log = ({"iter": k, "val/ntp": 2.0 - k} | {f"val/acc_{i}": k / 4 for i in range(heads + 1)} for k in range(2))
-        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"iter": 0}, *log]))
+        header = {"iter": 0, "config": config, "facts": {"train_tokens": 8 * sequences}}
+        log = [{"iter": k, "val/ntp": 2.0 - k - 0.1 * seed} | {f"val/acc_{i}": k / 4 for i in range(heads + 1)}
+               for k in range(3)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *log]))
         return tmp_path / name
 
     return get
@@ -427,25 +430,30 @@ def test_accuracy_by_position_and_distance(run_folder, tmp_path):
     assert right.sum() > 0 and torch.equal(shares.nan_to_num(), right / 15)
 
 
-def test_the_figure_is_the_same_each_time(run_folder, tmp_path):
-    base, mtp = run_folder("base", 0), run_folder("mtp", 1)
+def test_one_figure_of_all_seeds_and_sizes(run_folder, tmp_path):
+    """Drawn twice, it is the same; its bars are means over seeds, its last panel has a line for each set-up."""
+    folders = [run_folder(f"{name}-{seed}", heads, seed) for name, heads in (("base", 0), ("mtp", 1))
+               for seed in (1, 2)]
+    folders += [run_folder(f"few/{name}-1", heads, 1, 4) for name, heads in (("base", 0), ("mtp", 1))]
     for name in "ab":
-        arithmetic.main([f"--base={base}", f"--mtp={mtp}", f"--folder={tmp_path / name}",
-                              "--by_sequences", f"9={base}", f"9={mtp}", f"20={mtp}"])
+        arithmetic.main([*map(str, folders), f"--folder={tmp_path / name}"])
     assert (tmp_path / "a" / "arithmetic.svg").read_bytes() == (tmp_path / "b" / "arithmetic.svg").read_bytes()
-    assert arithmetic.lowest_losses([(20, mtp), (9, mtp), (9, base)]) == {
-        False: [(9, 1.0)], True: [(9, 1.0), (20, 1.0)]}
+    sizes, places = arithmetic.read_runs(folders)
+    assert {size: [(g.label, len(g.runs)) for g in groups] for size, groups in sizes.items()} == {
+        4: [("base", 1), ("mtp", 1)], 9: [("base", 2), ("mtp", 2)]}
+    assert sorted(places.values()) == sorted(folders)
+    found = arithmetic.lowest_loss(sizes[9][0])
+    assert found.mean == pytest.approx(-0.15) and found.n == 2
 
 
 def test_a_folder_without_a_run_is_refused(run_folder, tmp_path):
+    for folder, says in ((tmp_path / "nothing", "no such file or folder"), (tmp_path, "no run there")):
+        with pytest.raises(ValueError, match=says):
+            arithmetic.main([str(folder), f"--folder={tmp_path}"])
     mtp = run_folder("mtp", 1)
-    with pytest.raises(ValueError, match="nothing/log.jsonl: cannot read: .* out_dir of a run"):
-        arithmetic.main([f"--base={tmp_path}/nothing", f"--mtp={mtp}", f"--folder={tmp_path}"])
-    (mtp / "log.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="log.jsonl: holds no val/ntp"):
-        arithmetic.evaluations(mtp)
+    (mtp / "log.jsonl").write_text('{"iter": 0, "val/ntp": 1.0}\n')
+    with pytest.raises(ValueError, match="does not say how long its rows are"):
+        arithmetic.main([str(mtp), f"--folder={tmp_path}"])
     (mtp / "log.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match="log.jsonl: expected a log"):
-        arithmetic.evaluations(mtp)
-    with pytest.raises(SystemExit):
-        arithmetic.main([f"--base={mtp}", f"--mtp={mtp}", "--by_sequences", "many=x"])
+    with pytest.raises(ValueError, match="no run with an evaluation"):
+        arithmetic.main([str(mtp), f"--folder={tmp_path}"])
