@@ -165,7 +165,7 @@ def run_of(s: SetUp, seed: int, words: list[str], out: Path, source: SetUp | Non
 # runs
 
 def check_same(s: Settings) -> None:
-    """ValueError if what lies in a run's out_dir was trained with other settings than `s` has."""
+    """ValueError if the run in the out_dir of `s` was trained with other settings."""
     path = Path(s.out_dir) / "last.pt"
     config = read_checkpoint(path).get("config", {}) if path.exists() else settings_in(path.parent)
     for field in fields(Settings):

@@ -119,7 +119,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def measured_step_seconds(args: argparse.Namespace, problems: list[Remark]) -> dict[str, list[float]]:
-    """Step times as the command line has them, or as they lie beside the runs. Errors: ValueError."""
+    """Step times from --step_seconds, or from the file beside the runs. Errors: ValueError."""
     if args.step_seconds == "logs":
         return {}
     if args.step_seconds:

@@ -5,7 +5,7 @@
     wandb sweep config/sweep/objective.yaml                 # the same search with wandb; it says how to start an agent
 
 A trial is a process of train.py with one thread, as many at a time as there are cores, each on its own.
-Optuna draws its settings (TPE for wandb's `bayes`) and stops it early where its validation loss lies above
+Optuna draws its settings (TPE for wandb's `bayes`) and stops it early where its validation loss is above
 the median of other trials at the same iteration. The value of a trial is the mean of its last few
 evaluations, which is less noisy than the last one; wandb takes the lowest. out/sweep/<name> holds study.db
 (Optuna's, in SQLite) and a folder for each trial, <number>. Trials that were at work when the search was
@@ -124,12 +124,12 @@ def read_sweep(path: Path) -> Sweep:
         settings = configure(Settings, words)
     except ValueError as error:
         raise ValueError(f"{path}: command: {error}") from error
-    # where wandb stops by hyperband, Optuna does by the median: its hyperband wants far more trials than these files'
+    # where wandb stops by hyperband, Optuna does by the median: its hyperband needs far more trials than these files'
     return Sweep(program, words, settings, searched, content["run_cap"], "early_terminate" in content)
 
 
 def command_words(command: Any, where: str) -> list[str]:
-    """What the program is told in every trial: the words between ${program} and ${args}."""
+    """The program's words in every trial: those between ${program} and ${args}."""
     words = [str(word) for word in command] if isinstance(command, list) else []
     for first in ([*PLAIN, "${program}"], [*OWN_FOLDER, "${program}"]):
         fixed = words[len(first):-1]

@@ -220,8 +220,8 @@ def table_of_noise(base: Figures, noisy: list[Figures]) -> Table:
                  ["set-up", "pairs", "deviation", "its interval", "seen", *(f"for {x:g}" for x in EFFECTS)], rows,
                  "Standard deviation of paired differences at the end, with its 95% interval (chi-square); that of "
                  f"{base.group.label} between its {len(base.group.runs)} seeds is {number(base.spread)}. "
-                 "Seen: the true difference that so many pairs tell from 0 in four of five comparisons; for 0.01: "
-                 "how many pairs it takes to tell so many nats from 0 as often.")
+                 "Seen: the true difference that these pairs detect in four of five comparisons; for 0.01: the "
+                 "number of pairs that detect 0.01 nats as often.")
 
 
 def noise(label: str, squared: float, freedom: int, pairs: int) -> list[str]:

@@ -45,7 +45,7 @@ class Passed(NamedTuple):
     steps: float  # medians over runs, of which those that never did count as infinite; NaN: most never did
     seconds: float
     ratio: Interval  # of the logarithm of seconds to the baseline's, where both of a pair did
-    sooner: int  # pairs in which it was there before the baseline, or it alone was
+    sooner: int  # pairs in which it got there before the baseline did, or the baseline never did
     pairs: int  # of which at least one was
 
 
@@ -65,7 +65,7 @@ class Figures:
     each: list[float]  # of which it is the mean
     steps_to_reach: float | None  # where the baseline ends with the same seeds, and to stay below; None: not reached
     seconds_to_reach: float | None
-    reached: int  # by so many seeds of their own
+    reached: int  # seeds whose own curve gets there
     cost: float  # step time over the baseline's
     equal_seconds: Interval
     tokens_per_second: float
@@ -197,7 +197,7 @@ def exact_differences(group: Group, base: Group) -> dict[str, Interval]:
 def staying(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
     """From where on the line through the points stays at or below `target`; None: it does not end there.
 
-    Not where it first is: noise alone would be first there, early, in all but the run that set the target.
+    Not where it first is: by noise, every run but the one that set the target would be there early.
     """
     if not len(x) or y[-1] > target + 1e-12:  # means of the same numbers may differ in the last bit
         return None

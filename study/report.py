@@ -93,7 +93,8 @@ def panels(found: list[Figures]) -> dict[str, tuple[str, Draw]]:
 
 def titles(groups: list[Group]) -> dict[str, str]:
     """{key: title} of all that is drawn by step besides validation NTP, in the order of the page."""
-    keys = sorted(dict.fromkeys(key for g in groups for key in keys_of(g)), key=lambda key: (len(key), key))
+    keys = sorted({key for g in groups for key in keys_of(g)},
+                  key=lambda key: ("/kl_" in key, len(key), key))  # kl_1 after consistency_1, which it may repeat
     found = {}
     for pattern, title in CURVES.items():
         for key in keys:
@@ -198,7 +199,8 @@ def curves(groups: list[Group], key: str, axis: str) -> Draw:
                 tops.append(values[:, x >= EARLY * x[-1]].max())
                 lows.append(values.min())
         if key in FALLING:  # of its fall from ln V nothing could be seen but the fall
-            top, bottom = sorted(tops)[len(tops) // 2], min(lows)
+            tops, bottom = sorted(tops), min(lows)
+            top = tops[-1] if key == "train/total" else tops[len(tops) // 2]  # totals differ by their weights
             axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom))
         if axis == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter())  # 10 M

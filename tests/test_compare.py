@@ -810,7 +810,7 @@ def test_no_plot_is_drawn_twice_or_nearly_empty(tmp_path):
         write_log(tmp_path / "c" / f"x-{seed}", NITP[seed], seed)
         write_log(tmp_path / "c" / f"big-{seed}", NITP[seed], seed, {"batch_size": 64}, more_tokens=[1] * 5)
     common = {"ntp_step", "difference", "ends"}
-    assert drawn(tmp_path / "a") == common | {"ntp_seconds", "train_ntp", "val_kl_1", "val_kl_2", "lr"}
+    assert drawn(tmp_path / "a") == common | {"ntp_seconds", "train_ntp", "val_consistency_1", "val_kl_2", "lr"}
     assert drawn(tmp_path / "b") == {"ntp_step", "ends"}  # two evaluations: the tables have them
     for log in (tmp_path / "c").glob("big-*/log.jsonl"):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
