@@ -65,13 +65,13 @@ ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds 
 	$(PY) ablate.py $(SET)
 
 results: .venv/test-ready ## redraw the tables and plots of doc/results.md and doc/objectives.md from doc/runs (a minute)
-	$(PY) compare.py doc/runs/seeds4.jsonl --markdown "doc/results.md#seeds4" --plots doc/seeds4 > /dev/null
-	$(PY) compare.py doc/runs/confirm.jsonl --markdown "doc/results.md#confirm" --plots doc/confirm > /dev/null
+	$(PY) compare.py doc/runs/seeds4.jsonl --markdown "doc/results.md#seeds4" --plots doc/seeds4 --draw ends difference ntp_step ntp_seconds val_consistency_1 val_nitp_1 > /dev/null
+	$(PY) compare.py doc/runs/confirm.jsonl --markdown "doc/results.md#confirm" --plots doc/confirm --draw ends ntp_step > /dev/null
 	for set in little little2m; do \
 	    $(PY) compare.py doc/runs/$${set}_tuned.jsonl --along train_fraction --best --baseline base --markdown "doc/results.md#$${set}_tuned" --plots doc/$$set > /dev/null || exit 1; \
 	    $(PY) compare.py doc/runs/$${set}_untuned.jsonl --along train_fraction --best --baseline base --markdown "doc/results.md#$${set}_untuned" > /dev/null || exit 1; done
 	$(PY) compare.py doc/runs/little_dropout.jsonl --along dropout --best --baseline base --markdown "doc/results.md#little_dropout" > /dev/null
-	$(PY) compare.py doc/runs/objectives.jsonl --markdown "doc/objectives.md#map" --plots doc/objectives > /dev/null
+	$(PY) compare.py doc/runs/objectives.jsonl --markdown "doc/objectives.md#map" --plots doc/objectives --draw ends > /dev/null
 
 clean: ## remove what was built; keep data, runs and .venv
 	rm -rf run build .pytest_cache .ruff_cache $$(find . -name __pycache__ -not -path "./.venv/*")

@@ -101,6 +101,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
                         "them between <!-- NAME --> and <!-- /NAME -->; no FILE: on the terminal")
     parser.add_argument("--csv", nargs="?", const="-", metavar="FILE", help="one row per set-up, every figure in full")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="each plot as .svg and .png")
+    parser.add_argument("--draw", nargs="+", metavar="PLOT", help="only these, as --plots names them; default: all")
     parser.add_argument("--html", type=Path, metavar="FILE", help="one page with all tables and plots")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="settings and evaluations of all, as one small file")
     parser.add_argument("--title", default="Comparison of runs", help="of the page")
@@ -249,6 +250,9 @@ def show(args: argparse.Namespace, argv: list[str], found: dict[float, list[Figu
         panels = {} if several else report.panels(everything)
         if args.along:
             panels = report.panels_along(lines_along(found, args.along), args.along) | panels
+        if unknown := sorted(set(args.draw or ()) - panels.keys()):
+            raise ValueError(f"--draw {shown(unknown[0])}: expected some of {', '.join(panels)}")
+        panels = {name: panel for name, panel in panels.items() if name in (args.draw or panels)}
         if args.plots:
             report.write_plots(panels, args.plots)
         if args.html:

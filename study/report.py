@@ -224,7 +224,7 @@ def differences(groups: list[Group]) -> Draw:
     def draw(axes: pyplot.Axes) -> None:
         base = groups[0]
         axes.axhline(0.0, linewidth=0.8, **look(0))
-        reach = 0.0
+        far = []
         for k, group in enumerate(groups[1:], 1):
             pairs, at = group.pairs(base), compared_at(group, base)
             found = [interval([float(a.at("val/ntp", x) - b.at("val/ntp", x)) for a, b in pairs]) for x in at]
@@ -233,10 +233,10 @@ def differences(groups: list[Group]) -> Draw:
                 x, mean, half = np.array(shown).T
                 axes.plot(x, mean, label=f"{named(group)} ({len(pairs)})", linewidth=1.5, **marker(x), **look(k))
                 axes.fill_between(x, mean - half, mean + half, color=look(k)["color"], alpha=0.15, linewidth=0)
-                reach = max(reach, *abs(mean) * 1.5)
+                far.append(abs(mean).max())
                 if len(pairs) > 2:  # an interval of two seeds is six times as wide as their difference
-                    reach = max(reach, *(half * 1.5))
-        if reach:
+                    far[-1] = max(far[-1], half.max())
+        if reach := 1.5 * min(max(far), 4 * sorted(far)[len(far) // 2]):  # one that is far off does not dwarf the rest
             axes.set_ylim(-reach, reach)
         axes.set_xlabel("step")
         axes.set_ylabel("nats; below 0 is better")

@@ -29,7 +29,7 @@ MOST_COMPLAINTS = 3  # about the lines of one run
 MOST_NAMES = 12  # in one remark
 LARGEST = 1e30  # what is beyond it is no loss, no time and no memory
 HARMLESS = names_of(Output, Computing) | {"seed", "data_dir"}  # settings; how a run was computed is among its facts
-OWN_FACTS = {"cores", "parameters"}  # of each run its own
+OWN_FACTS = {"cores", "parameters", "host", "started", "command", "pid"}  # of each run its own
 KINDS = {"seed": int, "max_iters": int, "init_from": str, "cores": list, "threads": int}  # of settings and facts in use
 
 

@@ -139,11 +139,11 @@ def test_a_run_goes_by_its_config_its_length_and_its_seed(lab):
 def test_set_ups_from_one_config(lab, capsys):
     """n = 0 has no heads, so no weight of theirs; the first value is the baseline; results are drawn against n."""
     config = str(lab / "configs" / "tiny" / "base.py")
-    common = ["--seeds", "1", "2", "--rounds", "0", "--out", str(lab / "out"), "--max_iters=4", "--nitp_weight=0.1"]
+    common = ["--seeds", "1", "--rounds", "0", "--out", str(lab / "out"), "--max_iters=4", "--nitp_weight=0.1"]
     ablate.main([config, "--vary", "n_future_heads=0,1,2", *common])
     told = capsys.readouterr()
     folders = {path.name for path in (lab / "out").iterdir() if path.is_dir()}
-    assert folders == {f"n_future_heads={n}-{seed}" for n in (0, 1, 2) for seed in (1, 2)}
+    assert folders == {f"n_future_heads={n}-1" for n in (0, 1, 2)}
     assert "n_future_heads\u00a00\u00a0→\u00a02" in told.out and "Difference to n_future_heads=0" in told.out
     assert "Validation NTP against n_future_heads" in (lab / "out" / "report.html").read_text()
     ablate.main([config, "--vary", "n_future_heads=0,1,2", *common, "--no_runs"])
@@ -152,13 +152,13 @@ def test_set_ups_from_one_config(lab, capsys):
 
 
 def test_a_set_at_each_value_of_a_setting(lab, capsys):
-    ablate.main(words(lab, "--vary", "train_fraction=0.5,1.0", "--rounds", "0", "--max_iters=4"))
+    ablate.main(words(lab, "--vary", "train_fraction=0.5,1.0", "--rounds", "0", "--max_iters=4", "--seeds", "1"))
     told = capsys.readouterr().out
     assert {str(path.relative_to(lab / "out")) for path in (lab / "out").glob("*/*") if path.is_dir()} == {
-        f"train_fraction={x}/{name}-{seed}" for x in ("0.5", "1.0") for name in ("base", "spelling") for seed in (1, 2)}
+        f"train_fraction={x}/{name}-1" for x in ("0.5", "1.0") for name in ("base", "spelling")}
     rows = [line.split() for line in told.split("Validation NTP against train_fraction")[1].splitlines()]
-    assert [row[:2] for row in rows if len(row) > 5 and row[-2:-1] != ["x"] and row[1] in ("base", "2")] == [
-        ["0.5", "base"], ["spelling", "2"], ["1", "base"], ["spelling", "2"]]
+    assert [row[:2] for row in rows if len(row) > 5 and row[1] in ("base", "1")] == [
+        ["0.5", "base"], ["spelling", "1"], ["1", "base"], ["spelling", "1"]]
 
 
 def test_combinations_of_several_settings(lab):

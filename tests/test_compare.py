@@ -267,6 +267,25 @@ def test_the_set_ups_and_what_they_ran_on_come_first(runs, capsys):
     assert row.split() == ["validation", "tokens", "(checksum", "aa)", "all"]
 
 
+def test_what_runs_ran_on_is_one_line_where_they_agree(tmp_path, capsys):
+    for seed, commit, threads in ((1, "a" * 40, 1), (2, "b" * 40, 1)):
+        facts = {"commit": commit, "dirty": seed == 2, "started": f"2026-01-0{seed}T10:00:00", "threads": threads,
+                 "device_name": "a processor", "train_tokens": 1_234_567, "host": f"node{seed}", "pid": seed}
+        config = {"dataset": "toy", "vocab_size": 512, "max_seq_len": 256, "train_fraction": 0.5}
+        write_log(tmp_path / f"base-{seed}", BASE[seed], seed, config, facts)
+        write_log(tmp_path / f"nitp-{seed}", NITP[seed], seed, config | variant(), facts)
+    compare.main([str(tmp_path)])
+    told = capsys.readouterr()
+    table = told.out.split("What was run")[1].split("Validation NTP")[0]
+    rows = [line.split() for line in table.splitlines() if line]
+    assert ["data", "set", "toy,", "0.5", "of", "it,", "V", "512,", "T", "256", "all"] in rows
+    assert ["training", "tokens", "1,234,567", "all"] in rows
+    assert ["machine", "a", "processor,", "1", "thread", "all"] in rows
+    assert ["commit", "a" * 12, "base,", "nitp"] in rows and ["b" * 12, "with", "changes", "base,", "nitp"] in rows
+    assert ["begun", "2026-01-01", "base,", "nitp"] in rows
+    assert "commit" in told.err and "host" not in told.err and "pid" not in told.err  # of each run its own
+
+
 def many(folder: Path, count: int, **more) -> None:
     """A baseline and so many variants, with long names, of four seeds."""
     for k in range(count):
@@ -859,6 +878,10 @@ def test_the_band_holds_all_seeds_and_the_line_is_their_mean(runs):
 def test_as_a_program(runs, tmp_path):
     done = call(runs, "--plots", tmp_path / "plots")
     assert done.returncode == 0 and "Validation NTP" in done.stdout and (tmp_path / "plots" / "ends.svg").exists()
+    done = call(runs, "--plots", tmp_path / "one", "--draw", "ends")
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"ends.svg", "ends.png"}
+    done = call(runs, "--plots", tmp_path / "one", "--draw", "end")
+    assert done.returncode == 1 and "--draw end: expected some of ntp_step, " in done.stderr
     done = call(tmp_path / "nowhere")
     assert done.returncode == 1 and done.stderr.startswith("compare.py: ") and "Traceback" not in done.stderr
     (tmp_path / "file").write_text("")
