@@ -210,9 +210,11 @@ def main(argv: list[str]) -> int:
         if args.order == "difference":
             each[1:] = sorted(each[1:], key=lambda f: (math.isnan(f.difference.mean), f.difference.mean))
         found[value] = each
-        for remark in remarks_on(groups) + remarks_on_clocks(groups, ratios):
-            who = remark.who if math.isnan(value) else f"{remark.who} at {shown(args.along, 40)}={value:g}"
-            remarks.append(remark._replace(who=who))
+        if math.isnan(value):
+            remarks += remarks_on(groups) + remarks_on_clocks(groups, ratios)
+        else:  # nothing is said of seconds there
+            at = f" at {shown(args.along, 40)}={value:g}"
+            remarks += [remark._replace(who=remark.who + at) for remark in remarks_on(groups)]
     remarks = joined(remarks)
     for remark in remarks:
         print(f"compare.py: {shown_message(remark)}", file=sys.stderr)

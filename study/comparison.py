@@ -234,14 +234,18 @@ def noise(label: str, squared: float, freedom: int, pairs: int) -> list[str]:
 
 def table_along(found: dict[float, list[Figures]], setting: str, remarks: list[Remark], notes: list[str]) -> Table:
     """What each set-up comes to at each value of a setting, and its difference to the baseline there."""
+    early = any(f.end_step != f.group.length for each in found.values() for f in each)
+
     def ends(f: Figures) -> list[str]:
-        return [f.group.label, str(len(f.group.runs)), number(f.end), number(f.spread), number(f.end_step, 0)]
+        cells = [f.group.label, str(len(f.group.runs)), number(f.end), number(f.spread)]
+        return [*cells, number(f.end_step, 0)] if early else cells
 
     rows = []
     for value, (base, *others) in found.items():
         rows.append([f"{value:g}", *ends(base), "–", "–", "–"])
         rows += [["", *ends(f), str(f.difference), verdict(f, f.difference), str(f.difference.n)] for f in others]
-    head = [setting, "set-up", "seeds", "at the end", "between seeds", "at step", "difference", "verdict", "pairs"]
+    head = [setting, "set-up", "seeds", "at the end", "between seeds", *(["at step"] if early else []), "difference",
+            "verdict", "pairs"]
     return Table(f"Validation NTP against {setting}", head, rows,
                  " ".join(["Means over seeds. Differences are to the first set-up at the same value, paired by seed: "
                            "mean ± half of the 95% interval (Student's t); negative is better, and inside the interval "
