@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
             each[1:] = sorted(each[1:], key=lambda f: (math.isnan(f.difference.mean), f.difference.mean))
         found[value] = each
         if math.isnan(value):
-            remarks += remarks_on(groups) + remarks_on_clocks(groups, ratios)
+            remarks += remarks_on(groups, args.along) + remarks_on_clocks(groups, ratios)
         else:  # nothing is said of seconds there
             at = f" at {shown(args.along, 40)}={value:g}"
             remarks += [remark._replace(who=remark.who + at) for remark in remarks_on(groups)]

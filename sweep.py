@@ -41,6 +41,7 @@ from study.tables import markdown
 from system.files import atomic_write
 from system.lock import hold
 from system.signals import ENDING
+from system.shown import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -304,7 +305,7 @@ def check_same(study: "optuna.Study", sweep: Sweep, last: int, out: Path) -> Non
         return
     for name in now:  # what the study does not know of is a newer setting, and was at its default
         if now[name] != (before := then.get(name, getattr(Settings, name, None))):
-            raise ValueError(f"{out}: {name} was {before} when this study was made, is {now[name]} now; "
+            raise ValueError(f"{out}: {name} was {shown(before)} when this study was made, is {now[name]} now; "
                              "choose another --out")
 
 

@@ -20,6 +20,7 @@ from study.groups import Group, comparable
 from study.intervals import Interval, interval, pooled
 from study.runs import Run
 from study.seconds import StepRatio, at_equal_seconds
+from system.shown import shown
 
 SHARES = r"val/(acc|agree|exact)_\w+"  # keys that rise as a model learns; all others fall
 
@@ -247,7 +248,7 @@ def parse_goal(word: str) -> Goal:
     try:
         return Goal(key, float(value))
     except ValueError:
-        raise ValueError(f"--until={word}: expected KEY=VALUE, as in val/exact_in_1=0.24") from None
+        raise ValueError(f"--until={shown(word)}: expected KEY=VALUE, as in val/exact_in_1=0.24") from None
 
 
 def known_goals(goals: list[Goal], groups: Iterable[Group]) -> None:
@@ -255,5 +256,5 @@ def known_goals(goals: list[Goal], groups: Iterable[Group]) -> None:
     keys = {key for group in groups for run in group.runs.values() for line in run.lines for key in line}
     for goal in goals:
         if goal.key not in keys:
-            near = sorted(key for key in keys if key.startswith("val/"))
-            raise ValueError(f"--until={goal.key}: no run has it; there are {', '.join(near)}")
+            near = sorted(shown(key, 40) for key in keys if key.startswith("val/"))
+            raise ValueError(f"--until={shown(goal.key)}: no run has it; there are {', '.join(near)}")

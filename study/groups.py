@@ -185,15 +185,15 @@ def comparable(a: Run, b: Run) -> bool:
     return a.facts.get(key) is None or b.facts.get(key) is None or a.facts[key] == b.facts[key]
 
 
-def remarks_on(groups: list[Group]) -> list[Remark]:
-    """What runs differ in besides the objective and the seed."""
+def remarks_on(groups: list[Group], varied: str | None = None) -> list[Remark]:
+    """What runs differ in besides the objective, the seed and the setting `varied`."""
     found, base = [], groups[0]
     lengths = of_other_length(groups)
     for group in groups:
         found += remarks_on_seeds(group)
         if group in lengths:  # the baseline at another length differs as it should
             continue
-        found += remarks_on_pairs(group, base)
+        found += remarks_on_pairs(group, base, varied)
         if group.length != base.length:
             found.append(Remark(group.label, f"ends at step {group.length:,}, {base.label} at {base.length:,}; "
                                              "no difference at the end"))
@@ -215,13 +215,13 @@ def remarks_on_seeds(group: Group) -> list[Remark]:
     return found
 
 
-def remarks_on_pairs(group: Group, base: Group) -> list[Remark]:
+def remarks_on_pairs(group: Group, base: Group, varied: str | None) -> list[Remark]:
     """What a group and the baseline differ in that is no part of the question."""
     found, facts = [], group.first.facts
     if not comparable(group.first, base.first):
         found.append(Remark(group.label, f"other validation tokens than {base.label}: val NTP cannot be compared",
                             grave=True))
-    ignored = HARMLESS | OBJECTIVE | {"init_from", "max_iters"}
+    ignored = HARMLESS | OBJECTIVE | {"init_from", "max_iters", varied}
     for ours, theirs, skipped in ((group.first.config, base.first.config, ignored),
                                   (facts, base.first.facts, OWN_FACTS | {"val_crc32"})):
         for key in sorted(ours.keys() & theirs.keys() - skipped):

@@ -136,16 +136,18 @@ class Reader:
         else:
             raise ValueError(f"{shown(path)}: no such file or folder; a run is a folder with log.jsonl, a .jsonl file, "
                              "a wandb offline folder, or wandb:entity/project[/run]")
-        for log in logs:
-            try:
-                self._read_log(log)
-            except ValueError as error:  # one of many that cannot be read
-                if len(logs) == 1 and not offline:
-                    raise
-                self.problems.append(Remark(*str(error).split(": ", 1)))
         resumed: dict[str, tuple[Run, list]] = {}  # wandb writes a file for each time that a run goes on
-        for file in offline:
-            self._read_offline(file, resumed)
+        for file in [*logs, *offline]:
+            try:
+                if file in offline:
+                    self._read_offline(file, resumed)
+                else:
+                    self._read_log(file)
+            except ValueError as error:  # one of many that cannot be read
+                if len(logs) + len(offline) == 1:
+                    raise
+                who, _, what = str(error).partition(": ")
+                self.problems.append(Remark(who, what))
         for run, rows in resumed.values():
             self._add(run, rows)
 

@@ -418,15 +418,18 @@ def test_cells_that_a_spreadsheet_would_compute_are_quoted(tmp_path, capsys):
     assert all(float(row["difference_end"]) == 0.0 for row in found)  # numbers stay numbers
 
 
-@pytest.mark.parametrize("place", ["log.jsonl", "step_seconds.json"])
-def test_a_pipe_in_the_place_of_a_file_does_not_hang(runs, place):
-    target = runs / "nitp-1" / place if place == "log.jsonl" else runs / place
-    target.unlink(missing_ok=True)
-    os.mkfifo(target)
-    words = [] if place == "log.jsonl" else ["--step_seconds", target]
-    done = call(runs, *words)
-    assert "expected a file, found a pipe or device" in done.stderr
-    assert done.returncode == (0 if place == "log.jsonl" else 1)  # the other runs are compared
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(runs):
+    log, offline, steps, page = (runs / name for name in ("nitp-1/log.jsonl", "run-1.wandb", "steps.json", "page.md"))
+    log.unlink()
+    for path in (log, offline, steps, page):
+        os.mkfifo(path)
+    done = call(runs)
+    for path in (log, offline):
+        assert any(str(path) in line and "found a pipe or device" in line for line in done.stderr.splitlines())
+    assert done.returncode == 0 and "Difference to base" in done.stdout  # the other runs are compared
+    for words in (["--step_seconds", steps], ["--markdown", f"{page}#x"]):
+        done = call(runs, *words)
+        assert done.returncode == 1 and "expected a file, found a pipe or device" in done.stderr, words
 
 
 # ---------------------------------------------------------------------------------------------
