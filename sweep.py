@@ -40,8 +40,8 @@ from study.processes import METRIC, POLL, complaint, evaluations, free_cores, ho
 from study.tables import markdown
 from system.files import atomic_write
 from system.lock import hold
-from system.signals import ENDING
 from system.shown import shown
+from system.signals import ENDING
 
 if TYPE_CHECKING:
     import optuna
