@@ -1,7 +1,7 @@
 """Tasks with a known answer: does a model that looks ahead learn to get it right?
 
     python synthetic.py arithmetic                    # start + k * step, modulo 31
-    python synthetic.py induction --vocab_size=512    # stories whose names must be remembered; wants a text data set
+    python synthetic.py induction --vocab_size=512    # stories with names to remember; needs a text data set
     python synthetic.py polynomial                    # sums, products, compositions over F7[X]/(X^5)
 
 Each writes `data/<dataset>/tok<V>/`, in rows of one length: `train.bin` and `val.bin`, token ids as
@@ -66,7 +66,7 @@ class Answers:
 
     @classmethod
     def find(cls, val: Path) -> "Answers | None":
-        """The answers beside a val.bin; None if it has none. Errors: ValueError naming the broken file."""
+        """The answers of a val.bin; None if it has none. Errors: ValueError naming the broken file."""
         path, names = val.with_name("val.answers.bin"), val.with_name("answers.json")
         if not path.exists():
             return None
@@ -119,7 +119,7 @@ def arithmetic(vocab_size: int, length: int, sequences: int, seed: int) -> Task:
     numbers decide a row. Scored: the third number, which only the step gives away, and the rest as one answer.
     """
     modulus = vocab_size - FIRST_ID
-    rng = dice("arithmetic", seed)
+    rng = random_numbers("arithmetic", seed)
     pairs = [(start, step) for start in range(modulus) for step in range(1, modulus)]
     pairs.sort(key=lambda _: rng.random())
     held_out = len(pairs) // 10
@@ -157,7 +157,7 @@ def compose(f: Polynomial, g: Polynomial) -> Polynomial:
 
 
 def expression(rng: random.Random, operations: int) -> tuple[list[int], Polynomial]:
-    """A random expression of so many operations, in prefix notation, which needs no parentheses, and its value.
+    """A random expression with this number of operations, in prefix notation without parentheses, and its value.
 
     All four operators are equally likely; one with two operands shares what is left evenly between 0 : n and n : 0.
     """
@@ -184,7 +184,7 @@ def polynomial(operations: int, beyond: int, sequences: int, val_sequences: int,
     Scored: the coefficients, as one answer.
     """
     most = operations + beyond
-    val_rng, train_rng = dice("polynomial val", seed), dice("polynomial train", seed)
+    val_rng, train_rng = random_numbers("polynomial val", seed), random_numbers("polynomial train", seed)
     held_out: dict[tuple[int, ...], Row] = {}  # by its tokens; in the order in which they were drawn
 
     def row(rng: random.Random, m: int) -> Row:
@@ -221,7 +221,7 @@ NAMES = frozenset((  # frequent first names of TinyStories and of text/toystorie
     "Sofia Sophie Spot Sue Susie Teddy Tim Timmy Toby Tom Tommy Tony Zoe").split())
 NAME = re.compile(rf"\b(?:{'|'.join(sorted(NAMES))})\b")
 FIRSTS, SECONDS, VAL_ONE_IN = 16, 16, 10  # made-up names: first tokens, fewest second ones, of ten pairs one for val
-MOST_STORIES = 100_000  # that are looked at in a split; all of TinyStories would not fit in memory
+MOST_STORIES = 100_000  # read from a split; all of TinyStories would not fit in memory
 CONTEXTS = 'Then {0} said, "{0}, look!" {0}\'s hat fell. "{0} is here," said {0}.\n{0} ran with {0} and {0}.'
 
 
@@ -234,7 +234,7 @@ class Name(NamedTuple):
 
 
 class Spelling:
-    """A tokenizer, and where in a text its tokens lie."""
+    """A tokenizer, and where its tokens are in a text."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.texts = tokenizer, token_texts(tokenizer)
@@ -295,7 +295,7 @@ def induction(source: Path, vocab_size: int, length: int, sequences: int, seed: 
     stories = {split: list(islice(read_stories(source / f"{split}.txt"), MOST_STORIES)) for split in ("train", "val")}
     words = {word for split in stories.values() for story in split for word in re.findall("[A-Za-z]+", story)}
     try:
-        names = invent_names(spelling, words, dice("names", seed))
+        names = invent_names(spelling, words, random_numbers("names", seed))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -303,7 +303,7 @@ def induction(source: Path, vocab_size: int, length: int, sequences: int, seed: 
         # A second token of validation has been seen in training, and so has a first, but never the two together.
         pools = [[name for j, name in enumerate(row) if ((i + j) % VAL_ONE_IN == 0) == (split == "val")]
                  for i, row in enumerate(names)]
-        rng, written = dice(f"induction {split}", seed), 0
+        rng, written = random_numbers(f"induction {split}", seed), 0
         for story in stories[split]:
             if written < limit and (made := renamed(story, pools, spelling, length, rng)):
                 written += 1
@@ -335,12 +335,12 @@ def renamed(story: str, pools: list[list[Name]], spelling: Spelling, length: int
 # ---------------------------------------------------------------------------------------------
 # files and command line
 
-def dice(what: str, seed: int) -> random.Random:
+def random_numbers(what: str, seed: int) -> random.Random:
     return random.Random(f"synthetic/{what}/{seed}")  # a str seeds through sha512, whatever PYTHONHASHSEED is
 
 
 def draw(rng: random.Random, n: int) -> int:
-    """A number below n. Python promises only rng.random() to stay the same in every version, so all dice are that."""
+    """A number below n. Only rng.random() is the same in every version of Python, so every draw uses it."""
     return int(rng.random() * n)
 
 
@@ -354,7 +354,7 @@ def lay_out(rows: Iterable[Row], length: int) -> tuple[bytes, bytes]:
 
 
 def write_task(folder: Path, task: Task, made_by: dict) -> None:
-    """Write a data set; leave equal files alone, refuse to replace different ones."""
+    """Write a data set; keep equal files, refuse to replace different ones."""
     (train, _), (val, marks) = (lay_out(rows, task.length) for rows in (task.train, task.val))
     if min(len(train), len(val)) <= 2:
         raise ValueError(f"{folder}: expected rows for training and for validation, found none for one of them")

@@ -1,19 +1,21 @@
 """Data sets: text, vocabulary, tokens, batches.
 
-    python tinystories.py toy --vocab_size=512                # stories written by a small generator, no network
-    python tinystories.py download [--version=v1|v2]          # TinyStories from Hugging Face, resumable
-    python tinystories.py local TRAIN.txt [--val=VAL.txt]     # any text of your own
-    python tinystories.py train_vocab --dataset=NAME --vocab_size=512    # or --from=tokenizer.model: one that exists
+    python tinystories.py toy --vocab_size=512          # stories from a small generator; needs no network
+    python tinystories.py download [--version=v1|v2]    # TinyStories from Hugging Face; continues if cut off
+    python tinystories.py local FILE... [--val=FILE]    # your own stories, or prompts and answers (doc/data.md)
+    python tinystories.py train_vocab --dataset=NAME --vocab_size=512    # or --from=tokenizer.model, which exists
     python tinystories.py pretokenize --dataset=NAME --vocab_size=512
 
-The first three write `data/<dataset>/{train,val}.txt`, stories separated by <|endoftext|> lines, and
-go straight on to the last two where --vocab_size is given. Those write `data/<dataset>/tok<V>/`:
-`tokenizer.model`, `tokenizer.bin` (for run.c) and `{train,val}.bin`, token ids with BOS before each
-story, uint16 (uint32 above 65,535). V = 259 is the byte tokenizer. What is already there is left as
-it is: delete `data/<dataset>` or its `tok<V>` to start again.
+The first three write `data/<dataset>/{train,val}.txt`, each story followed by an <|endoftext|> line, or
+.jsonl for prompts and answers. With --vocab_size or --from they go on to the last two, which write
+`data/<dataset>/tok<V>/`: `tokenizer.model`, `tokenizer.bin` (for run.c) and `{train,val}.bin`, token ids
+with BOS before each story, uint16 (uint32 above 65,535). V = 259 is the byte tokenizer. Existing files
+are kept: delete `data/<dataset>` or its `tok<V>` to start again.
 
-TinyStories: Eldan & Li 2023 (arXiv 2305.07759). What this leaves out on purpose: shards, and any
-cleaning of the text.
+--from=FILE takes the vocabulary of a SentencePiece model (Llama 2's tokenizer.model, V = 32,000), of
+llama2.c's tokenizer.bin, or of a tokenizer.json.
+
+TinyStories: Eldan & Li 2023 (arXiv 2305.07759). The text is not cleaned.
 """
 
 from system.program import between, program
@@ -59,8 +61,8 @@ from text.tokenizer_json import TOKENIZER, JsonTokenizer
 SPLITS = ("train", "val")
 ANSWER, FIRST = 1, 2  # bits of a mask: a token of an answer, the first token of an example
 GENERATED = ("arithmetic", "induction", "polynomial")  # data sets that synthetic.py makes
-VOCAB_TEXT = 200_000_000  # characters of train.txt that train_vocab looks at; a vocabulary needs no more
-LONGEST_LINE = 100_000  # characters; SentencePiece passes over lines that are too long for it, so they are cut
+VOCAB_TEXT = 200_000_000  # characters of train.txt that train_vocab reads; a vocabulary needs no more
+LONGEST_LINE = 100_000  # characters; SentencePiece skips lines that are too long, so they are cut
 DOWNLOADS = {  # version: {split: file}
     "v1": {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"},
     "v2": {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"},
@@ -77,9 +79,9 @@ HUGGING_FACE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/m
 # text
 
 def write_stories(folder: Path, stories: Iterable[tuple[str, Story]]) -> None:
-    """Write `folder`/{train,val}.txt, or .jsonl for examples, both or neither. stories: (split, story).
+    """Write `folder`/{train,val}.txt, or .jsonl for examples; both files or neither. stories: (split, story).
 
-    Equal files are left alone. Errors: ValueError if they differ from what is there, or a split has no story.
+    A file that exists is kept. Errors: ValueError if its content differs, or a split has no story.
     """
     stories = iter(stories)
     first = next(stories, ("train", ""))
@@ -118,7 +120,7 @@ def write_texts(folder: Path, train: Iterable[str], val: Iterable[str]) -> None:
 
 
 def text_of(folder: Path, split: str) -> Path:
-    """Where a data set has the stories or examples of a split: .jsonl if that is there, else .txt."""
+    """The file with the stories or examples of a split: .jsonl if it exists, else .txt."""
     examples = folder / f"{split}.jsonl"
     return examples if examples.exists() else folder / f"{split}.txt"
 
@@ -134,8 +136,8 @@ def make_toy(folder: Path) -> None:
 def make_local(folder: Path, train: list[Path], val: list[Path], field: str | None, separator: str) -> None:
     """Write the stories of a user's files.
 
-    Without `val`, the first of llama2.c's shards is held out, as there; of other files every hundredth story, or the
-    last one if there are fewer.
+    Without `val`, llama2.c's first shard is held out, as llama2.c does; of other files every hundredth story is, or
+    the last one if there are fewer.
     """
     if not val and len(train) > 1 and all(SHARD.fullmatch(path.name) for path in train):
         train = sorted(train)
@@ -156,7 +158,7 @@ def make_local(folder: Path, train: list[Path], val: list[Path], field: str | No
 
 
 def hold_out(stories: Iterable[Story]) -> Iterator[tuple[str, Story]]:
-    """(split, story): every hundredth one is for validation; of fewer, the last."""
+    """(split, story) for each story: every hundredth one is for validation; the last one if there are fewer."""
     stories, number = iter(stories), 1
     story = next(stories)
     for following in stories:
@@ -165,12 +167,12 @@ def hold_out(stories: Iterable[Story]) -> Iterator[tuple[str, Story]]:
     if number == 1:
         raise ValueError(f"1 story cannot be split; separate stories by {END} lines, say how they are with "
                          "--separator, or name --val=FILE")
-    yield "train" if number % 100 and number > 100 else "val", story
+    yield "val" if number < 100 or number % 100 == 0 else "train", story
 
 
 @contextmanager
 def progress(name: str, paths: list[Path]) -> Iterator[Callable[[int], object]]:
-    """A progress bar over the bytes of some files; gives the function that moves it."""
+    """A progress bar over the bytes of some files; yields the function that advances it."""
     size = sum(path.stat().st_size for path in paths if path.is_file())
     with tqdm(desc=name, total=size, unit="B", unit_scale=True, file=sys.stderr) as bar:
         yield bar.update
@@ -186,21 +188,21 @@ def download(folder: Path, version: str, base_url: str = HUGGING_FACE) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# tokens that llama2.c has made
+# tokens made by llama2.c
 
 def vocabulary_beside(folder: Path) -> Path | None:
-    """llama2.c's vocabulary of the shards in a folder, if it is there: data/tok4096.model for data/tok4096."""
+    """The vocabulary that llama2.c keeps next to a folder of shards, or None: data/tok4096.model for data/tok4096."""
     path = folder.absolute().with_name(folder.absolute().name + ".model")
     return path if path.exists() else None
 
 
 def link_shards(folder: Path, shards: list[Path], vocab_size: int | None) -> None:
-    """Use llama2.c's data*.bin where they are: the data set gets links to them.
+    """Use llama2.c's data*.bin without copying them: the data set gets links.
 
-    Errors: ValueError if the size of the vocabulary is not known, or other tokens are there.
+    Errors: ValueError if the vocabulary's size is unknown, a name is not llama2.c's, or the data set has other tokens.
     """
     if vocab_size is None:
-        raise ValueError(f"{shards[0]}: which vocabulary has it? Give --vocab_size, or --from=tokenizer.model")
+        raise ValueError(f"{shards[0]}: which vocabulary does it use? Give --vocab_size, or --from=tokenizer.model")
     if strangers := [path for path in shards if not SHARD.fullmatch(path.name)]:
         raise ValueError(f"{strangers[0]}: expected llama2.c's names, data00.bin, data01.bin and so on")
     out, links = vocab_folder(folder, vocab_size), {path.name: path.resolve() for path in shards}
@@ -232,7 +234,7 @@ def train_vocab(folder: Path, vocab_size: int) -> None:
         def lines() -> Iterator[str]:
             try:
                 yield from text_lines(text)
-            except BaseException as error:  # SentencePiece would make an internal error of it, of Ctrl-C too
+            except BaseException as error:  # SentencePiece would report any of them, Ctrl-C too, as an internal error
                 failure.append(error)
                 raise
 
@@ -241,7 +243,7 @@ def train_vocab(folder: Path, vocab_size: int) -> None:
                 sentence_iterator=lines(), model_writer=model,
                 model_type="bpe", vocab_size=vocab_size, byte_fallback=True, split_digits=True,
                 normalization_rule_name="identity", character_coverage=1.0, allow_whitespace_only_pieces=True,
-                remove_extra_whitespaces=False,  # run.c leaves spaces as they are, too
+                remove_extra_whitespaces=False,  # as in run.c, which keeps all spaces
                 unk_surface=r" \342\201\207 ", max_sentence_length=1 << 20,
                 num_threads=os.cpu_count(), minloglevel=2)
         except RuntimeError as error:
@@ -256,7 +258,7 @@ def train_vocab(folder: Path, vocab_size: int) -> None:
 
 
 def take_vocab(folder: Path, tokenizer: Tokenizer, source: Path) -> None:
-    """Make a tokenizer, read from `source`, the data set's vocabulary of its size; never replace another one."""
+    """Make a tokenizer, read from `source`, the data set's vocabulary of that size; never replace another one."""
     out = vocab_folder(folder, tokenizer.vocab_size)
     if any((out / name).exists() for name in ("tokenizer.model", TOKENIZER)):
         there = load_tokenizer(out, tokenizer.vocab_size)
@@ -279,7 +281,7 @@ def write_run_vocab(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def already_there(path: Path, source: Path) -> bool:
-    """Was `path` made before? ValueError if `source`, which it was made from, is newer."""
+    """True if `path` exists. Errors: ValueError if `source`, from which it was made, is newer."""
     if not path.exists():
         return False
     if source.exists() and source.stat().st_mtime_ns > path.stat().st_mtime_ns:
@@ -289,7 +291,7 @@ def already_there(path: Path, source: Path) -> bool:
 
 
 def text_lines(path: Path, limit: int = VOCAB_TEXT) -> Iterator[str]:
-    """Lines of the stories in the first `limit` characters of a data set's text; long ones in parts."""
+    """Lines of the stories in the first `limit` characters of a data set's text; long lines in parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such text; {how_to_make(path.parent)}")
     for story in read_stories(path):
@@ -302,7 +304,7 @@ def text_lines(path: Path, limit: int = VOCAB_TEXT) -> Iterator[str]:
 
 
 def pretokenize(folder: Path, vocab_size: int, workers: int = 0) -> None:
-    """Write `tok<V>/{train,val}.bin`, with as many processes as there are cores unless `workers` says."""
+    """Write `tok<V>/{train,val}.bin`. workers: processes; 0: one per core."""
     out = vocab_folder(folder, vocab_size)
     write_run_vocab(load_tokenizer(out, vocab_size), out)  # the byte tokenizer needs no train_vocab
     for split in SPLITS:
@@ -312,7 +314,7 @@ def pretokenize(folder: Path, vocab_size: int, workers: int = 0) -> None:
 
 
 def mask_of(tokens: Path) -> Path:
-    """Where the mask of a token file is, if it has one: train.mask.bin for train.bin."""
+    """The file of a token file's mask: train.mask.bin for train.bin."""
     return tokens.with_suffix(".mask.bin")
 
 
@@ -321,7 +323,7 @@ def tokenize_file(text: Path, tokens: Path, vocab_size: int, workers: int) -> No
     encode = partial(encode_stories, tokens.parent, vocab_size)
     counts = np.zeros(3, dtype=np.int64)  # stories, tokens, answer tokens
     with ExitStack() as stack:
-        # Left in reverse order: where there are tokens of examples, there is their mask.
+        # The last file is moved into place first, so tokens of examples never exist without their mask.
         files = [stack.enter_context(atomic_write(tokens))]
         if text.suffix == ".jsonl":
             files.append(stack.enter_context(atomic_write(mask_of(tokens))))
@@ -329,7 +331,7 @@ def tokenize_file(text: Path, tokens: Path, vocab_size: int, workers: int) -> No
         stories = StoryFile(text).read(advance)
         batches = iter(lambda: list(islice(stories, 1000)), [])
         pool = stack.enter_context(ProcessPoolExecutor(workers))
-        pending: deque = deque()  # in the order of the text, and few: a large text does not fit in memory
+        pending: deque = deque()  # batches in the order of the text; few, since a large text does not fit in memory
         try:
             while pending or batches is not None:
                 while batches is not None and len(pending) < 2 * workers:
@@ -358,10 +360,10 @@ def cached_tokenizer(folder: Path, vocab_size: int):
 
 
 def encode_stories(folder: Path, vocab_size: int, stories: list[Story]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of stories and examples, and a byte for each: ANSWER and FIRST, or 0. (The mask of texts is all 0.)
+    """The tokens of stories and examples, and their mask: ANSWER, FIRST or 0 for each token (all 0 for stories).
 
-    BOS and the tokens of each story; of each turn of an example BOS, prompt, answer and EOS, so a prompt ends as one
-    that is typed, and the model learns where the answer ends. (A vocabulary without EOS has BOS there too.)
+    A story is BOS and its tokens. Each turn of an example is BOS, prompt, answer, EOS. Prompt and answer are encoded
+    separately, so a prompt's tokens are those of a prompt that is typed. If the vocabulary has no EOS, BOS ends a turn.
     """
     tokenizer = cached_tokenizer(folder, vocab_size)  # loaded once in each worker
     bos = tokenizer.bos
@@ -389,7 +391,7 @@ def token_type(vocab_size: int) -> type:
 # batches
 
 def how_to_make(folder: Path, vocab_size: int | None = None) -> str:
-    """The commands that make the data set `folder`, with its tokens of a vocabulary of that size."""
+    """The commands that make the data set `folder`, and its tokens if `vocab_size` is given."""
     name = folder.name
     if name in GENERATED:
         return f"make it with\n    python synthetic.py {name}"
@@ -411,7 +413,7 @@ def how_to_make(folder: Path, vocab_size: int | None = None) -> str:
 
 
 class Joined:
-    """The first `length` tokens of several files as one array, read where they are."""
+    """The first `length` tokens of several files, as one array that is read on demand."""
 
     def __init__(self, parts: list[np.ndarray], length: int):
         self.parts, self.length = parts, length
@@ -441,7 +443,7 @@ def token_files(path: Path) -> list[Path]:
 
 
 def map_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """The tokens of a file, read when they are looked at. Errors: ValueError."""
+    """The tokens of a file, memory-mapped. Errors: ValueError naming the file."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a file of token ids")
     kind = np.dtype(token_type(vocab_size))
@@ -464,6 +466,8 @@ def map_mask(tokens: Path, length: int) -> np.ndarray | None:
     """
     path = mask_of(tokens)
     if not path.exists():
+        if text_of(tokens.parent.parent, tokens.stem).suffix == ".jsonl":  # all tokens would become targets
+            raise ValueError(f"{path}: no such mask; delete {tokens}, and pretokenize again")
         return None
     refuse_irregular(path)
     if path.stat().st_size != length:
@@ -491,8 +495,8 @@ def rows_of_examples(mask: np.ndarray, T: int) -> np.ndarray:
 class Windows:
     """The rows of a token file: window j holds tokens j*T .. j*T + T, inputs and next tokens of one row.
 
-    Where the file has a mask, of examples with prompts and answers, a row is an example instead, or as much of it as a
-    row holds; the rest of the row is EOS, and no target. With `pack` rows are windows there too.
+    If the file has a mask, of prompts and answers, a row is one example instead, or a part of it if it is too long;
+    the rest of the row is EOS and not a target. With `pack`, rows are windows all the same.
 
     fraction: use only this leading part of the file.
     Errors: ValueError naming the file, and the command that makes it, if it is missing, has no
@@ -539,10 +543,10 @@ class Windows:
 
 
 class TrainBatches:
-    """Every window once an epoch, in an order that only (seed, epoch) decide; rank r takes its share of it.
+    """Every window once per epoch, in an order that depends only on (seed, epoch); each rank takes its share.
 
-    Batch k needs nothing but k, so a resumed run sees what it would have seen; and what all ranks
-    see together in an iteration does not depend on how many they are.
+    Batch k depends only on k, so a resumed run sees the same data; what all ranks together see in an
+    iteration does not depend on how many there are.
     """
 
     def __init__(self, windows: Windows, batch_size: int, seed: int, rank: int = 0, world: int = 1):
@@ -559,11 +563,11 @@ class TrainBatches:
         return self.windows.rows(self._order(s // n)[s % n] for s in range(first, first + self.batch_size))
 
 
-EVAL_BATCH = 32  # windows; fixed, so that every run is judged on the same ones, whatever its batch_size
+EVAL_BATCH = 32  # windows; fixed, so that all runs are evaluated on the same ones, whatever their batch_size
 
 
 def eval_windows(windows: Windows, count: int) -> list[np.ndarray]:
-    """`count` times the numbers of EVAL_BATCH windows, evenly spread over the file; all if there are no more."""
+    """The numbers of `count` batches of EVAL_BATCH windows, evenly spread over the file; at most of all windows."""
     chosen = np.linspace(0, len(windows) - 1, min(count * EVAL_BATCH, len(windows))).round().astype(int)
     return [chosen[k : k + EVAL_BATCH] for k in range(0, len(chosen), EVAL_BATCH)]
 
@@ -633,7 +637,7 @@ def main(argv: list[str]) -> None:
     are_tokens = bool(files) and all(path.suffix == ".bin" for path in files)
     if are_tokens and not source:
         source = vocabulary_beside(files[0].parent)
-    # Opened before anything is made, so that a bad file is refused before a long download.
+    # First, so that a bad vocabulary is refused before a long download.
     tokenizer = open_tokenizer(source, wanted) if source else None
     if tokenizer:
         wanted = tokenizer.vocab_size

@@ -164,6 +164,9 @@ def test_bad_masks_are_refused_by_name(folder):
     path.write_bytes(bytes(len(path.read_bytes()) + 1))
     with pytest.raises(ValueError, match="train.bin: it holds no answer"):
         Windows(folder / "train.bin", 259, 24)
+    path.unlink()  # then everything would be a target
+    with pytest.raises(ValueError, match="train.mask.bin: no such mask; .* pretokenize again"):
+        Windows(folder / "train.bin", 259, 24)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def test_a_vocabulary_without_names(data_dir):
     spelling = Spelling(ByteTokenizer())
     spelling.texts = [b"" for _ in spelling.texts]
     with pytest.raises(ValueError, match="found 0 and 0; try another --vocab_size"):
-        synthetic.invent_names(spelling, set(), synthetic.dice("", 1))
+        synthetic.invent_names(spelling, set(), synthetic.random_numbers("", 1))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The text behind tokens, letter by letter: targets for heads that spell, and lengths in bytes.
+"""The text of tokens, letter by letter: targets for spelling heads, and lengths in bytes.
 
     letters = Letters(token_texts(tokenizer), "lower")
     targets, known = letters.ahead(y, 4, bos)     # the next four letters of the text, at every position

@@ -11,7 +11,7 @@ The name of a file says what it holds, and .gz or .zst at its end that it is com
 
 An object holds a story in `text`, `story` or a field that is named; or it is an example, which has
 a prompt and an answer: `prompt` with `answer`, `completion` or `response`, or `messages` of a chat.
-Files are read as streams: memory holds a story and a block, however large the file.
+Files are read as streams: only a story and a block are in memory, however large the file.
 
 .parquet and .zst need pyarrow (requirements-data.txt).
 """
@@ -34,7 +34,7 @@ END = "<|endoftext|>"
 SEPARATORS = ("auto", "marks", "blank_lines", "lines")
 COMPRESSED = (".gz", ".zst")
 FORMATS = (".txt", ".json", ".jsonl", ".parquet")  # what is taken from a folder
-ANSWERS = ("answer", "completion", "response")  # what may stand beside `prompt`
+ANSWERS = ("answer", "completion", "response")  # besides `prompt`
 STORY_FIELDS = ("text", "story")
 BLOCK = 1 << 16  # characters of a .json file that are read at a time
 LONGEST_ITEM = 1 << 26  # characters of one object in a .json list
@@ -207,9 +207,9 @@ def import_pyarrow(path: Path):
 # text
 
 def separated_by_marks(lines: Iterable[str]) -> bool:
-    """Do <|endoftext|> marks separate the stories, or is one of them only a word of the text?
+    """True if <|endoftext|> marks separate the stories; one mark may be part of the text.
 
-    They do where two lines end with one, or where they are at least half as many as blocks between blank lines.
+    They do if two lines end with one, or if there are at least half as many marks as blocks between blank lines.
     """
     marks = at_line_ends = blocks = 0
     inside = False  # a block
@@ -279,7 +279,7 @@ def json_items(path: Path, advance) -> Iterator[Record]:
 def list_items(f: TextIO, path: Path) -> Iterator[Record]:
     """The items of a JSON list, as long as they are objects; the list is never held as a whole."""
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    text, at = "", 0  # what has been read and not left behind; where in it to go on
+    text, at = "", 0  # the block in memory, and the position in it
 
     def next_character() -> str:
         """The next one that is no space, at `at`; "" at the end of the file."""
@@ -343,7 +343,7 @@ def parquet_rows(path: Path, field: str | None, advance) -> Iterator[Record]:
 
 
 def fields_of(record: object, field: str | None) -> tuple[str, ...] | None:
-    """The fields that hold the story or example of an object; None if it has none."""
+    """The names of the fields with an object's story or example; None if it has neither."""
     if not isinstance(record, dict):
         return None
     answers = [name for name in ANSWERS if name in record]
@@ -364,7 +364,7 @@ def an_object(fields: tuple[str | None, ...]) -> str:
 
 
 def story_of(record: dict, fields: tuple[str, ...] | None) -> Story:
-    """Errors: KeyError, TypeError, ValueError or AttributeError if the object is not like that."""
+    """The story or example in these fields. Errors: KeyError, TypeError, ValueError or AttributeError."""
     if fields is None:
         raise ValueError("no story")
     values = [record[name] for name in fields]

@@ -1,10 +1,10 @@
-"""Text to token ids and back: SentencePiece BPE and plain bytes behind one small interface.
+"""Text to token ids and back: SentencePiece BPE and plain bytes, with one small interface.
 
 Both number their tokens as Llama does - 0 is <unk>, 1 is BOS, 2 is EOS, 3..258 are the 256 raw
 bytes, pieces follow - so a model file and its `tokenizer.bin` work in every llama2.c port. A
 non-empty text gets a space in front (SentencePiece's dummy prefix); decoding takes it off again.
 
-What this leaves out on purpose: training (tinystories.py train_vocab) and any other tokenizer.
+tinystories.py train_vocab trains one; tokenizer_json.py has the vocabularies of Hugging Face models.
 """
 
 import math
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
         """The text of `ids`; BOS and EOS add nothing, bytes that are not UTF-8 become U+FFFD."""
 
     def pieces(self) -> Iterator[tuple[bytes, float]]:
-        """(bytes, merge score) of every token in the order of ids, as run.c's tokenizer.bin wants them."""
+        """(bytes, merge score) of every token in the order of ids, as tokenizer.bin has them."""
 
 
 class SentencePieceTokenizer:
@@ -113,7 +113,7 @@ class ByteTokenizer:
         for i, name in SPECIAL.items():
             yield SPELT.get(i, name).encode("utf-8"), 0.0
         for b in range(256):
-            # Readers look the dummy prefix up as the string " ", so that byte is spelled out.
+            # Readers look up the dummy prefix as the string " ", so this byte is spelled as a space.
             yield (b" " if b == ord(" ") else b"<0x%02X>" % b), 0.0
 
 

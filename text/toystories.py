@@ -1,6 +1,6 @@
 """Toy stories: an endless supply of short, simple children's tales, so that the lab can train with nothing to download.
 
-    >>> from toystories import stories
+    >>> from text.toystories import stories
     >>> print(next(stories("train", 1)))  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
     Ben was a helpful boy. He lived near the forest with his dad. One afternoon, Ben got six figs from his dad. Ben took
     them outside and sat by the well.
@@ -59,7 +59,7 @@ def up(text: object) -> str:
 
 
 def pick(rng: random.Random, options):
-    """One of the options. Python promises only rng.random() to stay the same in every version, so all dice are that."""
+    """One of the options. Only rng.random() is the same in every version of Python, so every draw uses it."""
     return options[int(rng.random() * len(options))]
 
 
@@ -93,7 +93,7 @@ class Who:
 
 @dataclass
 class Scene:
-    """What stays true for the whole of one story, and the dice."""
+    """What stays the same throughout one story, and its random numbers."""
 
     rng: random.Random
     hero: Who
