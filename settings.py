@@ -22,6 +22,7 @@ MOST_NEIGHBOURS = 1 << 24  # entries of the table of soft targets; 12 bytes each
 # beyond one machine's memory, step/memory.py knows.
 Interval = Annotated[int, Range(1, 10**9)]  # iterations
 Iterations = Annotated[int, Range(0, 10**9)]
+Epochs = Annotated[float, Range(0, 10**6)]
 Rows = Annotated[int, Range(1, 10**6)]  # or other things of which an iteration has many
 Length = Annotated[int, Range(1, 1 << 24)]  # tokens
 Width = Annotated[int, Range(1, 1 << 16)]
@@ -141,7 +142,7 @@ class Optimisation:
     batch_size: Rows = 16  # rows in a micro-batch of one process
     gradient_accumulation_steps: Rows = 1  # micro-batches per iteration
     max_iters: Interval = 100_000  # iterations of the whole run
-    max_epochs: NonNegative = 0.0  # length of the run in passes over the data, in place of max_iters; 0: max_iters
+    max_epochs: Epochs = 0.0  # length of the run in passes over the data, in place of max_iters; 0: max_iters
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
     learning_rate: Positive = 5e-4  # peak of the learning rate
     warmup_iters: Iterations = 1000  # iterations in which the rate rises to its peak

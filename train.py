@@ -323,7 +323,10 @@ def iterations_of(s: Settings, rows: int, world: int) -> int:
     """How many iterations are max_epochs passes over `rows` rows; while tokens are in bags each step reads more."""
     per_step = s.batch_size * s.gradient_accumulation_steps * world
     bag = 1 + (s.superposition - 1) * s.superposition_end if s.superposition > 1 else 1
-    return max(1, math.ceil(s.max_epochs * rows / (per_step * bag)))
+    iterations = max(1, math.ceil(s.max_epochs * rows / (per_step * bag)))
+    if iterations > 10**9:
+        raise ValueError(f"max_epochs={s.max_epochs}: {iterations:,} iterations, expected at most {10**9:,}")
+    return iterations
 
 
 def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, path: StepPath) -> None:

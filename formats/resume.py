@@ -90,7 +90,8 @@ def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
 def fingerprints(s: Settings) -> dict[str, str]:
     """{file: its size and checksum}, of what a run reads of its data set; {} where there is no data set."""
     folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
-    paths = [folder / name for name in ("train.bin", "val.bin", "tokenizer.bin", TOKENIZER)]
+    names = ("train.bin", "train.mask.bin", "val.bin", "val.mask.bin", "tokenizer.bin", TOKENIZER)
+    paths = [folder / name for name in names] + sorted(folder.glob("data*.bin"))  # the last are llama2.c's shards
     return {path.name: fingerprint(path) for path in paths if path.exists()}
 
 
@@ -107,7 +108,7 @@ def check_data(checkpoint: dict, path: Path, s: Settings) -> None:
         if not s.allow_other_data:
             raise ValueError(f"{path}: {difference}; put it back, or add --allow_other_data")
         note(f"resuming although {difference}")
-        if name == "val.bin":
+        if name.startswith(("val.", "data00.")):
             checkpoint["best_val_ntp"] = math.inf  # of other rows: the next evaluation is the best so far
 
 

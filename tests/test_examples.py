@@ -222,10 +222,18 @@ def test_a_run_is_judged_on_answers_and_as_long_as_its_epochs(folder, tmp_path, 
     assert train.main([*words, "--init_from=resume", "--max_epochs=1"]) == 1
     assert f"the run is at iteration {iterations}, max_iters=" in capsys.readouterr().err
     assert train.main([*words, "--init_from=resume", "--max_epochs=4", "--pack=true"]) == 0
+    mask = bytearray((folder / "train.mask.bin").read_bytes())
+    mask[-1] = 0
+    (folder / "train.mask.bin").write_bytes(mask)
+    capsys.readouterr()
+    assert train.main([*words, "--init_from=resume", "--max_epochs=9"]) == 1
+    assert "train.mask.bin of qa is not the run's" in capsys.readouterr().err
 
 
 def test_epochs_count_what_bags_read():
     s = train.Settings(max_epochs=2.0, batch_size=4, gradient_accumulation_steps=2)
     assert train.iterations_of(s, 100, 1) == 25 and train.iterations_of(s, 100, 2) == 13
+    with pytest.raises(ValueError, match="max_epochs=1000000.0: .* iterations, expected at most 1,000,000,000"):
+        train.iterations_of(train.Settings(max_epochs=1e6), 10**6, 1)
     s.superposition, s.superposition_end = 4, 0.5
     assert train.iterations_of(s, 100, 1) == 10
