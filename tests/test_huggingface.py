@@ -158,7 +158,9 @@ def their_model(transformers, folder: Path, dtype=torch.float32, shards: bool = 
     return folder
 
 
-def opened(transformers, folder: Path):
+def opened(folder: Path):
+    import transformers
+
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -167,10 +169,10 @@ def opened(transformers, folder: Path):
 def test_todays_llamas_go_in_and_come_out(transformers, tmp_path, changes, dtype):
     """With the logits that transformers has, and out again with the same ones, and the same config."""
     folder = their_model(transformers, tmp_path / "theirs", dtype, shards=dtype != torch.float32, **changes)
-    theirs, ours = opened(transformers, folder), load_model(folder)
+    theirs, ours = opened(folder), load_model(folder)
     assert worst(ours, theirs) < 1e-4
     export.main([str(folder), f"--hf={tmp_path / 'ours'}"])
-    back = opened(transformers, tmp_path / "ours")
+    back = opened(tmp_path / "ours")
     assert worst(ours, back) < 1e-4
     assert all(torch.equal(p, q) for p, q in zip(theirs.parameters(), back.parameters(), strict=True))
     for key in (*SMALL, "head_dim", "rope_parameters"):
@@ -185,7 +187,7 @@ def test_configs_of_older_versions_and_with_a_byte_order_mark(transformers, tmp_
     folder = their_model(transformers, tmp_path / "hf")
     config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "rope_parameters"}
     (folder / "config.json").write_text(json.dumps(config | rope))
-    theirs = opened(transformers, folder)
+    theirs = opened(folder)
     (folder / "config.json").write_text(json.dumps(config | rope), encoding="utf-8-sig")
     assert worst(load_model(folder), theirs) < 1e-4
 
@@ -213,7 +215,7 @@ def test_a_head_that_the_config_contradicts_is_refused_and_an_equal_one_is_fine(
     refused(folder, "lm_head.weight: expected the numbers of model.embed_tokens.weight", "tie_word_embeddings")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    assert worst(load_model(folder), opened(transformers, folder)) < 1e-4
+    assert worst(load_model(folder), opened(folder)) < 1e-4
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": 1e4 ** -(torch.arange(0, 8, 2) / 8)}
     save_file(weights | {"lm_head.weight": head} | frequencies, folder / "model.safetensors", {"format": "pt"})
     load_model(folder)

@@ -1,6 +1,6 @@
 """Vocabularies of Hugging Face models: tokenizer.json, read by their own library.
 
-    tokenizer = JsonTokenizer("Llama-3.2-1B", 128256)    # a folder, with config.json or tokenizer_config.json beside
+    tokenizer = JsonTokenizer("Llama-3.2-1B", 128256)    # a folder, with config.json or tokenizer_config.json, too
     tokenizer.write("data/mine/tok128256")               # the files that make such a vocabulary, for a data set
 
 Token ids are what the file says. So BOS and the ids that end a text differ from model to model: `bos`, `ends`.
@@ -47,7 +47,7 @@ class JsonTokenizer:
     """The tokenizer.json in a folder. Errors: ValueError naming the file if it cannot be read, has more than V tokens,
     or no file tells which token starts a text.
 
-    vocab_size: None takes as many as there are. bos: the token before each text; ends: those that end one.
+    vocab_size: V of the model, which may have room for more tokens; None: as its config.json has it. bos: the token before each text; ends: those that end one.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int | None):
@@ -66,9 +66,13 @@ class JsonTokenizer:
         self._model.no_truncation()
         self._model.no_padding()
         largest = max(self._model.get_vocab().values(), default=-1) + 1
-        if vocab_size is not None and largest > vocab_size:
+        if vocab_size is None:
+            config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+            stated = config.get("vocab_size")
+            vocab_size = stated if type(stated) is int else largest
+        if largest > vocab_size:
             raise ValueError(f"{path}: expected at most {vocab_size} tokens, found {largest}")
-        self.vocab_size = largest if vocab_size is None else vocab_size
+        self.vocab_size = vocab_size
         self.config = read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
         self._find_special_tokens(folder)
 
