@@ -394,16 +394,17 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
+        output = matrix(args.dim, args.vocab_size, args)  # first: if tied, its numbers go before much memory is taken
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, dtype=getattr(torch, args.param_dtype))
+        if args.tie_embeddings:
+            output.weight = self.tok_embeddings.weight
         if args.trunk == "rnn":  # Elman 1990, with PyTorch's own initial weights
             self.rnn = nn.RNN(args.dim, args.dim, args.n_layers, batch_first=True)
             self.layers = nn.ModuleList()
         else:
             self.layers = nn.ModuleList(self.Block(args) for _ in range(args.n_layers))
         self.norm = self.Block.Norm(args.dim, args.norm_eps)
-        self.output = matrix(args.dim, args.vocab_size, args)
-        if args.tie_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+        self.output = output
         cos, sin = rope_table(args.head_dim, args.max_seq_len, rope_frequencies(args))
         self.register_buffer("rope_cos", cos, persistent=False)  # (max_seq_len, hd / 2)
         self.register_buffer("rope_sin", sin, persistent=False)

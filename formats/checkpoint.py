@@ -26,6 +26,7 @@ from formats import huggingface, llama2c
 from formats.torch_file import read_torch
 from model import HEADS, ModelArgs, Transformer
 from system.files import refuse_irregular
+from system.shown import shown
 from text.tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, open_tokenizer, vocab_folder
 
 MOST = llama2c.SIZES | {"recurrence": 1 << 10, "n_future_heads": 1 << 10, "head_dim": llama2c.SIZES["dim"]}
@@ -88,7 +89,8 @@ def stated(model_args: dict, path: str | Path) -> dict:
     args.setdefault("n_kv_heads", args.get("n_heads"))
     for name, value in args.items():
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
-            raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found {value!r}")
+            raise ValueError(f"{path}: model_args: {name}: expected {known[name].__name__}, found "
+                             f"{shown(repr(value))}")
         most = MOST.get(name, MOST_OTHERS)
         if type(value) is int and not 0 <= value <= most:
             found = value if abs(value) < 1 << 64 else "a number of more than 64 bits"
@@ -146,7 +148,7 @@ def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path)
         if name not in own:
             if name.startswith(HEADS) or name in ("freqs_cos", "freqs_sin"):  # older llama2.c saved its tables
                 continue
-            raise ValueError(f"{path}: unexpected tensor {name}")
+            raise ValueError(f"{path}: unexpected tensor {shown(name)}")
         check_shape(tensor, own[name], name, path)
         if isinstance(tensor, huggingface.Stored):
             tensor.copy_to(own[name])

@@ -27,6 +27,7 @@ from formats import llama2c
 from formats.llama2c import layout, renamed
 from model import ROPE_THETA, ModelArgs, Transformer, rope_frequencies
 from system.files import atomic_folder, atomic_write
+from system.shown import shown
 from text import tokenizer_json
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, EOS, SPECIAL, UNK, Tokenizer
 from text.tokenizer_json import JsonTokenizer, read_object, token_ids
@@ -41,7 +42,7 @@ ROPE = {"rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor",
         "rope_original_seq_len": "original_max_position_embeddings"}  # ours -> of rope_scaling
 OF_SCALING = {"none": (), "linear": ("rope_factor",), "llama3": tuple(ROPE)}  # those that each kind has
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that are read
-AT_ONCE = 1 << 24  # numbers of a tensor that are read at a time
+AT_ONCE = 1 << 22  # numbers of a tensor that are read at a time
 NAMES = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
          "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
          "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -239,7 +240,7 @@ def read_folder(folder: str | Path) -> dict:
                              f"{tuple(w.shape)} {w.dtype}")
         w.head_rows = args.head_dim if name.endswith(("wq.weight", "wk.weight")) else 0
     if found:
-        raise ValueError(f"{folder}: unexpected tensor {next(iter(found))}")
+        raise ValueError(f"{folder}: unexpected tensor {shown(next(iter(found)))}")
     if all(w.dtype == "BF16" for name, w in state.items() if len(w.shape) == 2):
         args.param_dtype = "bfloat16"
     return {"model": state, "model_args": args.as_dict(), "special_tokens": special_tokens(folder)}
@@ -268,7 +269,7 @@ def check_frequencies(stored: Stored, args: ModelArgs) -> None:
 def number(content: dict, key: str, default: float, path: Path) -> float:
     value = content.get(key, default)
     if type(value) not in (int, float) or not 0 < value < 1e300:
-        raise ValueError(f"{path}: {key}: expected a number above 0, found {value!r}")
+        raise ValueError(f"{path}: {key}: expected a number above 0, found {shown(repr(value))}")
     return float(value)
 
 
@@ -279,18 +280,20 @@ def read_config(path: Path) -> ModelArgs:
     for ours, there in SIZES.items():
         most = llama2c.SIZES[ours]
         if type(config.get(there)) is not int or not 1 <= config[there] <= most:
-            raise ValueError(f"{path}: {there}: expected a number from 1 to {most}, found {config.get(there)!r}")
+            raise ValueError(f"{path}: {there}: expected a number from 1 to {most}, found "
+                             f"{shown(repr(config.get(there)))}")
     size = {ours: config[there] for ours, there in SIZES.items()}
     rope = read_rope(config, path)
     given = {"model_type": None} | config
     for key, value in (FIXED | {"partial_rotary_factor": 1.0, "quantization_config": "none"}).items():
         if given.get(key, value) != value:
-            raise ValueError(f"{path}: {key}: expected {value}, found {given[key]!r}")
+            raise ValueError(f"{path}: {key}: expected {value}, found {shown(repr(given[key]))}")
     tied, head_dim = config.get("tie_word_embeddings", False), config.get("head_dim", 0)  # transformers' defaults
     if not isinstance(tied, bool):
-        raise ValueError(f"{path}: tie_word_embeddings: expected true or false, found {tied!r}")
+        raise ValueError(f"{path}: tie_word_embeddings: expected true or false, found {shown(repr(tied))}")
     if type(head_dim) is not int or not 0 <= head_dim <= llama2c.SIZES["dim"]:
-        raise ValueError(f"{path}: head_dim: expected a number from 1 to {llama2c.SIZES['dim']}, found {head_dim!r}")
+        raise ValueError(f"{path}: head_dim: expected a number from 1 to {llama2c.SIZES['dim']}, found "
+                         f"{shown(repr(head_dim))}")
     eps = number(config, "rms_norm_eps", 1e-6, path)
     if eps >= 1:
         raise ValueError(f"{path}: rms_norm_eps: expected a small number, found {eps}")
@@ -309,13 +312,14 @@ def read_rope(config: dict, path: Path) -> dict:
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     ours = {"default": "none", "linear": "linear", "llama3": "llama3"}.get(kind if isinstance(kind, str) else "")
     if ours is None:
-        raise ValueError(f"{path}: {key}: expected an object of rope_type default, linear or llama3, found {kind!r}")
+        raise ValueError(f"{path}: {key}: expected an object of rope_type default, linear or llama3, found "
+                         f"{shown(repr(kind))}")
     if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor: expected 1.0, found {partial!r}")
+        raise ValueError(f"{path}: partial_rotary_factor: expected 1.0, found {shown(repr(partial))}")
     found = {"rope_theta": number(config | rope, "rope_theta", ROPE_THETA, path), "rope_scaling": ours}
     for name in OF_SCALING[ours]:
         if ROPE[name] not in rope:
-            raise ValueError(f"{path}: {key}: {kind}: expected {ROPE[name]}, found {', '.join(rope)}")
+            raise ValueError(f"{path}: {key}: {kind}: expected {ROPE[name]}, found {shown(', '.join(rope))}")
         value = number(rope, ROPE[name], 0.0, path)
         found[name] = int(value) if name == "rope_original_seq_len" else value
     return found

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from system.shown import shown
+
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of torch.compile, DDP, FSDP
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types of tensors that are read
 NUMBER = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H",
@@ -85,14 +87,14 @@ def read_torch(path: Path, mapped: bool = False) -> dict:
             parts[name] = vars(parts[name])
     if not all(isinstance(parts.get(k), dict) for k in ("model", "model_args")):
         found = ", ".join(map(str, parts)) or f"a {type(checkpoint).__name__}"
-        raise ValueError(f"{path}: expected a checkpoint with `model` and `model_args`, found {found[:200]}")
+        raise ValueError(f"{path}: expected a checkpoint with `model` and `model_args`, found {shown(found)}")
     if not parts["model"] or not all(isinstance(name, str) for name in parts["model"]):
         raise ValueError(f"{path}: model: expected tensors by name, found "
                          f"{'other keys' if parts['model'] else 'none'}")
     parts["model"] = plain_names(parts["model"], path)
     for name, t in parts["model"].items():
         if flaw := flaw_of(t):
-            raise ValueError(f"{path}: {name}: expected a tensor of floats, found {flaw}")
+            raise ValueError(f"{path}: {shown(name)}: expected a tensor of floats, found {flaw}")
     return parts
 
 
@@ -118,10 +120,10 @@ def check_archive(path: Path) -> bool:
 def reason_of(error: Exception) -> str:
     """Why torch.load did not take a file, in one line."""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return (f"holds a Python object, {found[1][:200]}; only tensors and plain values are read, so save the model "
+        return (f"holds a Python object, {shown(found[1])}; only tensors and plain values are read, so save the model "
                 "without it")
     reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-    return f"not a checkpoint, or a broken one: {reason[:200]}"
+    return f"not a checkpoint, or a broken one: {shown(reason)}"
 
 
 def plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -133,7 +135,8 @@ def plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         plain = re.sub(r"^aux_output\.(\d+)\.weight$", r"future_heads.\1.weight", names[name].removeprefix(outer))
         if plain in renamed:
-            raise ValueError(f"{path}: model: {plain} is there twice, also as {name}")
+            raise ValueError(f"{path}: model: {shown(plain)} is there twice, also as "
+                             f"{shown(name)}")
         renamed[plain] = tensor
     return renamed
 

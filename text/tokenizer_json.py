@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from system.files import atomic_write, refuse_irregular
+from system.files import atomic_write, parse_json, read_text
+from system.shown import shown
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, GENERATION)  # that write() writes
@@ -22,12 +23,12 @@ SPELT_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 def read_object(path: Path) -> dict:
     """A JSON file that holds an object; one with a byte order mark, too. Errors: ValueError."""
+    if not path.exists():
+        raise ValueError(f"{path}: cannot read: no such file; a Hugging Face folder has one")
+    text = read_text(path).removeprefix("\N{BYTE ORDER MARK}")
     try:
-        refuse_irregular(path)
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read: {error.strerror or error}; a Hugging Face folder has one") from error
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, [[[[[... or no regular file
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, found {type(content).__name__}")
@@ -39,7 +40,7 @@ def token_ids(content: dict, key: str, path: Path) -> list[int]:
     value = content.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"{path}: {key}: expected a token id or a list of them, found {value!r}")
+        raise ValueError(f"{path}: {key}: expected a token id or a list of them, found {shown(repr(value))}")
     return ids
 
 
