@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_huggingface import opened, worst
@@ -42,18 +43,25 @@ def llama(tmp_path_factory) -> Path:
     return folder
 
 
+def examples(split: str, n: int) -> list[tuple[str, str]]:
+    """A story's first sentence as the prompt, the rest as the answer."""
+    return [tuple(story.split(". ", 1)) for story in toystories.stories(split, n)]
+
+
 @pytest.fixture(scope="module")
 def data(llama, tmp_path_factory) -> Path:
-    """Stories in its tokens."""
+    """Prompts and answers in its tokens."""
     folder = tmp_path_factory.mktemp("their_data")
-    tinystories.write_texts(folder / "toy", toystories.stories("train", 200), toystories.stories("val", 40))
-    open_tokenizer(llama, V).write(folder / "toy" / f"tok{V}")
-    tinystories.pretokenize(folder / "toy", V, workers=1)
+    for split, n in (("train", 200), ("val", 40)):
+        lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in examples(split, n)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    tinystories.main(["local", str(folder / "train.jsonl"), f"--val={folder / 'val.jsonl'}", f"--data_dir={folder}",
+                      "--dataset=qa", f"--from={llama}"])
     return folder
 
 
 def words(llama: Path, data: Path, out: Path, **changes) -> list[str]:
-    settings = {"init_from": llama, "data_dir": data, "dataset": "toy", "vocab_size": V, "out_dir": out,
+    settings = {"init_from": llama, "data_dir": data, "dataset": "qa", "vocab_size": V, "out_dir": out,
                 "max_seq_len": 64, "batch_size": 2, "n_future_heads": 4, "head": "block", "head_init": "last_block",
                 "head_input": "before_last", "nitp_weight": 1.0, "aux_grad_scale": 0.1, "freeze_trunk_iters": 5,
                 "freeze_embeddings": True, "mask_document_ends": True, "learning_rate": 1e-3, "warmup_iters": 0,
@@ -62,14 +70,19 @@ def words(llama: Path, data: Path, out: Path, **changes) -> list[str]:
 
 
 def test_tokens_of_the_data_are_those_of_transformers(llama, data):
+    """Prompt and answer are encoded apart; BOS before, EOS behind; the mask is 1 on the answer and its EOS."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(llama)
-    stories = list(toystories.stories("val", 40))
-    expected = [i for story in stories for i in theirs(story)["input_ids"]]
-    windows = tinystories.Windows(data / "toy" / f"tok{V}" / "val.bin", V, 64)
-    assert windows.tokens[: len(expected)].tolist() == expected
-    assert not (data / "toy" / f"tok{V}" / "tokenizer.bin").exists()
+    theirs, folder = AutoTokenizer.from_pretrained(llama), data / "qa" / f"tok{V}"
+    expected, mask = [], []
+    for prompt, answer in examples("val", 40):
+        given = theirs(prompt)["input_ids"]
+        wanted = [*theirs(answer, add_special_tokens=False)["input_ids"], theirs.eos_token_id]
+        expected += given + wanted
+        mask += [0] * len(given) + [1] * len(wanted)
+    assert np.fromfile(folder / "val.bin", np.uint16).tolist() == expected
+    assert (np.fromfile(folder / "val.mask.bin", np.uint8) & tinystories.ANSWER).tolist() == mask
+    assert not (folder / "tokenizer.bin").exists() and (folder / "tokenizer.json").exists()
 
 
 def test_a_llama_goes_in_gets_heads_and_comes_out(llama, data, tmp_path, capsys):
