@@ -47,18 +47,6 @@ if Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "bench"):  # one of our p
     begin()
 
 
-def explain_missing_library(kind: type, error: BaseException, traceback) -> None:
-    """sys.excepthook: for a library that is not installed, the command that installs it."""
-    if issubclass(kind, ModuleNotFoundError):
-        print(f"{Path(sys.argv[0]).name}: {sys.executable} has no {error.name}; run `make .venv/ready`, then "
-              "`source .venv/bin/activate`", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-sys.excepthook = explain_missing_library
-
-
 def program(main: Callable[[list[str]], int | None], interrupted: str = "interrupted") -> int:
     """Run a program's main(argv) and return its exit code; an error that a user can cause is one line on stderr.
 

@@ -110,6 +110,14 @@ def test_a_working_directory_that_is_gone_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_no_folder_for_temporary_files_is_a_line():
+    """What PyTorch raises as it loads, where there is none, or where no file may grow (ulimit -f 0)."""
+    code = (f"import sys; sys.argv = [{str(ROOT / 'train.py')!r}]; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import system.program\nraise FileNotFoundError(2, 'No usable temporary directory found')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "train.py: No usable temporary directory found\n")
+
+
 PRINTS = """
 from system.streams import open_standard_streams, tell
 open_standard_streams()

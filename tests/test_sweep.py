@@ -351,7 +351,7 @@ def test_a_search_that_was_cut_short_goes_on_with_its_trial(lab, number):
     wait_for(lambda: len(trials_of(path)[1].intermediate_values) == 6)  # the half line is not among them
     os.killpg(process.pid, number)  # Ctrl-C is for all of a terminal's processes
     out, error = process.communicate(timeout=60)
-    assert process.returncode == (1 if number != signal.SIGKILL else -number) and not out
+    assert process.returncode == (128 + number if number != signal.SIGKILL else -number) and not out
     assert "Traceback" not in error and ("interrupted; the same command goes on" in error) == (number != signal.SIGKILL)
     pid = starts(path, 1)[0]["pid"]
     outlived = Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
