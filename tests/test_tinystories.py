@@ -73,7 +73,7 @@ def test_bad_text_is_refused_by_name(tmp_path, name, content, says):
 @pytest.mark.parametrize("text,stories", [
     ("A.\n\nB says <|endoftext|> aloud.\n\nC.", ["A.", "B says   aloud.", "C."]),  # one hit in passing
     ("A.\n\nB.\n\nC.\n<|endoftext|>\n", ["A.", "B.", "C."]),  # and one at the end
-    ("A.\n\nB.\n<|endoftext|>\nC.\n\nD.\n<|endoftext|>\n", ["A.\n\nB.", "C.\n\nD."]),
+    ("A.\n\nB.\n\nC.\n<|endoftext|>\nD.\n\nE.\n\nF.\n<|endoftext|>\n", ["A.\n\nB.\n\nC.", "D.\n\nE.\n\nF."]),
     ("A.<|endoftext|>B.<|endoftext|>C.", ["A.", "B.", "C."]),
     ("A.\nB.\n", ["A.\nB."]),
 ])
