@@ -5,7 +5,7 @@
 A config file is a list of plain assignments, in Python's notation. It is read, not executed:
 values are literals, arithmetic on them, and names assigned further up (`max_iters = 10 * 100`).
 Later words on the command line win over earlier ones. Every setting is a field of one dataclass;
-its annotation says which values it takes and the comment behind it is its help text:
+its annotation says which values it takes, and the comment after it is its help text:
 
     @dataclass
     class Settings:
@@ -86,7 +86,7 @@ def takes_a_value(settings_class: type, word: str) -> bool:
 
 
 def parse(settings_class: type, key: str, text: str | None, where: str) -> Any:
-    """The value that a word of the command line stands for; `text` is None for a bare `--key`."""
+    """The value of a word of the command line; `text` is None for a bare `--key`."""
     kind = kind_of(settings_class, key, where)[0]
     if text is None:
         if kind is not bool:
@@ -144,7 +144,7 @@ def kind_of(settings_class: type, key: str, where: str) -> tuple[type, Range | t
 
 
 def describe(kind: type, limit: Range | tuple | None) -> str:
-    """What a setting takes, in words: 'int >= 1', 'float in [0, 1]', 'one of linear, cosine'."""
+    """The values a setting takes, in words: 'int >= 1', 'float in [0, 1]', 'one of linear, cosine'."""
     if isinstance(limit, tuple):
         return "one of " + ", ".join(map(str, limit))
     return kind.__name__ + (f" {limit}" if limit else "")
@@ -246,7 +246,7 @@ def sections(settings_class: type) -> list[type]:
 
 
 def comments(section: type) -> dict[str, str]:
-    """{setting: the comment behind it}, read from the class's source."""
+    """{setting: the comment after it}, read from the class's source."""
     source = textwrap.dedent(inspect.getsource(section))
     lines = source.splitlines()
     texts = {}

@@ -8,7 +8,7 @@
 
 The model may be whatever formats/checkpoint.py reads: our checkpoints and llama2.c's, model.bin, Hugging Face
 folders. Trunk and NTP head are written, never a future head: those go into a file of their own. The tokenizer goes
-along: for run.c as `tokenizer.bin` beside the model, else inside.
+along: for run.c as `tokenizer.bin` next to the model, else inside.
 
 What this leaves out on purpose: the formats, and reading them (formats/).
 """
@@ -36,9 +36,9 @@ def say(text: str) -> None:
 
 
 def put_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write tokenizer.bin beside the model file, where run.c looks first.
+    """Write tokenizer.bin next to the model file, where run.c looks first.
 
-    One of another vocabulary that lies there is kept: other models in the folder need it.
+    A tokenizer.bin of another vocabulary is left there: other models in the folder need it.
     """
     target = out.parent / "tokenizer.bin"
     if isinstance(tokenizer, JsonTokenizer):
@@ -52,7 +52,7 @@ def put_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """ValueError where one file would be written over another, or over one that is read."""
+    """ValueError if one file would be written over another, or over one that is read."""
     beside = args.out.parent / "tokenizer.bin" if args.out else None  # written only where it is not there
     folder = [args.hf, *(args.hf / name for name in huggingface.FILES)] if args.hf else []
     written = [path for path in (args.out, args.heads, args.gguf, *folder) if path]
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
 
 def write_all(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer | None,
               special_tokens: tuple[int, tuple[int, ...]] | None) -> None:
-    """special_tokens: BOS and the ids that end a text, where a model without a tokenizer tells them."""
+    """special_tokens: BOS and the ids that end a text, of a model without a tokenizer."""
     parameters = sum(w.numel() for w in model.as_llama()[1].values())
     if args.out:
         write_trunk(model, args.out, args.version)

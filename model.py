@@ -57,9 +57,9 @@ class ModelArgs:
     n_future_heads: int = 0
     head: str = "linear"
     head_input: str = "last"  # the state that heads read: after the trunk's last block, or before it (before_last)
-    aux_grad_scale: float = 1.0  # of each further head's gradient, what reaches the trunk
-    aux_grad_power: bool = False  # of head i's, that to the power of i
-    spelling_letters: int = 0  # letters of the following text that are predicted, each by a head of its own
+    aux_grad_scale: float = 1.0  # the part of each further head's gradient that reaches the trunk
+    aux_grad_power: bool = False  # head i's part is that to the power of i
+    spelling_letters: int = 0  # letters of the following text that are predicted, each by a separate head
     alphabet_size: int = 0  # classes of those heads
     order_window: int = 0  # tokens ahead that the order head ranks; 0: there is none
     param_dtype: str = "float32"  # of the trunk's matrices; heads and norms are always float32
@@ -109,14 +109,14 @@ class ModelArgs:
 
 
 class States(NamedTuple):
-    """What the trunk makes of tokens, (B, T, D) each."""
+    """The trunk's output, (B, T, D) each."""
 
     last: Tensor  # after the last block: what the NTP head reads
     before_last: Tensor  # what the last block reads
 
 
 class Readout(NamedTuple):
-    """What a head makes of the trunk's states: logits are `features` times `weight` transposed.
+    """A head's output: logits are `features` times `weight` transposed.
 
     Kept apart so that a loss can form the logits a chunk at a time, or not at all.
     """
@@ -144,7 +144,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """weight: in place of the norm's own."""
+        """weight: used in place of the norm's weight."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * (self.weight if weight is None else weight)
@@ -187,24 +187,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens fed before, so that new ones go through the layers alone.
+    """Keys and values of the tokens fed before, so that only new tokens go through the layers.
 
-        cache.begin(depths, sees)       # where new tokens stand
+        cache.begin(depths, sees)       # positions of the new tokens
         h = model.trunk(new, cache)
-        cache.keep(rows)                # which of them stay
+        cache.keep(rows)                # those that stay
 
-    Attentions are told apart by the order in which they ask, the same in every feed: a layer that is applied
-    r times has r entries. Future heads, which may be fed other tokens than the trunk, want a cache of their own.
+    An attention finds its entry by the order of the calls, which is the same in every feed: a layer that is applied
+    r times has r entries. Future heads may be fed other tokens than the trunk, so they need a separate cache.
     """
 
     def __init__(self, room: int):
-        """room: the most positions that are ever held, those of a feed that do not stay included."""
+        """room: the most positions ever held, including those of a feed that are dropped again."""
         self.room, self.length = room, 0
         self.entries: list[tuple[Tensor, Tensor]] = []  # k, v of each attention: (B, room, H_kv, hd)
 
     def begin(self, depths: Tensor, sees: Tensor) -> None:
-        """T new tokens: `depths` (T,) positions behind all that is kept, of which they see everything. Row t of
-        `sees`, (T, T) bool, is what token t sees of the new ones: itself and what comes before it.
+        """T new tokens, `depths` (T,) positions after the last kept token; they attend to every kept token. Row t of
+        `sees`, (T, T) bool, says which of the new tokens token t attends to: itself and what comes before it.
         """
         self.positions = self.length + depths  # (T,)
         self.mask = F.pad(sees, (self.length, 0), value=True)  # (T, length + T)
@@ -221,7 +221,7 @@ class KVCache:
         return [held[:, :end] for held in entry]
 
     def keep(self, rows: Tensor) -> None:
-        """Of the new tokens these stay, in this order, a position each; the others are forgotten."""
+        """Keep these rows of the new tokens, in this order, one position each; drop the others."""
         end = self.length + len(rows)
         for entry in self.entries:
             for held in entry:
@@ -288,14 +288,14 @@ class TransformerBlock(nn.Module):
 # future heads: each is built from ModelArgs and the trunk's kind of block
 
 def part_of_gradient(x: Tensor, part: float) -> Tensor:
-    """x, back through which goes only a part of the gradient."""
+    """Identity forward; scales the gradient by `part` backward."""
     if part == 1.0:
         return x
     return x.detach() if part == 0.0 else torch.lerp(x.detach(), x, part)  # the same numbers, exactly
 
 
 class View:
-    """What future heads may read; `part` of their gradient reaches the trunk by way of it."""
+    """The states and weights that future heads read; `part` of their gradient reaches the trunk."""
 
     def __init__(self, model: "Transformer", tokens: Tensor, states: States, ntp: Readout, part: float,
                  cache: KVCache | None):
@@ -307,7 +307,7 @@ class View:
         self.places = model.places(h.shape[1], cache)
 
     def embedding_ahead(self, i: int) -> Tensor:
-        """(B, T, D): at t that of x[t+i]; in the last i positions of a row it means nothing."""
+        """(B, T, D): at t the embedding of x[t+i]; the last i positions of a row are meaningless."""
         weight = part_of_gradient(self.model.tok_embeddings.weight, self.part)
         return F.embedding(self.tokens.roll(-i, 1), weight).float()
 
@@ -317,7 +317,7 @@ class View:
 
 
 class LinearHead(nn.Module):
-    """An unembedding of its own on norm(h): V x D parameters a head (lingua; Platek's fork of llama2.c)."""
+    """A separate unembedding on norm(h): V x D parameters per head (lingua; Platek's fork of llama2.c)."""
 
     def __init__(self, args: ModelArgs, block: type):
         super().__init__()
@@ -328,7 +328,7 @@ class LinearHead(nn.Module):
 
 
 class ResidualHead(nn.Module):
-    """h + SiLU(W h), W = 0 at the start: D x D parameters a head (Medusa, arXiv 2401.10774, section 2.1)."""
+    """h + SiLU(W h), W = 0 at the start: D x D parameters per head (Medusa, arXiv 2401.10774, section 2.1)."""
 
     def __init__(self, args: ModelArgs, block: type):
         super().__init__()
@@ -339,7 +339,7 @@ class ResidualHead(nn.Module):
 
 
 class BlockHead(nn.Module):
-    """A transformer block of its own on h (Gloeckle et al. 2024, arXiv 2404.19737, section 2)."""
+    """A separate transformer block on h (Gloeckle et al. 2024, arXiv 2404.19737, section 2)."""
 
     def __init__(self, args: ModelArgs, block: type):
         super().__init__()
@@ -351,7 +351,7 @@ class BlockHead(nn.Module):
 
 class SequentialHead(nn.Module):
     """A block on a projection of [norm(state of the head before) ; norm(embedding of x[t+i])] (DeepSeek-V3, arXiv
-    2412.19437, section 2.2): head i at t has seen the i tokens in between, and all heads before it are run as well.
+    2412.19437, section 2.2). Head i at t has seen the i tokens in between, and needs all heads before it.
     """
 
     def __init__(self, args: ModelArgs, block: type):
@@ -367,7 +367,7 @@ class SequentialHead(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """The next-token head itself, asked for a later token as well (modded-nanogpt's multi-token record)."""
+    """The next-token head itself, trained on later tokens too (modded-nanogpt's multi-token record)."""
 
     def __init__(self, args: ModelArgs, block: type):
         super().__init__()
@@ -383,7 +383,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3")
 OF_LLAMAS = ("dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "hidden_dim", "multiple_of", "norm_eps",
              "max_seq_len", "tie_embeddings", "rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor",
              "rope_high_freq_factor", "rope_original_seq_len", "param_dtype")  # of ModelArgs, what other programs know
-HEADS = ("future_heads.", "spelling_heads.", "order_head.")  # what names of parameters outside of the trunk begin with
+HEADS = ("future_heads.", "spelling_heads.", "order_head.")  # prefixes of parameters outside the trunk
 
 
 class Transformer(nn.Module):
@@ -465,7 +465,7 @@ class Transformer(nn.Module):
             self.future_heads[i - 1].block.load_state_dict(self.layers[-1].state_dict())
 
     def places(self, T: int, cache: KVCache | None) -> tuple:
-        """What a block is told of T positions: cos and sin, (T, hd / 2) each, and the cache if there is one."""
+        """A block's arguments for T positions: cos and sin, (T, hd / 2) each, and the cache if there is one."""
         if cache is None:
             return self.rope_cos[:T], self.rope_sin[:T]
         return self.rope_cos[cache.positions], self.rope_sin[cache.positions], cache
@@ -474,7 +474,7 @@ class Transformer(nn.Module):
         """tokens: (B, T) int64, T <= max_seq_len -> the states around the last block.
 
         Of tokens (B, T, s), bags of s, a position reads the mean of their embeddings. With a cache, tokens are
-        those that it was told of last (KVCache.begin). An rnn trunk has none.
+        those of the last KVCache.begin. An rnn trunk has no cache.
         """
         T = tokens.shape[1]
         if cache is None and T > self.args.max_seq_len:
@@ -492,7 +492,7 @@ class Transformer(nn.Module):
 
     def readouts(self, tokens: Tensor, states: States, heads: Iterable[int | str], cache: KVCache | None = None
                  ) -> dict[int | str, Readout]:
-        """{head: what it makes of the trunk's states}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further.
+        """{head: its readout of the trunk's states}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further.
 
         "spelling" is that of the letters, its weight (spelling_letters * alphabet_size, D); "order" that
         of the order of tokens. tokens (B, T) are those of the states. A cache is that of the heads' blocks.
@@ -525,7 +525,7 @@ class Transformer(nn.Module):
         return self.args.head == "shared"
 
     def trunk_parameters(self) -> list[nn.Parameter]:
-        """Those of trunk and NTP head."""
+        """The parameters of trunk and NTP head."""
         return [p for name, p in self.named_parameters() if not name.startswith(HEADS)]
 
     def parameter_counts(self) -> dict[str, int]:

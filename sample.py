@@ -5,16 +5,16 @@
     python sample.py --checkpoint=out/ckpt.pt --temperature=0 --speculative --tree=2  # two candidates a head
 
 Speculative: block-wise parallel decoding (Stern et al. 2018; arXiv 2404.19737, section 3.2). The heads guess
-the next tokens, one forward of the trunk reads the token at hand and all guesses, and the longest right prefix
+the next tokens, one forward of the trunk reads the last token and all guesses, and the longest accepted prefix
 stays. With --tree=k each head names k candidates, which make a small static tree that one forward reads under
 a mask (Medusa, arXiv 2401.10774, section 2.1.2).
 
-Right is a guess that equals what is drawn from p, the model's distribution at its place: so it stays with
-probability p(guess), and where it goes, what was drawn is from p without the guess. For guesses that are one
-token and no distribution this is the rejection rule of Leviathan et al. 2023 (arXiv 2211.17192). What comes out
-is exactly distributed as in plain decoding, and since both draw once a token, a seed tells the same text in both.
+A guess is accepted if it equals the token sampled from p, the model's distribution at that position: with
+probability p(guess). If it is rejected, the sampled token is distributed as p without the guess. For a guess that is
+one token and no distribution, this is the rejection rule of Leviathan et al. 2023 (arXiv 2211.17192). The output is
+distributed exactly as in plain decoding, and since both draw once per token, a seed gives the same text in both.
 That holds up to rounding: logits of several tokens together differ from those of one token by some 1e-6, which a
-tie, or a draw at the very edge, can show. The statistics say whether a run's texts were equal.
+tie, or a draw at the very edge, can show. The statistics report whether a run's texts were equal.
 
 What this leaves out on purpose: batches, quantised weights (run.c), `sequential` heads as guessers (they must read
 the tokens between), rnn trunks (they keep a state, not a KV cache), and draft lengths that adapt (run.c).
@@ -250,7 +250,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the best token (default 1)")
     parser.add_argument("--top_p", type=float, default=0.9, help="draw from the best tokens that add up to this; 0 or "
                         "1: from all (default 0.9)")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from so many best tokens; 0: from all (default)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the K best tokens; 0: from all (default)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="0: until the context is full (default 256)")
     parser.add_argument("--num_samples", type=int, default=1, help="texts, a line --- between them (default 1)")
     parser.add_argument("--seed", type=int, default=1337, help="of the first sample, one more for each (default 1337)")
@@ -284,9 +284,9 @@ def check_model(model: Transformer, path: Path, speculative: bool) -> None:
     if not speculative:
         return
     if args.n_future_heads < 1:
-        raise ValueError(f"{path}: --speculative wants a checkpoint with future heads, found none")
+        raise ValueError(f"{path}: --speculative needs a checkpoint with future heads, found none")
     if args.head not in GUESSERS:
-        raise ValueError(f"{path}: --speculative wants heads of type {', '.join(GUESSERS)}, found {args.head}")
+        raise ValueError(f"{path}: --speculative needs heads of type {', '.join(GUESSERS)}, found {args.head}")
 
 
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:

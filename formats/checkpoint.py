@@ -70,7 +70,7 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
     complete(args, state, path)
     try:
         found = ModelArgs(**args)
-        with torch.device("meta"):  # shapes alone
+        with torch.device("meta"):  # only shapes
             shapes = Transformer(found).state_dict()
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: model_args: {error}") from error
@@ -83,7 +83,7 @@ def model_args_of(checkpoint: dict, path: str | Path) -> ModelArgs:
 
 
 def stated(model_args: dict, path: str | Path) -> dict:
-    """What `model_args` says of a ModelArgs, types and ranges checked."""
+    """The fields of a ModelArgs that `model_args` has, types and ranges checked."""
     known = {f.name: type(f.default) for f in fields(ModelArgs)}
     args = {k: v for k, v in model_args.items() if k in known and v is not None}
     args.setdefault("n_kv_heads", args.get("n_heads"))
@@ -106,7 +106,7 @@ def stated(model_args: dict, path: str | Path) -> dict:
 
 
 def complete(args: dict, state: dict[str, Tensor], path: str | Path) -> None:
-    """Read off the tensors what `args` does not say, and hold against them how many of a kind there are."""
+    """Read off the tensors what `args` leaves out, and check its numbers of layers and heads against them."""
     layers = "rnn.weight_hh_l" if args.get("trunk") == "rnn" else "layers."
     counts = {"n_layers": len({name.removeprefix(layers).split(".")[0] for name in state if name.startswith(layers)})}
     if args.get("head") != "shared":  # which has no tensors
@@ -128,10 +128,11 @@ def check_shape(found: Tensor, expected: Tensor, name: str, path: str | Path) ->
 
 
 def load_weights(model: Transformer, state: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Copy a checkpoint's tensors into `model`; returns the heads' parameters it did not have.
+    """Copy a checkpoint's tensors into `model`; returns the heads' parameters that the checkpoint lacks.
 
-    The trunk must be there, whole and of the same shape. Heads of the checkpoint that the model has
-    not are left out. Errors: ValueError naming the file and tensor, found and expected.
+    The trunk must be complete and of the same shape. The checkpoint's heads that the model lacks are left out.
+
+    Errors: ValueError naming the file and tensor, found and expected.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]
@@ -173,9 +174,9 @@ def load_model(path: str | Path) -> Transformer:
 
 
 def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a model: `given`, else that of the run's data set, else the one beside the model's file.
+    """The tokenizer of a model: `given`, else the one of the run's data set, else the one next to the model's file.
 
-    Errors: ValueError naming where it was looked for, or a file of another vocabulary.
+    Errors: ValueError naming the folders that were searched, or a file of another vocabulary.
     """
     if given:
         return open_tokenizer(given, vocab_size)
@@ -192,7 +193,7 @@ def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: s
 
 
 def has_another_vocabulary(path: str | Path, checkpoint: dict, vocab_size: int, folder: Path) -> bool:
-    """Do the model and a data set's folder both tell their tokens, and do these differ? Then ids mean other texts."""
+    """Do the model and a data set have vocabularies that differ? Then ids mean other texts."""
     try:
         ours, theirs = open_tokenizer(folder, vocab_size), find_tokenizer(path, checkpoint, vocab_size)
     except ValueError:

@@ -6,7 +6,7 @@ Tensors keep llama2.c's order of rows, which is Meta's: llama.cpp's RoPE turns n
 Norms are float32 in every kind of file. q8_0 has blocks of 32 numbers of a row; a matrix whose rows
 are no multiple of that (the feed-forward of 260K models: 172) is kept in f16.
 
-What this leaves out on purpose: reading, and future heads, which llama.cpp has no place for in a Llama.
+What this leaves out on purpose: reading, and future heads, which llama.cpp's Llama does not have.
 """
 
 import json
@@ -32,7 +32,7 @@ NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "at
 
 
 def kind_of(shape: tuple[int, ...], kind: str) -> str:
-    """What a tensor of this shape is in a file of this kind."""
+    """The type of a tensor of this shape in a file of this kind."""
     if len(shape) == 1:
         return "f32"
     return "f16" if kind == "q8_0" and shape[-1] % BLOCK else kind
@@ -54,7 +54,7 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[bytes], list[float], list[str
 
 
 def need_gguf() -> None:
-    """ValueError with the line that installs what these files need, where it is missing."""
+    """ValueError with the install line if a library that these files need is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -149,7 +149,7 @@ def pre_tokenizer_of(content: dict) -> str | None:
 
 
 def add_json_vocabulary(writer, tokenizer: JsonTokenizer, path: str | Path) -> None:
-    """A tokenizer.json that is GPT-2's or Llama 3's kind. Errors: ValueError for others, which llama.cpp has not."""
+    """A tokenizer.json of GPT-2's or Llama 3's kind. Errors: ValueError for others, which llama.cpp does not know."""
     import gguf
 
     content = json.loads(tokenizer.file)

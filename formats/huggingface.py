@@ -3,8 +3,8 @@
     write_folder(model, tokenizer, "stories")      # transformers.AutoModelForCausalLM.from_pretrained("stories")
     checkpoint = read_folder("stories")            # as a checkpoint: {"model": ..., "model_args": ...}
 
-What a config.json says and model.py cannot be is refused by key. Tensors stay in their files until they are copied
-into a model (`Stored`), so loading takes no more memory than the model does.
+Fields of config.json that model.py does not support are refused by name. Tensors stay in their files until they are
+copied into a model (`Stored`), so loading takes no more memory than the model does.
 
 Two Llamas differ in how RoPE pairs the numbers of a head: Meta's and llama2.c's turn neighbours (2j, 2j+1),
 transformers' turns (j, j + hd/2). So the rows of wq and wk go into another order on the way, and queries
@@ -60,7 +60,7 @@ def neighbours(w: Tensor, n_heads: int) -> Tensor:
 
 
 def turned(name: str, w: Tensor, args: ModelArgs, how) -> Tensor:
-    """w with its rows in another order where it makes queries or keys."""
+    """w, with its rows reordered by `how` if it makes queries or keys."""
     heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name.split(".")[-2])
     return how(w, heads) if heads else w
 
@@ -69,7 +69,7 @@ def turned(name: str, w: Tensor, args: ModelArgs, how) -> Tensor:
 # out
 
 def need_safetensors() -> None:
-    """ValueError with the line that installs what these folders need, where it is missing."""
+    """ValueError with the install line if a library that these folders need is missing."""
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:
@@ -180,14 +180,14 @@ def as_json(tokenizer: Tokenizer) -> dict:
 # in
 
 class Stored:
-    """A tensor that still lies in its safetensors file."""
+    """A tensor that is still in its safetensors file."""
 
     def __init__(self, file: Path, name: str, shape: tuple[int, ...], dtype: str):
         self.file, self.name, self.shape, self.dtype = file, name, torch.Size(shape), dtype
         self.head_rows = 0  # of each head, where the rows of its halves are apart (`halves`)
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows at a time, and whole heads. The file is closed in between, which gives its pages back."""
+        """A few rows at a time, in whole heads. The file is closed in between, which frees its mapped pages."""
         from safetensors import SafetensorError, safe_open
 
         heads = self.head_rows or 1
@@ -274,7 +274,7 @@ def number(content: dict, key: str, default: float, path: Path) -> float:
 
 
 def read_config(path: Path) -> ModelArgs:
-    """The shape in a config.json. Errors: ValueError for what model.py cannot be, by key."""
+    """The shape in a config.json. Errors: ValueError naming a field that model.py does not support."""
     config = {key: value for key, value in read_object(path).items() if value is not None}
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     for ours, there in SIZES.items():
@@ -304,9 +304,7 @@ def read_config(path: Path) -> ModelArgs:
 
 
 def read_rope(config: dict, path: Path) -> dict:
-    """ModelArgs' names of how a config.json has RoPE: by rope_parameters (transformers 5), or by rope_scaling beside
-    rope_theta.
-    """
+    """A config.json's RoPE under ModelArgs' names: rope_parameters (transformers 5), or rope_scaling and rope_theta."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope

@@ -111,7 +111,7 @@ def write_trunk(model: Transformer, path: str | Path, version: int = 0) -> None:
     """
     args, state = model.as_llama()
     check_unstated(args, path)
-    # In version 0 a negative vocabulary size says that an unembedding of its own follows at the end.
+    # In version 0 a negative vocabulary size says that a separate unembedding follows at the end.
     sign = -1 if version == 0 and not args.tie_embeddings else 1
     group = 0
     if version == 2:
@@ -137,7 +137,7 @@ def trunk_checksum(model: Transformer) -> int:
 
 
 def check_heads(model: Transformer, path: str | Path) -> None:
-    """ValueError if the model has no future heads that run.c takes, or too many."""
+    """ValueError if run.c cannot take the model's future heads, or there are none or too many."""
     if model.args.head not in HEAD_TYPES:
         raise ValueError(f"{path}: run drafts with heads of type {', '.join(HEAD_TYPES)}, found {model.args.head}")
     if not 1 <= model.args.n_future_heads <= MAX_HEADS:
@@ -163,7 +163,7 @@ def write_heads(model: Transformer, path: str | Path) -> None:
 # in
 
 def wrong_size(sizes: tuple[int, ...]) -> str:
-    """What makes seven numbers no sizes of a model; nothing if nothing does."""
+    """Why seven numbers cannot be the sizes of a model; empty if they can."""
     for (name, most), size in zip(SIZES.items(), sizes, strict=True):
         if not 1 <= size <= most:
             return f"{name}: expected 1 to {most}, found {size}"

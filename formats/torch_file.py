@@ -2,8 +2,8 @@
 
     checkpoint = read_torch("out/ckpt.pt")     # {"model": {name: tensor}, "model_args": {...}, ...}
 
-Nothing in a file is executed: PyTorch's reader of tensors and plain values takes nothing else, and SAFE adds what
-training scripts often keep beside them, as plain values too: numbers of numpy, command-line arguments, paths. Every
+Nothing in a file is executed: PyTorch's weights-only reader takes tensors and plain values, and SAFE adds what
+training scripts often save with them, as plain values too: numpy numbers, command-line arguments, paths. Every
 other Python object is refused by its name.
 
 What this leaves out on purpose: numpy arrays, which are passed over, since no model is kept in one.
@@ -127,7 +127,7 @@ def reason_of(error: Exception) -> str:
 
 
 def plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """llama2.c's names of tensors: without what wrappers put before them or in between; the fork's heads as ours."""
+    """llama2.c's names of tensors, without the parts that wrappers add; the fork's heads under our names."""
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in state}
     embedding = next((name for name in names.values() if name.endswith(".tok_embeddings.weight")), "")
     outer = embedding.removesuffix("tok_embeddings.weight")  # of a class of one's own that has the model, "model."
@@ -142,7 +142,7 @@ def plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def flaw_of(t: object) -> str:
-    """What keeps this from being a plain tensor of floats with all its numbers; nothing if nothing does."""
+    """Why this is not a plain tensor of floats that holds all its numbers; empty if it is."""
     if not isinstance(t, Tensor):
         return type(t).__name__
     if t.layout is not torch.strided or t.is_nested or t.device.type != "cpu":

@@ -46,7 +46,7 @@ def token_ids(content: dict, key: str, path: Path) -> list[int]:
 
 class JsonTokenizer:
     """The tokenizer.json in a folder. Errors: ValueError naming the file if it cannot be read, has more than V tokens,
-    or no file tells which token starts a text.
+    or no file says which token starts a text.
 
     vocab_size: V of the model, which may have room for more tokens; None: as its config.json has it.
     bos: the token before each text; ends: those that end one.
