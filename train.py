@@ -145,7 +145,8 @@ def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, check
     model = objective.model
     fresh = [name for name, _ in model.named_parameters()]
     if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
-        note(f"{source}: has no {', '.join(fresh)}: at the start as in a new model")
+        more = f" and {len(fresh) - 3} more" if len(fresh) > 3 else ""
+        note(f"{source}: has no {', '.join(fresh[:3])}{more}: at the start as in a new model")
     if s.head_init == "last_block":
         model.start_as_last_block(i for i in range(1, s.n_future_heads + 1)
                                   if any(name.startswith(f"future_heads.{i - 1}.") for name in fresh))

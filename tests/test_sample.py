@@ -519,7 +519,7 @@ def test_a_full_disk_is_told(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "sample.py", f"--checkpoint={path}"], cwd=ROOT, stdout=full,
                               stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("sample.py: cannot write the text: No space left")
+    assert done.returncode == 1 and done.stderr.startswith("sample.py: cannot write: No space left")
 
 
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(tmp_path):
