@@ -67,7 +67,7 @@ class Figures:
     steps_to_reach: float | None  # where the baseline ends with the same seeds, and to stay below; None: not reached
     seconds_to_reach: float | None
     reached: int  # seeds whose own curve gets there
-    cost: float  # step time over the baseline's
+    cost: float  # step time over the baseline's; NaN: no clock to trust
     equal_seconds: Interval
     tokens_per_second: float
     peak_mib: float
@@ -137,7 +137,7 @@ def figures_of(group: Group, groups: list[Group], step: StepRatio, steps: list[i
         steps_to_reach=reach,
         seconds_to_reach=None if reach is None else group.mean(partial(seconds_at, step=reach)),
         reached=sum(staying(*run.points("val/ntp"), target) is not None for run in runs),
-        cost=step.ratio,
+        cost=math.nan if step.why else step.ratio,
         equal_seconds=at_equal_seconds(group, groups, step, end),
         tokens_per_second=group.mean(tokens_per_second),
         peak_mib=group.mean(lambda run: max(run.points("peak_mib")[1], default=math.nan)),
