@@ -167,7 +167,7 @@ class InChunks(torch.autograd.Function):
         return *[None] * 5, *(t if t is None else gradient * t for t in ctx.saved_tensors)
 
 
-@torch.compiler.disable  # a loop over chunks would be unrolled
+@torch._disable_dynamo  # a loop over chunks would be unrolled; torch.compiler.disable takes 1.5 s to import
 def in_chunks(heads: list[Head], rows: int, position_weights: dict[str, Tensor], guess: bool, tensors: list[Tensor]
               ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
     N, device = len(tensors[0]), tensors[0].device

@@ -42,7 +42,9 @@ enum { ROW_BLOCK = 256 };  // rows that share a partial sum of a weight's gradie
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint64_t Two;  // words that stay together
+typedef Two Twos __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
 
 static const float LOG2E = 1.44269504088896341f, LOWEST = -1e30f;  // the latter: less than any score, and finite
 
@@ -62,6 +64,17 @@ static inline Floats larger(Floats a, Floats b) {  // b where one of them is a N
     return (Floats)_mm512_max_ps((__m512)a, (__m512)b);  // which compilers do not find in the other line
 #else
     return either(a > b, a, b);
+#endif
+}
+
+static inline int any_larger(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    const Ints larger = a > b;
+    int32_t found = 0;
+    for (int i = 0; i < LANES; i++) found |= larger[i];
+    return found;
 #endif
 }
 
@@ -93,6 +106,35 @@ static inline Floats exp2_of(Floats x) {
     p = p * f + 6.931472028e-1f;
     p = p * f + 1.0f;
     return (Floats)((Ints)p + (((Ints)shifted - (Ints)magic) << 23));
+}
+
+// 2^x within 8e-5 of itself, for what is rounded to bfloat16 next; below x = -126, 0 or 2^-126.
+static inline Floats exp2_roughly(Floats x) {
+#ifdef __AVX512DQ__
+    const Floats f = (Floats)_mm512_reduce_ps((__m512)x, 1);  // x less the whole number below it
+#else
+    const Floats magic = all(12582912.0f);  // as in exp2_of
+    x = larger(all(-126.0f), x);
+    const Floats shifted = (x - 0.5f) + magic, f = x - (shifted - magic);
+#endif
+    Floats p = all(7.802452004e-2f);  // minimax polynomial of 2^f, f in [0, 1]
+    p = p * f + 2.260671591e-1f;
+    p = p * f + 6.958335392e-1f;
+    p = p * f + 9.999252186e-1f;
+#ifdef __AVX512DQ__
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    return (Floats)((Ints)p + (((Ints)shifted - (Ints)magic) << 23));
+#endif
+}
+
+INLINE Floats power_of(Floats x, int bf16) { return bf16 ? exp2_roughly(x) : exp2_of(x); }
+
+// log2 of x >= 1, within 3e-7, by three of Newton's steps from the line between powers of 2
+static inline Floats log2_of(Floats x) {
+    Floats log = __builtin_convertvector((Ints)x - 0x3f800000, Floats) * 0x1p-23f;
+    for (int i = 0; i < 3; i++) log += (x * exp2_of(-log) - 1.0f) * LOG2E;
+    return log;
 }
 
 static inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp2_of(larger(x, all(-87.0f)) * -LOG2E)); }
@@ -152,91 +194,211 @@ void keep_freed_memory(void) {
 // (FlashAttention, arXiv 2205.14135 and 2307.08691)
 //
 // qkv: (B, T, (H + 2 G) hd), the rows of q, k and v before rotation; y: (B, T, H hd); log_sum: (B, H, T), of 2^score;
-// cos, sin: (T, hd / 2). A register holds one number of LANES queries; keys and values come one number at a time, for all
-// queries at once. So a head of 8 numbers fills the registers as well as one of 64. Scores are in units of log2, so that
-// their exponential is 2^x.
+// cos, sin: (T, hd / 2). Scores are in units of log2, so that their exponential is 2^x.
+//
+// A register holds one word (32 bits) of LANES queries; keys and values come one word at a time, for all queries at once.
+// So a head of 8 numbers fills the registers as well as one of 64. A word is a float32, or with `bf16` two bfloat16, whose
+// products the processor adds to a float32 sum in one instruction. What a sum is over decides which two: neighbours in a
+// row for scores, in columns of keys for y and dq, in columns of queries for dk and dv. What is multiplied is rounded to
+// bfloat16 then, probabilities among it, as in PyTorch's own attention; exponentials and sums are float32.
+//
+//     rows      (positions, words)      word w of a row: number w; of bfloat16 numbers 2 w and 2 w + 1
+//     columns   (words, LANES queries)  rows, transposed: a register is word w of all queries
+//     pairs     (positions, width)      number d of row t; of bfloat16 (positions / 2, width), of rows 2 t and 2 t + 1
 //
 // dropout, in [0, 1): the share of probabilities that are set to 0, the others growing by 1 / (1 - dropout). Which ones, a
 // hash of `seed` and their place says: so no mask is kept, and backward finds the same.
 
+typedef uint32_t Word __attribute__((may_alias));
+
 typedef struct {
-    const void *qkv;
-    const float *cos, *sin;
-    int64_t T, H, G, hd;
-    int bf16;
+    const Word *qkv;
+    const float *cos, *sin;    // (T, hd / 2)
+    float *cos_of, *sin_of;    // the same, transposed: (hd / 2, padded(T))
+    int64_t T, H, G;
     uint64_t seed;
     uint32_t dropped;  // hashes below it are: dropout * 2^32
     float kept;        // 1 / (1 - dropout)
-    float scale;       // of queries, for scores in units of log2
+    float scale;       // of scores, to units of log2
 } Attention;
 
-static Attention attention_of(const void *qkv, const float *cos, const float *sin, int64_t T, int64_t H, int64_t G,
-                              int64_t hd, int64_t bf16, int64_t seed, double dropout) {
-    return (Attention){qkv, cos, sin, T, H, G, hd, (int)bf16, (uint64_t)seed, (uint32_t)(dropout * 0x1p32),
-                       (float)(1.0 / (1.0 - dropout)), LOG2E / sqrtf((float)hd)};
+// What the compiler makes a version of the loops below for: the type, and how long a row is.
+typedef struct {
+    int bf16;
+    int64_t used, words, width, half;  // words of a row; with zeros up to whole registers; numbers of those; hd / 2
+} Head;
+
+INLINE Head head_of(int bf16, int64_t hd) {
+    const int64_t width = (hd + 7) / 8 * 8;
+    return (Head){bf16, bf16 ? hd / 2 : hd, bf16 ? width / 2 : width, width, hd / 2};
 }
 
-static int64_t row_of(const Attention *a, int64_t b, int64_t t, int64_t head) {  // head: q 0..H-1, then k, then v
-    return ((b * a->T + t) * (a->H + 2 * a->G) + head) * a->hd;
+static int64_t keys_of(int64_t T) { return padded(T + LANES); }  // rows of zeros follow
+
+// The first of the H queries' heads', then G keys' and G values' words at position t.
+INLINE int64_t word_of(const Attention *a, int64_t b, int64_t t, int64_t head, Head is) {
+    return ((b * a->T + t) * (a->H + 2 * a->G) + head) * is.used;
 }
 
-// Turns the pairs of a row at position t by their angles; direction -1 turns them back.
-static inline void turn(const Attention *a, float *row, int64_t t, float direction) {
-    int64_t half = a->hd / 2;
-    const float *cos = a->cos + t * half, *sin = a->sin + t * half;
-    for (int64_t j = 0; j < half; j++) {
-        float even = row[2 * j], odd = row[2 * j + 1], s = direction * sin[j];
-        row[2 * j] = even * cos[j] - odd * s;
-        row[2 * j + 1] = even * s + odd * cos[j];
+INLINE Bits same(Word x) { return (Bits){0} + x; }
+
+INLINE Floats first_of(Bits words) { return (Floats)(words << 16); }
+INLINE Floats second_of(Bits words) { return (Floats)(words & 0xffff0000u); }
+
+// To the nearest bfloat16, halves away from 0; a NaN of arithmetic stays one.
+INLINE Bits two_of(Floats first, Floats second) {
+    return ((Bits)first + 0x8000u) >> 16 | (((Bits)second + 0x8000u) & 0xffff0000u);
+}
+
+INLINE Floats add_products(Floats sum, Bits a, Bits b, Head is) {
+    if (!is.bf16) return sum + (Floats)a * (Floats)b;
+#ifdef __AVX512BF16__
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return sum + first_of(a) * first_of(b) + second_of(a) * second_of(b);
+#endif
+}
+
+// rows[r][:] = from[r * stride ..], for LANES rows; zeros from row n on.
+INLINE void read_rows(Word *rows, const Word *from, int64_t stride, int n, Head is) {
+    for (int r = 0; r < n; r++) memcpy(rows + r * is.words, from + r * stride, (size_t)is.used * 4);
+    memset(rows + n * is.words, 0, (size_t)((LANES - n) * is.words) * 4);
+}
+
+INLINE void to_columns(Bits *columns, const Word *rows, Head is) {
+    for (int64_t w = 0; w < is.words; w++)
+        for (int r = 0; r < LANES; r++) ((Word *)(columns + w))[r] = rows[r * is.words + w];
+}
+
+INLINE void to_rows(Word *rows, const Bits *columns, int64_t stride, int n, Head is) {
+    for (int r = 0; r < n; r++)
+        for (int64_t w = 0; w < is.used; w++) rows[r * stride + w] = ((const Word *)(columns + w))[r];
+}
+
+// Numbers 2 i and 2 i + 1 of columns become x and y, turned by their angles at positions t0 on; direction -1 turns back.
+INLINE void turn(const Attention *a, Bits *columns, int64_t i, Floats x, Floats y, int64_t t0, float direction, Head is) {
+    const Floats cos = *at(a->cos_of, i * padded(a->T) + t0), sin = *at(a->sin_of, i * padded(a->T) + t0) * direction;
+    const Floats even = x * cos - y * sin, odd = x * sin + y * cos;
+    if (is.bf16) {
+        columns[i] = two_of(even, odd);
+    } else {
+        columns[2 * i] = (Bits)even;
+        columns[2 * i + 1] = (Bits)odd;
     }
 }
 
-// Keys, turned, and values of head g: (T, hd) each, at a stride of `stride` floats a row.
-static void read_keys(const Attention *a, int64_t b, int64_t g, float *K, float *V, int64_t stride) {
-    for (int64_t t = 0; t < a->T; t++) {
-        read_row(K + t * stride, a->qkv, row_of(a, b, t, a->H + g), a->hd, a->bf16);
-        turn(a, K + t * stride, t, 1.0f);
-        read_row(V + t * stride, a->qkv, row_of(a, b, t, a->H + a->G + g), a->hd, a->bf16);
+// LANES rows of a head from t0 on, turned: as rows and as columns.
+INLINE void read_turned(const Attention *a, Word *rows, Bits *columns, int64_t b, int64_t t0, int64_t head, Head is) {
+    const int64_t n = a->T - t0 < LANES ? a->T - t0 : LANES;
+    read_rows(rows, a->qkv + word_of(a, b, t0, head, is), (a->H + 2 * a->G) * is.used, (int)n, is);
+    to_columns(columns, rows, is);
+    for (int64_t i = 0; i < is.half; i++) {
+        if (is.bf16)
+            turn(a, columns, i, first_of(columns[i]), second_of(columns[i]), t0, 1.0f, is);
+        else
+            turn(a, columns, i, (Floats)columns[2 * i], (Floats)columns[2 * i + 1], t0, 1.0f, is);
+    }
+    to_rows(rows, columns, is.words, (int)n, is);
+}
+
+// Keys, turned, and values of head g, as rows.
+INLINE void read_keys(const Attention *a, Word *K, Word *V, Bits *columns, int64_t b, int64_t g, Head is) {
+    for (int64_t t = 0; t < a->T; t += LANES) {
+        const int64_t n = a->T - t < LANES ? a->T - t : LANES;
+        read_turned(a, K + t * is.words, columns, b, t, a->H + g, is);
+        read_rows(V + t * is.words, a->qkv + word_of(a, b, t, a->H + a->G + g, is), (a->H + 2 * a->G) * is.used, (int)n, is);
     }
 }
 
-// The query of head h at position t, turned and scaled.
-static inline void read_query(const Attention *a, int64_t b, int64_t t, int64_t h, float *q) {
-    read_row(q, a->qkv, row_of(a, b, t, h), a->hd, a->bf16);
-    turn(a, q, t, 1.0f);
-    for (int64_t d = 0; d < a->hd; d++) q[d] *= a->scale;
+// Rows of all keys as pairs; of float32 they are it already.
+INLINE const Word *pairs_of(Word *pairs, const Word *rows, int64_t T, Head is) {
+    if (!is.bf16) return rows;
+    for (int64_t t = 0; t < T; t += 2, pairs += is.width)
+        for (int64_t w = 0; w < is.words; w++) {
+            const Word one = rows[t * is.words + w], two = rows[(t + 1) * is.words + w];
+            pairs[2 * w] = (one & 0xffff) | two << 16;
+            pairs[2 * w + 1] = one >> 16 | (two & 0xffff0000u);
+        }
+    return pairs - (T + 1) / 2 * is.width;
 }
 
-// out[j] += x (LANES queries' rows, transposed) times row j of `rows`.
-static inline void products(Floats out[KEYS], const Floats *x, const float *rows, int64_t hd, int64_t stride) {
-    for (int64_t d = 0; d < hd; d++)
-        for (int j = 0; j < KEYS; j++) out[j] += x[d] * rows[j * stride + d];
+// out[j] += the product of LANES queries' rows with row j.
+INLINE void products(Floats out[KEYS], const Bits *columns, const Word *rows, Head is) {
+    for (int64_t w = 0; w < is.words; w++)
+        for (int j = 0; j < KEYS; j++) out[j] = add_products(out[j], columns[w], same(rows[j * is.words + w]), is);
 }
 
-// out[d] += the sum over keys j of weight[j] times rows[j][d].
-static inline void add_weighted(Floats *out, const Floats weight[KEYS], const float *rows, int64_t hd, int64_t stride) {
-    for (int64_t d = 0; d < hd; d++) {
+// out[d] += the sum over keys j of weight[j] times number d of row j.
+INLINE void add_weighted(Floats *out, const Floats weight[KEYS], const Word *pairs, Head is) {
+    const int n = is.bf16 ? KEYS / 2 : KEYS;
+    Bits weights[KEYS];
+    for (int j = 0; j < n; j++) weights[j] = is.bf16 ? two_of(weight[2 * j], weight[2 * j + 1]) : (Bits)weight[j];
+    for (int64_t d = 0; d < is.width; d++) {
         Floats sum = out[d];
-        for (int j = 0; j < KEYS; j++) sum += weight[j] * rows[j * stride + d];
+        for (int j = 0; j < n; j++) sum = add_products(sum, weights[j], same(pairs[j * is.width + d]), is);
         out[d] = sum;
     }
 }
 
-// out[j][:] += the sum over queries r of weight[j][r] times rows[r][:].
-static inline void add_over_queries(float *out, const Floats weight[KEYS], const float *rows, int64_t stride) {
-    for (int64_t d = 0; d < stride; d += 8)
-        for (int j = 0; j < KEYS; j += 4) {
-            Eight sum[4];
-            for (int i = 0; i < 4; i++) sum[i] = *(Eight *)(void *)(out + (j + i) * stride + d);
-            for (int r = 0; r < LANES; r++) {
-                Eight x = *(const Eight *)(const void *)(rows + r * stride + d);
-                for (int i = 0; i < 4; i++) sum[i] += x * ((const float *)(weight + j + i))[r];
+// to[j] = the words (p[j][0], ds[j][0], p[j][1], ds[j][1], ..); of bfloat16 queries 0 and 1, 2 and 3, .. share one.
+INLINE void side_by_side(Word *to, Floats p, Floats ds, Head is) {
+    if (!is.bf16) {
+        for (int r = 0; r < LANES; r++) {
+            to[2 * r] = ((Bits)p)[r];
+            to[2 * r + 1] = ((Bits)ds)[r];
+        }
+        return;
+    }
+    const Bits a = (Bits)p + 0x8000u, b = (Bits)ds + 0x8000u;  // as in two_of
+#ifdef __AVX512BW__
+    const __m512i order = _mm512_set_epi16(63, 61, 31, 29, 59, 57, 27, 25, 55, 53, 23, 21, 51, 49, 19, 17,
+                                           47, 45, 15, 13, 43, 41, 11, 9, 39, 37, 7, 5, 35, 33, 3, 1);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b));
+#else
+    for (int r = 0; r < LANES; r += 2) {
+        to[r] = a[r] >> 16 | (a[r + 1] & 0xffff0000u);
+        to[r + 1] = b[r] >> 16 | (b[r + 1] & 0xffff0000u);
+    }
+#endif
+}
+
+// Queries' q and dy so that a sum over them fills registers: (dy[0], q[0], dy[1], q[1], ..) of each, or of each two.
+INLINE void interleave(Word *to, const Word *q, const Word *dy, Head is) {
+    for (int r = 0; r < LANES; r += is.bf16 ? 2 : 1)
+        for (int64_t w = 0; w < is.words; w++, to += is.bf16 ? 4 : 2) {
+            const Word one = dy[r * is.words + w], three = q[r * is.words + w];
+            if (is.bf16) {
+                const Word two = dy[(r + 1) * is.words + w], four = q[(r + 1) * is.words + w];
+                to[0] = (one & 0xffff) | two << 16;
+                to[1] = (three & 0xffff) | four << 16;
+                to[2] = one >> 16 | (two & 0xffff0000u);
+                to[3] = three >> 16 | (four & 0xffff0000u);
+            } else {
+                to[0] = one;
+                to[1] = three;
             }
-            for (int i = 0; i < 4; i++) *(Eight *)(void *)(out + (j + i) * stride + d) = sum[i];
         }
 }
 
-// Whether query t0 + r may see key k + j, for all r.
+// dVK[j], (dv[0], dk[0], dv[1], dk[1], ..), += the sum over queries of p and ds (side_by_side) times dy and q (interleave).
+INLINE void add_over_queries(Floats *dVK, const Word *weights, const Bits *queries, Head is) {
+    const int64_t registers = 2 * is.width / LANES;
+    const int n = is.bf16 ? LANES / 2 : LANES;
+    for (int j = 0; j < KEYS; j += 4, dVK += 4 * registers)
+        for (int64_t c = 0; c < registers; c++) {
+            Floats sum[4];
+            for (int i = 0; i < 4; i++) sum[i] = dVK[i * registers + c];
+            for (int r = 0; r < n; r++)
+                for (int i = 0; i < 4; i++) {
+                    Two two;
+                    memcpy(&two, weights + ((j + i) * n + r) * 2, 8);
+                    sum[i] = add_products(sum[i], (Bits)((Twos){0} + two), queries[r * registers + c], is);
+                }
+            for (int i = 0; i < 4; i++) dVK[i * registers + c] = sum[i];
+        }
+}
+
+// Whether query t0 + r may see `key`, for all r.
 static inline Ints sees(int64_t t0, int64_t key) {
     Ints first;
     for (int r = 0; r < LANES; r++) first[r] = r;
@@ -263,133 +425,189 @@ static inline Floats dropout_of(const Attention *a, Bits queries, int64_t key) {
     return either((Ints)(bits >= a->dropped), all(a->kept), all(0.0f));
 }
 
+// Scratch of one thread, forward:
+//
+//     K, V      (keys, words)   rows of the keys' head                  Vp  (keys, words)  V as pairs
+//     rows      (LANES, words)  queries, then y, of one head
+//     Q         columns of the queries, turned                          Y   (width, LANES) sums of p v
+static int64_t forward_words(int64_t T, int64_t width) { return (3 * keys_of(T) + 3 * LANES) * width; }
+
+INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log_sum, int64_t b, int64_t g, Head is) {
+    const int64_t T = a->T, H = a->H, size = keys_of(T) * is.words;
+    Word *K = scratch_, *V = K + size, *rows = V + 2 * size;
+    Bits *Q = (Bits *)(rows + LANES * is.width);
+    Floats in_registers[8], *Y = is.width == 8 ? in_registers : (Floats *)(Q + is.width);
+    read_keys(a, K, V, Q, b, g, is);
+    const Word *Vp = pairs_of(V + size, V, T, is);
+    for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
+        for (int64_t t0 = 0; t0 < T; t0 += LANES) {
+            const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
+            read_turned(a, rows, Q, b, t0, h, is);
+            Floats max = all(LOWEST), sum = all(0.0f);
+            for (int64_t d = 0; d < is.width; d++) Y[d] = sum;
+            const Bits queries = hash_of_queries(a, b, h, t0);
+            for (int64_t k = 0; k < t0 + n; k += KEYS) {
+                Floats p[KEYS] = {{0}}, new_max = max;
+                products(p, Q, K + k * is.words, is);
+                if (k + KEYS > t0 + 1)
+                    for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(LOWEST));
+                for (int j = 0; j < KEYS; j++) new_max = larger(p[j], new_max);
+                if (any_larger(new_max, max)) {
+                    const Floats shrink = exp2_of((max - new_max) * a->scale);  // what was summed, under the new maximum
+                    max = new_max;
+                    sum *= shrink;
+                    for (int64_t d = 0; d < is.width; d++) Y[d] *= shrink;
+                }
+                for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j] * a->scale - max * a->scale, is.bf16);
+                if (k + KEYS > t0 + 1)  // nothing, where 2^LOWEST is next to nothing
+                    for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
+                for (int j = 0; j < KEYS; j++) sum += p[j];
+                if (a->dropped)  // after the sum: what is left of the probabilities need not add up to 1
+                    for (int j = 0; j < KEYS; j++) p[j] *= dropout_of(a, queries, k + j);
+                add_weighted(Y, p, Vp + k * is.words, is);
+            }
+            const Floats share = 1.0f / sum, log = max * a->scale + log2_of(sum);
+            for (int64_t i = 0; i < is.half; i++) {
+                if (is.bf16) {
+                    Q[i] = two_of(Y[2 * i] * share, Y[2 * i + 1] * share);
+                } else {
+                    Q[2 * i] = (Bits)(Y[2 * i] * share);
+                    Q[2 * i + 1] = (Bits)(Y[2 * i + 1] * share);
+                }
+            }
+            to_rows(y + ((b * T + t0) * H + h) * is.used, Q, H * is.used, n, is);
+            memcpy(log_sum + (b * H + h) * T + t0, &log, (size_t)n * 4);
+        }
+}
+
+// Scratch of one thread, backward:
+//
+//     K, V         (keys, words)          rows of the keys' head        Kp  (keys, words)        K as pairs
+//     dVK          (keys, 2 width)        dv and dk: dv[0], dk[0], dv[1], dk[1], .. (add_over_queries)
+//     q, dy, y     (LANES, words)         rows of one head
+//     Q, O         columns of q and dy                                  QO  (LANES, 2 words)     dy and q (interleave)
+//     dQ           (width, LANES)         sums of ds k                  W   (KEYS, 2 LANES)      p and ds (side_by_side)
+static int64_t backward_words(int64_t T, int64_t width) {
+    return (5 * keys_of(T) + 9 * LANES) * width + 2 * KEYS * LANES;
+}
+
+INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, const float *log_sum, const Word *dy, Word *dqkv,
+                          int64_t b, int64_t g, Head is) {
+    const int64_t T = a->T, H = a->H, size = keys_of(T) * is.words, block = LANES * is.width;
+    Floats *dVK = (Floats *)scratch_;
+    Word *K = scratch_ + 2 * keys_of(T) * is.width, *V = K + size, *q_rows = V + 2 * size;
+    Word *dy_rows = q_rows + block, *y_rows = dy_rows + block, *QO = y_rows + block, *W = QO + 2 * block;
+    Bits *Q = (Bits *)(W + 2 * KEYS * LANES), *O = Q + is.width, *Y = O + is.width;
+    Floats in_registers[8], *dQ = is.width == 8 ? in_registers : (Floats *)(Y + is.width);
+    const int64_t registers = 2 * is.width / LANES;
+    memset(dVK, 0, (size_t)(2 * keys_of(T) * is.width) * 4);
+    read_keys(a, K, V, Q, b, g, is);
+    const Word *Kp = pairs_of(V + size, K, T, is);
+    for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
+        for (int64_t t0 = 0; t0 < T; t0 += LANES) {
+            const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
+            const int64_t i0 = ((b * T + t0) * H + h) * is.used;
+            read_turned(a, q_rows, Q, b, t0, h, is);
+            read_rows(dy_rows, dy + i0, H * is.used, n, is);
+            read_rows(y_rows, y + i0, H * is.used, n, is);
+            to_columns(O, dy_rows, is);
+            to_columns(Y, y_rows, is);
+            interleave(QO, q_rows, dy_rows, is);
+            Floats delta = all(0.0f), lse = all(0.0f);  // delta: of dy with y, what softmax takes off each score
+            for (int64_t w = 0; w < is.words; w++) delta = add_products(delta, O[w], Y[w], is);
+            memcpy(&lse, log_sum + (b * H + h) * T + t0, (size_t)n * 4);
+            for (int64_t d = 0; d < is.width; d++) dQ[d] = all(0.0f);
+            const Bits queries = hash_of_queries(a, b, h, t0);
+            for (int64_t k = 0; k < t0 + n; k += KEYS) {
+                Floats p[KEYS] = {{0}}, ds[KEYS] = {{0}};
+                products(p, Q, K + k * is.words, is);
+                products(ds, O, V + k * is.words, is);
+                for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j] * a->scale - lse, is.bf16);
+                if (k + KEYS > t0 + 1)
+                    for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
+                for (int j = 0; j < KEYS; j++) {
+                    const Floats factor = a->dropped ? dropout_of(a, queries, k + j) : all(1.0f);
+                    ds[j] = p[j] * (ds[j] * factor - delta);
+                    p[j] *= factor;
+                    side_by_side(W + j * (is.bf16 ? LANES : 2 * LANES), p[j], ds[j], is);
+                }
+                add_weighted(dQ, ds, Kp + k * is.words, is);
+                add_over_queries(dVK + k * registers, W, (Bits *)QO, is);
+            }
+            const float scale = a->scale / LOG2E;
+            for (int64_t i = 0; i < is.half; i++) turn(a, Q, i, dQ[2 * i] * scale, dQ[2 * i + 1] * scale, t0, -1.0f, is);
+            to_rows(dqkv + word_of(a, b, t0, h, is), Q, (H + 2 * a->G) * is.used, n, is);
+        }
+    float *dk = (float *)q_rows, *dv = dk + is.width;
+    for (int64_t t = 0; t < T; t++) {
+        const float *row = (const float *)(dVK + t * registers), *cos = a->cos + t * is.half, *sin = a->sin + t * is.half;
+        for (int64_t i = 0; i < is.half; i++, row += 4) {
+            dv[2 * i] = row[0];
+            dv[2 * i + 1] = row[2];
+            dk[2 * i] = (row[1] * cos[i] + row[3] * sin[i]) * (a->scale / LOG2E);
+            dk[2 * i + 1] = (row[3] * cos[i] - row[1] * sin[i]) * (a->scale / LOG2E);
+        }
+        write_row(dqkv + word_of(a, b, t, H + g, is), 0, dk, 2 * is.half, is.bf16);
+        write_row(dqkv + word_of(a, b, t, H + a->G + g, is), 0, dv, 2 * is.half, is.bf16);
+    }
+}
+
+// A version of `task` for heads of 8, whose sums stay in registers, and one for all others.
+#define FOR_HEAD(task, ...)                                                                             \
+    if (bf16 && hd == 8) task(__VA_ARGS__, head_of(1, 8));                                              \
+    else if (bf16) task(__VA_ARGS__, head_of(1, hd));                                                   \
+    else if (hd == 8) task(__VA_ARGS__, head_of(0, 8));                                                 \
+    else task(__VA_ARGS__, head_of(0, hd))
+
+static Attention attention_of(const void *qkv, const float *cos, const float *sin, float *tables, int64_t T, int64_t H,
+                              int64_t G, int64_t hd, int64_t seed, double dropout) {
+    const int64_t half = hd / 2;
+    Attention a = {qkv, cos, sin, tables, tables + half * padded(T), T, H, G, (uint64_t)seed, (uint32_t)(dropout * 0x1p32),
+                   (float)(1.0 / (1.0 - dropout)), LOG2E / sqrtf((float)hd)};
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = 0; i < half; i++) {
+            a.cos_of[i * padded(T) + t] = cos[t * half + i];
+            a.sin_of[i * padded(T) + t] = sin[t * half + i];
+        }
+    return a;
+}
+
 int attention_forward(const void *qkv, const float *cos, const float *sin, void *y, float *log_sum, int64_t B, int64_t T,
                       int64_t H, int64_t G, int64_t hd, int64_t bf16, int64_t seed, double dropout) {
-    const Attention a = attention_of(qkv, cos, sin, T, H, G, hd, bf16, seed, dropout);
-    const int64_t stride = (hd + 7) / 8 * 8, keys = padded(T + KEYS), tasks = B * G;  // rows of zeros follow the keys
-    const int64_t size = 2 * keys * stride + (2 * LANES + 1) * stride;
-    float *all_threads = scratch(1, size);
-    if (!all_threads) return -1;
-#pragma omp parallel
-    {
-        float *K = mine(all_threads, 1, size), *V = K + keys * stride, *row = V + keys * stride;
-        Floats *Q = at(row, stride), *Y = Q + stride;  // (hd, LANES)
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks; task++) {
-            const int64_t b = task / G, g = task % G;
-            read_keys(&a, b, g, K, V, stride);
-            for (int64_t h = g * (H / G); h < (g + 1) * (H / G); h++)
-                for (int64_t t0 = 0; t0 < T; t0 += LANES) {
-                    const int rows = T - t0 < LANES ? (int)(T - t0) : LANES;
-                    memset(Q, 0, (size_t)stride * 2 * sizeof *Q);
-                    for (int r = 0; r < rows; r++) {
-                        read_query(&a, b, t0 + r, h, row);
-                        for (int64_t d = 0; d < hd; d++) Q[d][r] = row[d];
-                    }
-                    Floats max = all(LOWEST), sum = all(0.0f);
-                    const Bits queries = hash_of_queries(&a, b, h, t0);
-                    for (int64_t k = 0; k < t0 + rows; k += KEYS) {
-                        Floats p[KEYS] = {{0}}, new_max = max;
-                        products(p, Q, K + k * stride, hd, stride);
-                        if (k + KEYS > t0 + 1)
-                            for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(LOWEST));
-                        for (int j = 0; j < KEYS; j++) new_max = larger(p[j], new_max);
-                        Floats shrink = exp2_of(max - new_max);  // what was summed up to now, under the new maximum
-                        max = new_max;
-                        sum *= shrink;
-                        for (int64_t d = 0; d < hd; d++) Y[d] *= shrink;
-                        for (int j = 0; j < KEYS; j++) p[j] = exp2_of(p[j] - max);
-                        if (k + KEYS > t0 + 1)  // nothing, where 2^LOWEST is next to nothing
-                            for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
-                        for (int j = 0; j < KEYS; j++) sum += p[j];
-                        if (a.dropped)  // after the sum: what is left of the probabilities need not add up to 1
-                            for (int j = 0; j < KEYS; j++) p[j] *= dropout_of(&a, queries, k + j);
-                        add_weighted(Y, p, V + k * stride, hd, stride);
-                    }
-                    for (int r = 0; r < rows; r++) {
-                        for (int64_t d = 0; d < hd; d++) row[d] = Y[d][r] / sum[r];
-                        write_row(y, ((b * T + t0 + r) * H + h) * hd, row, hd, a.bf16);
-                        log_sum[(b * H + h) * T + t0 + r] = max[r] + log2f(sum[r]);
-                    }
-                }
+    const int64_t size = forward_words(T, head_of(0, hd).width);
+    float *tables = calloc((size_t)(padded(T) * hd), 4), *all_threads = scratch(1, size);
+    if (tables && all_threads) {
+        const Attention a = attention_of(qkv, cos, sin, tables, T, H, G, hd, seed, dropout);
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t task = 0; task < B * G; task++) {
+            Word *own = (Word *)mine(all_threads, 1, size);
+            FOR_HEAD(forward_task, &a, own, y, log_sum, task / G, task % G);
         }
     }
+    const int failed = !tables || !all_threads;
+    free(tables);
     free(all_threads);
-    return 0;
+    return -failed;
 }
 
 // dqkv from dy; the probabilities are computed again from log_sum.
 int attention_backward(const void *qkv, const float *cos, const float *sin, const void *y, const float *log_sum,
                        const void *dy, void *dqkv, int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int64_t bf16,
                        int64_t seed, double dropout) {
-    const Attention a = attention_of(qkv, cos, sin, T, H, G, hd, bf16, seed, dropout);
-    const int64_t stride = (hd + 7) / 8 * 8, keys = padded(T + KEYS), tasks = B * G;
-    const int64_t size = 4 * keys * stride + (5 * LANES + 1) * stride;
-    float *all_threads = scratch(1, size);
-    if (!all_threads) return -1;
-#pragma omp parallel
-    {
-        float *K = mine(all_threads, 1, size), *V = K + keys * stride, *dK = V + keys * stride, *dV = dK + keys * stride;
-        float *q = dV + keys * stride, *o = q + LANES * stride, *row = o + LANES * stride;  // (LANES, hd), and one of y
-        Floats *Q = at(row, stride), *dY = Q + stride, *dQ = dY + stride;  // (hd, LANES)
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks; task++) {
-            const int64_t b = task / G, g = task % G;
-            read_keys(&a, b, g, K, V, stride);
-            memset(dK, 0, (size_t)(2 * keys * stride) * 4);
-            for (int64_t h = g * (H / G); h < (g + 1) * (H / G); h++)
-                for (int64_t t0 = 0; t0 < T; t0 += LANES) {
-                    const int rows = T - t0 < LANES ? (int)(T - t0) : LANES;
-                    memset(q, 0, (size_t)(2 * LANES * stride) * 4);
-                    memset(Q, 0, (size_t)(3 * stride) * sizeof *Q);
-                    Floats delta = all(0.0f), lse = all(0.0f);  // delta: of dy with y, what softmax takes off each score
-                    const Bits queries = hash_of_queries(&a, b, h, t0);
-                    for (int r = 0; r < rows; r++) {
-                        const int64_t i = ((b * T + t0 + r) * H + h) * hd;
-                        float *q_r = q + r * stride, *o_r = o + r * stride, sum = 0.0f;
-                        read_query(&a, b, t0 + r, h, q_r);
-                        read_row(o_r, dy, i, hd, a.bf16);
-                        read_row(row, y, i, hd, a.bf16);
-                        for (int64_t d = 0; d < hd; d++) {
-                            Q[d][r] = q_r[d];
-                            dY[d][r] = o_r[d];
-                            sum += o_r[d] * row[d];
-                        }
-                        delta[r] = sum;
-                        lse[r] = log_sum[(b * H + h) * T + t0 + r];
-                    }
-                    for (int64_t k = 0; k < t0 + rows; k += KEYS) {
-                        Floats p[KEYS] = {{0}}, ds[KEYS] = {{0}};
-                        products(p, Q, K + k * stride, hd, stride);
-                        products(ds, dY, V + k * stride, hd, stride);
-                        for (int j = 0; j < KEYS; j++) p[j] = exp2_of(p[j] - lse);
-                        if (k + KEYS > t0 + 1)
-                            for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
-                        for (int j = 0; j < KEYS; j++) {
-                            const Floats factor = a.dropped ? dropout_of(&a, queries, k + j) : all(1.0f);
-                            ds[j] = p[j] * (ds[j] * factor - delta);
-                            p[j] *= factor;
-                        }
-                        add_weighted(dQ, ds, K + k * stride, hd, stride);
-                        add_over_queries(dV + k * stride, p, o, stride);
-                        add_over_queries(dK + k * stride, ds, q, stride);
-                    }
-                    for (int r = 0; r < rows; r++) {
-                        for (int64_t d = 0; d < hd; d++) row[d] = dQ[d][r] * (a.scale / LOG2E);
-                        turn(&a, row, t0 + r, -1.0f);
-                        write_row(dqkv, row_of(&a, b, t0 + r, h), row, hd, a.bf16);
-                    }
-                }
-            for (int64_t t = 0; t < T; t++) {
-                for (int64_t d = 0; d < hd; d++) dK[t * stride + d] /= LOG2E;  // the queries were scaled by it
-                turn(&a, dK + t * stride, t, -1.0f);
-                write_row(dqkv, row_of(&a, b, t, H + g), dK + t * stride, hd, a.bf16);
-                write_row(dqkv, row_of(&a, b, t, H + G + g), dV + t * stride, hd, a.bf16);
-            }
+    const int64_t size = backward_words(T, head_of(0, hd).width);
+    float *tables = calloc((size_t)(padded(T) * hd), 4), *all_threads = scratch(1, size);
+    if (tables && all_threads) {
+        const Attention a = attention_of(qkv, cos, sin, tables, T, H, G, hd, seed, dropout);
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t task = 0; task < B * G; task++) {
+            Word *own = (Word *)mine(all_threads, 1, size);
+            FOR_HEAD(backward_task, &a, own, y, log_sum, dy, dqkv, task / G, task % G);
         }
     }
+    const int failed = !tables || !all_threads;
+    free(tables);
     free(all_threads);
-    return 0;
+    return -failed;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
