@@ -38,6 +38,7 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 enum { KEYS = 8 };         // keys that attention looks at together
+enum { SLACK = 8 };        // how far scores may lie above the maximum that it subtracts, in units of log2
 enum { ROW_BLOCK = 256 };  // rows that share a partial sum of a weight's gradient
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -288,7 +289,7 @@ INLINE void turn(const Attention *a, Bits *columns, int64_t i, Floats x, Floats 
 }
 
 // LANES rows of a head from t0 on, turned: as rows and as columns.
-INLINE void read_turned(const Attention *a, Word *rows, Bits *columns, int64_t b, int64_t t0, int64_t head, Head is) {
+static void read_turned(const Attention *a, Word *rows, Bits *columns, int64_t b, int64_t t0, int64_t head, Head is) {
     const int64_t n = a->T - t0 < LANES ? a->T - t0 : LANES;
     read_rows(rows, a->qkv + word_of(a, b, t0, head, is), (a->H + 2 * a->G) * is.used, (int)n, is);
     to_columns(columns, rows, is);
@@ -302,7 +303,7 @@ INLINE void read_turned(const Attention *a, Word *rows, Bits *columns, int64_t b
 }
 
 // Keys, turned, and values of head g, as rows.
-INLINE void read_keys(const Attention *a, Word *K, Word *V, Bits *columns, int64_t b, int64_t g, Head is) {
+static void read_keys(const Attention *a, Word *K, Word *V, Bits *columns, int64_t b, int64_t g, Head is) {
     for (int64_t t = 0; t < a->T; t += LANES) {
         const int64_t n = a->T - t < LANES ? a->T - t : LANES;
         read_turned(a, K + t * is.words, columns, b, t, a->H + g, is);
@@ -311,7 +312,7 @@ INLINE void read_keys(const Attention *a, Word *K, Word *V, Bits *columns, int64
 }
 
 // Rows of all keys as pairs; of float32 they are it already.
-INLINE const Word *pairs_of(Word *pairs, const Word *rows, int64_t T, Head is) {
+static const Word *pairs_of(Word *pairs, const Word *rows, int64_t T, Head is) {
     if (!is.bf16) return rows;
     for (int64_t t = 0; t < T; t += 2, pairs += is.width)
         for (int64_t w = 0; w < is.words; w++) {
@@ -363,7 +364,7 @@ INLINE void side_by_side(Word *to, Floats p, Floats ds, Head is) {
 }
 
 // Queries' q and dy so that a sum over them fills registers: (dy[0], q[0], dy[1], q[1], ..) of each, or of each two.
-INLINE void interleave(Word *to, const Word *q, const Word *dy, Head is) {
+static void interleave(Word *to, const Word *q, const Word *dy, Head is) {
     for (int r = 0; r < LANES; r += is.bf16 ? 2 : 1)
         for (int64_t w = 0; w < is.words; w++, to += is.bf16 ? 4 : 2) {
             const Word one = dy[r * is.words + w], three = q[r * is.words + w];
@@ -384,18 +385,17 @@ INLINE void interleave(Word *to, const Word *q, const Word *dy, Head is) {
 INLINE void add_over_queries(Floats *dVK, const Word *weights, const Bits *queries, Head is) {
     const int64_t registers = 2 * is.width / LANES;
     const int n = is.bf16 ? LANES / 2 : LANES;
-    for (int j = 0; j < KEYS; j += 4, dVK += 4 * registers)
-        for (int64_t c = 0; c < registers; c++) {
-            Floats sum[4];
-            for (int i = 0; i < 4; i++) sum[i] = dVK[i * registers + c];
-            for (int r = 0; r < n; r++)
-                for (int i = 0; i < 4; i++) {
-                    Two two;
-                    memcpy(&two, weights + ((j + i) * n + r) * 2, 8);
-                    sum[i] = add_products(sum[i], (Bits)((Twos){0} + two), queries[r * registers + c], is);
-                }
-            for (int i = 0; i < 4; i++) dVK[i * registers + c] = sum[i];
-        }
+    for (int64_t c = 0; c < registers; c++) {
+        Floats sum[KEYS];
+        for (int j = 0; j < KEYS; j++) sum[j] = dVK[j * registers + c];
+        for (int r = 0; r < n; r++)
+            for (int j = 0; j < KEYS; j++) {
+                Two two;
+                memcpy(&two, weights + (j * n + r) * 2, 8);
+                sum[j] = add_products(sum[j], (Bits)((Twos){0} + two), queries[r * registers + c], is);
+            }
+        for (int j = 0; j < KEYS; j++) dVK[j * registers + c] = sum[j];
+    }
 }
 
 // Whether query t0 + r may see `key`, for all r.
@@ -452,7 +452,7 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
                 if (k + KEYS > t0 + 1)
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(LOWEST));
                 for (int j = 0; j < KEYS; j++) new_max = larger(p[j], new_max);
-                if (any_larger(new_max, max)) {
+                if (any_larger(new_max, max + SLACK / a->scale)) {  // seldom: powers up to 2^SLACK are as good as up to 1
                     const Floats shrink = exp2_of((max - new_max) * a->scale);  // what was summed, under the new maximum
                     max = new_max;
                     sum *= shrink;
@@ -525,12 +525,13 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
                 for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j] * a->scale - lse, is.bf16);
                 if (k + KEYS > t0 + 1)
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
-                for (int j = 0; j < KEYS; j++) {
-                    const Floats factor = a->dropped ? dropout_of(a, queries, k + j) : all(1.0f);
+                for (int j = 0; j < KEYS && !a->dropped; j++) ds[j] = p[j] * (ds[j] - delta);
+                for (int j = 0; j < KEYS && a->dropped; j++) {
+                    const Floats factor = dropout_of(a, queries, k + j);
                     ds[j] = p[j] * (ds[j] * factor - delta);
                     p[j] *= factor;
-                    side_by_side(W + j * (is.bf16 ? LANES : 2 * LANES), p[j], ds[j], is);
                 }
+                for (int j = 0; j < KEYS; j++) side_by_side(W + j * (is.bf16 ? LANES : 2 * LANES), p[j], ds[j], is);
                 add_weighted(dQ, ds, Kp + k * is.words, is);
                 add_over_queries(dVK + k * registers, W, (Bits *)QO, is);
             }
