@@ -43,6 +43,7 @@ enum { ROW_BLOCK = 256 };  // rows that share a partial sum of a weight's gradie
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef uint64_t Two;  // words that stay together
 typedef Two Twos __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -81,16 +82,24 @@ static inline int any_larger(Floats a, Floats b) {
 
 static inline Floats *at(float *x, int64_t i) { return (Floats *)(void *)(x + i); }
 
-static float sum_of(Floats x) {
+static inline float sum_of(Floats x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float sum = 0.0f;
     for (int i = 0; i < LANES; i++) sum += x[i];
     return sum;
+#endif
 }
 
-static float largest_of(Floats x) {
+static inline float largest_of(Floats x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float max = x[0];
     for (int i = 1; i < LANES; i++) max = x[i] > max ? x[i] : max;
     return max;
+#endif
 }
 
 // 2^x within 2e-7 of itself for x in [-126, 127]; 2^-126 below. A NaN of arithmetic stays one.
@@ -138,34 +147,66 @@ static inline Floats log2_of(Floats x) {
     return log;
 }
 
-static inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp2_of(larger(x, all(-87.0f)) * -LOG2E)); }
+INLINE Floats sigmoid(Floats x, int bf16) {
+    const Floats above = 1.0f + power_of(larger(x, all(-87.0f)) * -LOG2E, bf16);
+#ifdef __AVX512F__
+    if (bf16) return (Floats)_mm512_rcp14_ps((__m512)above);
+#endif
+    return 1.0f / above;
+}
 
-// n activations from index i on, as float32.
-static inline void read_row(float *to, const void *from, int64_t i, int64_t n, int bf16) {
-    if (bf16) {
-        const uint16_t *x = (const uint16_t *)from + i;
-        for (int64_t j = 0; j < n; j++) {
-            uint32_t bits = (uint32_t)x[j] << 16;
-            memcpy(to + j, &bits, 4);
-        }
+INLINE Floats widened(Halves x) {
+#ifdef __AVX512F__
+    return (Floats)((Bits)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#else
+    return (Floats)(__builtin_convertvector(x, Bits) << 16);
+#endif
+}
+
+// To the nearest bfloat16, ties to even, a NaN to a NaN.
+INLINE Halves narrowed(Floats x) {
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const Bits bits = (Bits)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Bits is_nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+    return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+#endif
+}
+
+// The activations from index i on, as float32: LANES of them, or n and zeros.
+INLINE Floats load(const void *x, int64_t i, int64_t n, int bf16) {
+    const char *from = (const char *)x + i * (bf16 ? 2 : 4);
+    if (n >= LANES) return bf16 ? widened(*(const Halves *)(const void *)from) : *(const Floats *)(const void *)from;
+    Halves halves = {0};
+    Floats floats = all(0.0f);
+    memcpy(bf16 ? (void *)&halves : (void *)&floats, from, (size_t)n * (bf16 ? 2 : 4));
+    return bf16 ? widened(halves) : floats;
+}
+
+// And back.
+INLINE void store(void *x, int64_t i, Floats floats, int64_t n, int bf16) {
+    void *to = (char *)x + i * (bf16 ? 2 : 4);
+    if (n >= LANES && bf16) {
+        *(Halves *)to = narrowed(floats);
+    } else if (n >= LANES) {
+        *(Floats *)to = floats;
+    } else if (bf16) {
+        const Halves part = narrowed(floats);
+        memcpy(to, &part, (size_t)n * 2);
     } else {
-        memcpy(to, (const float *)from + i, (size_t)n * 4);
+        const Floats part = floats;
+        memcpy(to, &part, (size_t)n * 4);
     }
 }
 
-// And back; to the nearest bfloat16, ties to even, a NaN to a NaN.
+// Rows of n activations, from index i on.
+static inline void read_row(float *to, const void *from, int64_t i, int64_t n, int bf16) {
+    for (int64_t j = 0; j < n; j += LANES) store(to, j, load(from, i + j, n - j, bf16), n - j, 0);
+}
+
 static inline void write_row(void *to, int64_t i, const float *from, int64_t n, int bf16) {
-    if (bf16) {
-        uint16_t *x = (uint16_t *)to + i;
-        for (int64_t j = 0; j < n; j++) {
-            uint32_t bits;
-            memcpy(&bits, from + j, 4);
-            uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-            x[j] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
-        }
-    } else {
-        memcpy((float *)to + i, from, (size_t)n * 4);
-    }
+    for (int64_t j = 0; j < n; j += LANES) store(to, i + j, load(from, j, n - j, 0), n - j, bf16);
 }
 
 // A cache line's border for each of `rows` rows of padded(n) floats, for each thread; NULL where memory is short.
@@ -614,33 +655,27 @@ int attention_backward(const void *qkv, const float *cos, const float *sin, cons
 // ---------------------------------------------------------------------------------------------------------------------
 // A residual sum and its RMSNorm (model.RMSNorm): x = h + branch, out = x / rms(x) * weight
 //
-// h, x: (N, D) float32; branch, out: (N, D) activations. Without a branch (NULL) x is h, and is not written.
+// h, x: (N, D) float32; branch, out: (N, D) activations. Without a branch (NULL) x is h, and is not written; without out
+// (NULL) there is only the sum.
 
 static float inverse_rms(Floats squares, int64_t D, float eps) { return 1.0f / sqrtf(sum_of(squares) / (float)D + eps); }
 
 int norm_forward(const float *h, const void *branch, const float *weight, float *x, void *out,
                  int64_t N, int64_t D, float eps, int64_t bf16) {
-    float *all_threads = scratch(2, D);
-    if (!all_threads) return -1;
-#pragma omp parallel
-    {
-        float *a = mine(all_threads, 2, D), *c = a + padded(D);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++) {
-            memcpy(a, h + n * D, (size_t)D * 4);
-            if (branch) {
-                read_row(c, branch, n * D, D, (int)bf16);
-                for (int64_t d = 0; d < D; d++) a[d] += c[d];
-                memcpy(x + n * D, a, (size_t)D * 4);
-            }
-            Floats squares = all(0.0f);
-            for (int64_t d = 0; d < D; d += LANES) squares += *at(a, d) * *at(a, d);
-            const float r = inverse_rms(squares, D, eps);
-            for (int64_t d = 0; d < D; d++) c[d] = a[d] * r * weight[d];
-            write_row(out, n * D, c, D, (int)bf16);
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const float *sum = branch ? x + n * D : h + n * D;
+        Floats squares = all(0.0f);
+        for (int64_t d = 0; d < D; d += LANES) {
+            Floats a = load(h, n * D + d, D - d, 0);
+            if (branch) store(x, n * D + d, a += load(branch, n * D + d, D - d, (int)bf16), D - d, 0);
+            squares += a * a;
         }
+        if (!out) continue;
+        const float r = inverse_rms(squares, D, eps);
+        for (int64_t d = 0; d < D; d += LANES)
+            store(out, n * D + d, load(sum, d, D - d, 0) * r * load(weight, d, D - d, 0), D - d, (int)bf16);
     }
-    free(all_threads);
     return 0;
 }
 
@@ -648,41 +683,30 @@ int norm_forward(const float *h, const void *branch, const float *weight, float 
 int norm_backward(const float *x, const float *weight, const void *dout, const float *dx_later, float *dx, void *dbranch,
                   float *dweight, int64_t N, int64_t D, float eps, int64_t bf16) {
     const int64_t width = padded(D), blocks = (N + ROW_BLOCK - 1) / ROW_BLOCK;
-    float *all_threads = scratch(4, D), *partial = calloc((size_t)(blocks * width), 4);
-    if (!all_threads || !partial) {
-        free(all_threads);
-        free(partial);
-        return -1;
-    }
-#pragma omp parallel
-    {
-        float *a = mine(all_threads, 4, D), *g = a + width, *c = g + width, *w = c + width;
-        memcpy(w, weight, (size_t)D * 4);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t n = block * ROW_BLOCK; n < N && n < (block + 1) * ROW_BLOCK; n++) {
-                memcpy(a, x + n * D, (size_t)D * 4);
-                read_row(g, dout, n * D, D, (int)bf16);
-                Floats squares = all(0.0f), along = all(0.0f);
-                for (int64_t d = 0; d < D; d += LANES) {
-                    squares += *at(a, d) * *at(a, d);
-                    along += *at(g, d) * *at(w, d) * *at(a, d);
-                }
-                const float r = inverse_rms(squares, D, eps), off = sum_of(along) * r * r * r / (float)D;
-                for (int64_t d = 0; d < D; d += LANES) {
-                    *at(partial, block * width + d) += *at(g, d) * *at(a, d) * r;
-                    *at(c, d) = *at(g, d) * *at(w, d) * r - *at(a, d) * off;
-                }
-                if (dx_later)
-                    for (int64_t d = 0; d < D; d++) c[d] += dx_later[n * D + d];
-                memcpy(dx + n * D, c, (size_t)D * 4);
-                if (dbranch) write_row(dbranch, n * D, c, D, (int)bf16);
+    float *partial = calloc((size_t)(blocks * width), 4);  // of dweight
+    if (!partial) return -1;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t n = block * ROW_BLOCK; n < N && n < (block + 1) * ROW_BLOCK; n++) {
+            Floats squares = all(0.0f), along = all(0.0f);
+            for (int64_t d = 0; d < D; d += LANES) {
+                const Floats a = load(x, n * D + d, D - d, 0), g = load(dout, n * D + d, D - d, (int)bf16);
+                squares += a * a;
+                along += g * load(weight, d, D - d, 0) * a;
             }
-    }
+            const float r = inverse_rms(squares, D, eps), off = sum_of(along) * r * r * r / (float)D;
+            for (int64_t d = 0; d < D; d += LANES) {
+                const Floats a = load(x, n * D + d, D - d, 0), g = load(dout, n * D + d, D - d, (int)bf16);
+                *at(partial, block * width + d) += g * a * r;
+                Floats c = g * load(weight, d, D - d, 0) * r - a * off;
+                if (dx_later) c += load(dx_later, n * D + d, D - d, 0);
+                store(dx, n * D + d, c, D - d, 0);
+                if (dbranch) store(dbranch, n * D + d, c, D - d, (int)bf16);
+            }
+        }
     memset(dweight, 0, (size_t)D * 4);
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t d = 0; d < D; d++) dweight[d] += partial[block * width + d];
-    free(all_threads);
     free(partial);
     return 0;
 }
@@ -690,45 +714,35 @@ int norm_backward(const float *x, const float *weight, const void *dout, const f
 // ---------------------------------------------------------------------------------------------------------------------
 // SwiGLU (model.FeedForward): out = silu(gate) * up. gate and up are the halves of a row: (N, 2 D); out: (N, D)
 
-int swiglu_forward(const void *gate_up, void *out, int64_t N, int64_t D, int64_t bf16) {
-    float *all_threads = scratch(2, D);
-    if (!all_threads) return -1;
-#pragma omp parallel
-    {
-        float *gate = mine(all_threads, 2, D), *up = gate + padded(D);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++) {
-            read_row(gate, gate_up, n * 2 * D, D, (int)bf16);
-            read_row(up, gate_up, n * 2 * D + D, D, (int)bf16);
-            for (int64_t d = 0; d < D; d += LANES) *at(gate, d) *= sigmoid(*at(gate, d)) * *at(up, d);
-            write_row(out, n * D, gate, D, (int)bf16);
+INLINE void swiglu_rows(const void *gate_up, void *out, int64_t N, int64_t D, int bf16) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t d = 0; d < D; d += LANES) {
+            const Floats x = load(gate_up, n * 2 * D + d, D - d, bf16), up = load(gate_up, n * 2 * D + D + d, D - d, bf16);
+            store(out, n * D + d, x * sigmoid(x, bf16) * up, D - d, bf16);
         }
-    }
-    free(all_threads);
+}
+
+INLINE void swiglu_gradients(const void *gate_up, const void *dout, void *dgate_up, int64_t N, int64_t D, int bf16) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t d = 0; d < D; d += LANES) {
+            const Floats x = load(gate_up, n * 2 * D + d, D - d, bf16), up = load(gate_up, n * 2 * D + D + d, D - d, bf16);
+            const Floats g = load(dout, n * D + d, D - d, bf16), s = sigmoid(x, bf16), silu = x * s;
+            store(dgate_up, n * 2 * D + d, g * up * (s + silu * (1.0f - s)), D - d, bf16);
+            store(dgate_up, n * 2 * D + D + d, g * silu, D - d, bf16);
+        }
+}
+
+int swiglu_forward(const void *gate_up, void *out, int64_t N, int64_t D, int64_t bf16) {
+    if (bf16) swiglu_rows(gate_up, out, N, D, 1);
+    else swiglu_rows(gate_up, out, N, D, 0);
     return 0;
 }
 
 int swiglu_backward(const void *gate_up, const void *dout, void *dgate_up, int64_t N, int64_t D, int64_t bf16) {
-    float *all_threads = scratch(3, D);
-    if (!all_threads) return -1;
-#pragma omp parallel
-    {
-        float *gate = mine(all_threads, 3, D), *up = gate + padded(D), *g = up + padded(D);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++) {
-            read_row(gate, gate_up, n * 2 * D, D, (int)bf16);
-            read_row(up, gate_up, n * 2 * D + D, D, (int)bf16);
-            read_row(g, dout, n * D, D, (int)bf16);
-            for (int64_t d = 0; d < D; d += LANES) {
-                Floats x = *at(gate, d), s = sigmoid(x);
-                *at(gate, d) = *at(g, d) * *at(up, d) * s * (1.0f + x * (1.0f - s));
-                *at(up, d) = *at(g, d) * x * s;
-            }
-            write_row(dgate_up, n * 2 * D, gate, D, (int)bf16);
-            write_row(dgate_up, n * 2 * D + D, up, D, (int)bf16);
-        }
-    }
-    free(all_threads);
+    if (bf16) swiglu_gradients(gate_up, dout, dgate_up, N, D, 1);
+    else swiglu_gradients(gate_up, dout, dgate_up, N, D, 0);
     return 0;
 }
 

@@ -157,31 +157,76 @@ def _activation_dtype() -> torch.dtype:
 # ---------------------------------------------------------------------------------------------
 # the trunk
 
-class CausalAttention(Function):
-    """qkv: (B, T, (n_heads + 2 n_kv_heads) hd), not rotated; cos, sin: (T, hd / 2) -> (B, T, n_heads hd).
+class Shape(NamedTuple):
+    """What attention is told besides tensors."""
 
-    dropout: the share of attention's probabilities that are set to 0; torch's generator says which.
+    n_heads: int
+    n_kv_heads: int
+    dropout: float = 0.0  # the share of probabilities that are set to 0
+    seed: int = 0  # says which
+
+
+def attention(qkv: Tensor, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """qkv: (B, T, (n_heads + 2 n_kv_heads) hd), not rotated; cos, sin: (T, hd / 2) -> y: (B, T, n_heads hd), log_sum.
+
+    log_sum: (B, n_heads, T), for attention_backward.
     """
+    B, T, width = qkv.shape
+    hd = width // (shape.n_heads + 2 * shape.n_kv_heads)
+    y, log_sum = qkv.new_empty(B, T, shape.n_heads * hd), torch.empty(B, shape.n_heads, T)
+    _call("attention_forward", qkv, cos, sin, y, log_sum, B, T, shape.n_heads, shape.n_kv_heads, hd, _is_bf16(qkv),
+          shape.seed, shape.dropout)
+    return y, log_sum
 
-    @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, dropout: float = 0.0
-                ) -> Tensor:
-        B, T, width = qkv.shape
-        head_dim = width // (n_heads + 2 * n_kv_heads)
-        y = qkv.new_empty(B, T, n_heads * head_dim)
-        log_sum = torch.empty(B, n_heads, T)
-        seed = int(torch.randint(2**62, ())) if dropout else 0
-        ctx.sizes = (B, T, n_heads, n_kv_heads, head_dim, _is_bf16(qkv), seed, dropout)
-        _call("attention_forward", qkv, cos, sin, y, log_sum, *ctx.sizes)
-        ctx.save_for_backward(qkv, cos, sin, y, log_sum)
-        return y
 
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        qkv, cos, sin, y, log_sum = ctx.saved_tensors
-        dqkv = torch.empty_like(qkv)
-        _call("attention_backward", qkv, cos, sin, y, log_sum, dy.contiguous(), dqkv, *ctx.sizes)
-        return dqkv, None, None, None, None, None
+def attention_backward(qkv: Tensor, cos: Tensor, sin: Tensor, y: Tensor, log_sum: Tensor, dy: Tensor, shape: Shape
+                       ) -> Tensor:
+    """dqkv."""
+    (B, T, width), dqkv = qkv.shape, torch.empty_like(qkv)
+    hd = width // (shape.n_heads + 2 * shape.n_kv_heads)
+    _call("attention_backward", qkv, cos, sin, y, log_sum, dy, dqkv, B, T, shape.n_heads, shape.n_kv_heads, hd,
+          _is_bf16(qkv), shape.seed, shape.dropout)
+    return dqkv
+
+
+def norm(h: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """h: (..., D) float32, branch: (..., D) of `dtype` or None -> their sum, float32, and its RMSNorm, of `dtype`."""
+    total, out = h if branch is None else torch.empty_like(h), torch.empty_like(h, dtype=dtype)
+    _call("norm_forward", h, branch, weight, None if branch is None else total, out, h.numel() // len(weight),
+          len(weight), eps, _is_bf16(out))
+    return total, out
+
+
+def norm_backward(total: Tensor, weight: Tensor, eps: float, dout: Tensor, dtotal: Tensor | None, branch: bool
+                  ) -> tuple[Tensor, Tensor | None, Tensor]:
+    """dh, dh rounded for the branch if there is one, dweight. dtotal: what total is asked for besides."""
+    dh, dweight = torch.empty_like(total), torch.empty_like(weight)
+    dbranch = torch.empty_like(dout) if branch else None
+    _call("norm_backward", total, weight, dout, dtotal, dh, dbranch, dweight, total.numel() // len(weight), len(weight),
+          eps, _is_bf16(dout))
+    return dh, dbranch, dweight
+
+
+def add(h: Tensor, branch: Tensor) -> Tensor:
+    """h, float32, + branch, an activation."""
+    total = torch.empty_like(h)
+    _call("norm_forward", h, branch, None, total, None, h.numel() // h.shape[-1], h.shape[-1], 0.0, _is_bf16(branch))
+    return total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate_up: (..., 2 D), two halves -> silu(gate) * up: (..., D)."""
+    D = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], D)
+    _call("swiglu_forward", gate_up, out, out.numel() // D, D, _is_bf16(gate_up))
+    return out
+
+
+def swiglu_backward(gate_up: Tensor, dout: Tensor) -> Tensor:
+    """dgate_up."""
+    D, dgate_up = dout.shape[-1], torch.empty_like(gate_up)
+    _call("swiglu_backward", gate_up, dout, dgate_up, dout.numel() // D, D, _is_bf16(gate_up))
+    return dgate_up
 
 
 class Norm(Function):
@@ -189,59 +234,80 @@ class Norm(Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        h = h.contiguous()
-        out = torch.empty_like(h, dtype=dtype)
-        ctx.sizes = (h.numel() // len(weight), len(weight), eps, _is_bf16(out))
-        _call("norm_forward", h, None, weight, None, out, *ctx.sizes)
+        h, ctx.eps = h.contiguous(), eps
         ctx.save_for_backward(h, weight)
-        return out
+        return norm(h, None, weight, eps, dtype)[1]
 
     @staticmethod
     def backward(ctx, dout: Tensor):
         h, weight = ctx.saved_tensors
-        dh, dweight = torch.empty_like(h), torch.empty_like(weight)
-        _call("norm_backward", h, weight, dout.contiguous(), None, dh, None, dweight, *ctx.sizes)
+        dh, _, dweight = norm_backward(h, weight, ctx.eps, dout.contiguous(), None, False)
         return dh, dweight, None, None
 
 
-class AddNorm(Function):
-    """h: (..., D) float32, branch: (..., D) activations -> their sum, float32, and its RMSNorm, of branch's type."""
+class Block(Function):
+    """A transformer block as one node, so that nothing is summed, rounded or looked up between its kernels.
+
+        x ─ norm ─ a ─ wqkv ─ qkv ─ attention ─ y ─ wo ─┐
+        └───────────────────────────────────────────── h = x + ─ norm ─ f ─ w13 ─ gate_up ─ swiglu ─ s ─ w2 ─┐
+                                                       └───────────────────────────────────────────────── h + ─ out
+
+    x, h and out are float32 (B, T, D), all else is of `dtype`, as matrix products are to be. dropout: of
+    attention's probabilities and of what both branches add; torch's generator says which.
+    """
 
     @staticmethod
-    def forward(ctx, h: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        h, branch = h.contiguous(), branch.contiguous()
-        total, out = torch.empty_like(h), torch.empty_like(branch)
-        ctx.sizes = (h.numel() // len(weight), len(weight), eps, _is_bf16(branch))
-        _call("norm_forward", h, branch, weight, total, out, *ctx.sizes)
-        ctx.save_for_backward(total, weight)
-        return total, out
-
-    @staticmethod
-    def backward(ctx, dtotal: Tensor, dout: Tensor):
-        total, weight = ctx.saved_tensors
-        dh, dbranch, dweight = torch.empty_like(total), torch.empty_like(dout), torch.empty_like(weight)
-        _call("norm_backward", total, weight, dout.contiguous(), dtotal.contiguous(), dh, dbranch, dweight, *ctx.sizes)
-        return dh, dbranch, dweight, None
-
-
-class SwiGLU(Function):
-    """gate_up: (..., 2 D), two halves -> silu(gate) * up: (..., D)."""
-
-    @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        D = gate_up.shape[-1] // 2
-        out = gate_up.new_empty(*gate_up.shape[:-1], D)
-        ctx.sizes = (out.numel() // D, D, _is_bf16(gate_up))
-        _call("swiglu_forward", gate_up, out, *ctx.sizes)
-        ctx.save_for_backward(gate_up)
-        return out
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, eps: float, dtype: torch.dtype, norm_1: Tensor,
+                wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, norm_2: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+                ) -> Tensor:
+        x = x.contiguous()
+        wqkv, w13, wo, w2 = torch.cat((wq, wk, wv)).to(dtype), torch.cat((w1, w3)).to(dtype), wo.to(dtype), w2.to(dtype)
+        _, a = norm(x, None, norm_1, eps, dtype)
+        qkv = F.linear(a, wqkv)
+        y, log_sum = attention(qkv, cos, sin, shape)
+        branch, kept_1 = drop(F.linear(y, wo), shape.dropout)
+        h, f = norm(x, branch, norm_2, eps, dtype)
+        gate_up = F.linear(f, w13)
+        s = swiglu(gate_up)
+        branch, kept_2 = drop(F.linear(s, w2), shape.dropout)
+        ctx.shape, ctx.eps, ctx.rows = shape, eps, [len(wq), len(wk), len(wv)]
+        ctx.save_for_backward(x, cos, sin, norm_1, a, wqkv, qkv, y, log_sum, wo, kept_1, norm_2, h, f, w13, gate_up, s,
+                              w2, kept_2)
+        return add(h, branch)
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        (gate_up,) = ctx.saved_tensors
-        dgate_up = torch.empty_like(gate_up)
-        _call("swiglu_backward", gate_up, dout.contiguous(), dgate_up, *ctx.sizes)
-        return dgate_up
+        (x, cos, sin, norm_1, a, wqkv, qkv, y, log_sum, wo, kept_1, norm_2, h, f, w13, gate_up, s, w2, kept_2
+         ) = ctx.saved_tensors
+        learns, shape, dout = ctx.needs_input_grad[6:], ctx.shape, dout.contiguous()
+
+        def of_weights(wanted: tuple[bool, ...], dy: Tensor, x: Tensor, sizes: list[int]) -> tuple[Tensor | None, ...]:
+            """The gradients of matrices that stand in one, each of so many rows."""
+            if not any(wanted):
+                return (None,) * len(sizes)
+            return (dy.flatten(0, -2).T @ x.flatten(0, -2)).float().split(sizes)
+
+        branch = undrop(dout.to(s.dtype), kept_2, shape.dropout)
+        dw2 = of_weights(learns[8:], branch, s, [len(w2)])
+        dgate_up = swiglu_backward(gate_up, branch @ w2)
+        dw13 = of_weights(learns[6:8], dgate_up, f, [len(w13) // 2] * 2)
+        dh, branch, dnorm_2 = norm_backward(h, norm_2, ctx.eps, dgate_up @ w13, dout, True)
+        branch = undrop(branch, kept_1, shape.dropout)
+        dwo = of_weights(learns[4:5], branch, y, [len(wo)])
+        dqkv = attention_backward(qkv, cos, sin, y, log_sum, branch @ wo, shape)
+        dwqkv = of_weights(learns[1:4], dqkv, a, ctx.rows)
+        dx, _, dnorm_1 = norm_backward(x, norm_1, ctx.eps, dqkv @ wqkv, dh, False)
+        return dx, None, None, None, None, None, dnorm_1, *dwqkv, *dwo, dnorm_2, *dw13, *dw2
+
+
+def drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """x after dropout, and what was kept; None where nothing can be dropped."""
+    return torch.native_dropout(x, dropout, True) if dropout else (x, None)
+
+
+def undrop(dx: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
+    """The gradient of drop."""
+    return dx if kept is None else torch.ops.aten.native_dropout_backward(dx, kept, 1.0 / (1.0 - dropout))
 
 
 class KernelNorm(RMSNorm):
@@ -252,17 +318,17 @@ class KernelNorm(RMSNorm):
 
 
 class KernelBlock(TransformerBlock):
-    """model.TransformerBlock: q, k and v in one matrix product, gate and up in another, the rest in kernels.c."""
+    """model.TransformerBlock by way of Block."""
 
     Norm = KernelNorm
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         a, f = self.attention, self.feed_forward
         dropout = a.dropout if self.training else 0.0
-        qkv = F.linear(self.attention_norm(x), torch.cat((a.wq.weight, a.wk.weight, a.wv.weight)))
-        y = a.wo(CausalAttention.apply(qkv, cos, sin, a.n_heads, a.n_kv_heads, dropout))
-        h, normed = AddNorm.apply(x, F.dropout(y, dropout), self.ffn_norm.weight, self.ffn_norm.eps)
-        return h + F.dropout(f.w2(SwiGLU.apply(F.linear(normed, torch.cat((f.w1.weight, f.w3.weight))))), dropout)
+        shape = Shape(a.n_heads, a.n_kv_heads, dropout, int(torch.randint(2**62, ())) if dropout else 0)
+        return Block.apply(x, cos, sin, shape, self.ffn_norm.eps, _activation_dtype(), self.attention_norm.weight,
+                           a.wq.weight, a.wk.weight, a.wv.weight, a.wo.weight, self.ffn_norm.weight, f.w1.weight,
+                           f.w3.weight, f.w2.weight)
 
 
 class KernelTransformer(Transformer):

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import Function
 from test_losses import total_of
 
 from losses import Objective, all_losses
@@ -32,7 +33,44 @@ def leaf(*shape, dtype, seed=0, scale=1.0):
 
 
 # ---------------------------------------------------------------------------------------------
-# the trunk's functions
+# the trunk's functions, as nodes of a graph of their own
+
+class CausalAttention(Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, dropout=0.0):
+        ctx.shape = kernels.Shape(n_heads, n_kv_heads, dropout, int(torch.randint(2**62, ())))
+        y, log_sum = kernels.attention(qkv, cos, sin, ctx.shape)
+        ctx.save_for_backward(qkv, cos, sin, y, log_sum)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return kernels.attention_backward(*ctx.saved_tensors, dy.contiguous(), ctx.shape), None, None, None, None, None
+
+
+class AddNorm(Function):
+    @staticmethod
+    def forward(ctx, h, branch, weight, eps):
+        ctx.eps, (total, out) = eps, kernels.norm(h, branch, weight, eps, branch.dtype)
+        ctx.save_for_backward(total, weight)
+        return total, out
+
+    @staticmethod
+    def backward(ctx, dtotal, dout):
+        total, weight = ctx.saved_tensors
+        return *kernels.norm_backward(total, weight, ctx.eps, dout.contiguous(), dtotal.contiguous(), True), None
+
+
+class SwiGLU(Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return kernels.swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return kernels.swiglu_backward(*ctx.saved_tensors, dout.contiguous())
+
 
 def dropout_of(B, T, H, dropout, seed=0):
     """(B, H, T, T): what the next attention after torch.manual_seed(seed) multiplies probabilities by.
@@ -43,7 +81,7 @@ def dropout_of(B, T, H, dropout, seed=0):
     qkv = torch.zeros(B, T, 3 * H, T)
     qkv[:, :, 2 * H :] = torch.eye(T)[:, None]
     torch.manual_seed(seed)
-    y = kernels.CausalAttention.apply(qkv.flatten(2), torch.ones(T, T // 2), torch.zeros(T, T // 2), H, H, dropout)
+    y = CausalAttention.apply(qkv.flatten(2), torch.ones(T, T // 2), torch.zeros(T, T // 2), H, H, dropout)
     return y.unflatten(-1, (H, T)).transpose(1, 2) * torch.arange(1.0, T + 1)[:, None]
 
 
@@ -57,7 +95,7 @@ def test_attention(B, T, H, G, hd, dropout, dtype):
     qkv, wide = leaf(B, T, (H + 2 * G) * hd, dtype=dtype, scale=2.0)
     up, wide_up = leaf(B, T, H * hd, dtype=dtype, seed=1)
     cos, sin = rope_table(hd, T)
-    y = kernels.CausalAttention.apply(qkv, cos, sin, H, G, dropout)
+    y = CausalAttention.apply(qkv, cos, sin, H, G, dropout)
     y.backward(up.detach())
 
     # straight from the definition: rotate, score, mask, softmax, drop, mix
@@ -110,7 +148,7 @@ def test_attention_of_scores_that_overflow_an_exponential():
     qkv[0, :, hd] = -200.0  # k: scores of -1.4e4 ...
     qkv[0, 20, hd] = 200.0  # ... but for one key
     qkv[..., 2 * hd :] = torch.randn(T, hd)
-    y = kernels.CausalAttention.apply(qkv, torch.ones(T, hd // 2), torch.zeros(T, hd // 2), H, H)
+    y = CausalAttention.apply(qkv, torch.ones(T, hd // 2), torch.zeros(T, hd // 2), H, H)
     torch.testing.assert_close(y[0, 20:], qkv[0, 20, 2 * hd :].expand(20, hd))
     torch.testing.assert_close(y[0, 4], qkv[0, :5, 2 * hd :].mean(0))
 
@@ -128,7 +166,7 @@ def test_norm(shape, with_branch, dtype):
     total = wide_h + wide_branch if with_branch else wide_h
     want = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * wide_weight
     if with_branch:
-        got_total, got = kernels.AddNorm.apply(h, branch, weight, 1e-5)
+        got_total, got = AddNorm.apply(h, branch, weight, 1e-5)
         torch.autograd.backward((got_total, got), (later.detach(), up.detach()))
         torch.autograd.backward((total, want), (wide_later.detach(), wide_up.detach()))
         compare(got_total, total, torch.float32)
@@ -148,7 +186,7 @@ def test_norm(shape, with_branch, dtype):
 def test_swiglu(shape, dtype):
     gate_up, wide = leaf(*shape[:-1], 2 * shape[-1], dtype=dtype, scale=3.0)
     up, wide_up = leaf(*shape, dtype=dtype, seed=1)
-    got = kernels.SwiGLU.apply(gate_up)
+    got = SwiGLU.apply(gate_up)
     got.backward(up.detach())
     gate, linear = wide.chunk(2, -1)
     want = F.silu(gate) * linear
@@ -160,7 +198,7 @@ def test_swiglu(shape, dtype):
 def test_swiglu_far_from_zero():
     x = torch.tensor([-1e30, -200.0, -88.0, -1.0, 0.0, 88.0, 200.0, 1e30])
     gate_up = torch.cat((x, torch.ones(8)))[None].requires_grad_()
-    got = kernels.SwiGLU.apply(gate_up)
+    got = SwiGLU.apply(gate_up)
     torch.testing.assert_close(got[0], F.silu(x), rtol=1e-6, atol=1e-7)
     got.sum().backward()
     assert torch.isfinite(gate_up.grad).all()
@@ -305,7 +343,7 @@ def test_losses_and_gradients_of_both_paths_agree(changes, dtype):
 def test_dropout_falls_on_what_it_falls_on_in_the_plain_model(monkeypatch):
     """Embeddings, attention's probabilities and both branches of a block, only in training.
 
-    With masks that are no longer random: F.dropout doubles the even numbers of a row, and of attention's
+    With masks that are no longer random: dropout doubles the even numbers of a row, and of attention's
     probabilities none is dropped here; that both paths ask for it is counted.
     """
     asked = []
@@ -314,20 +352,21 @@ def test_dropout_falls_on_what_it_falls_on_in_the_plain_model(monkeypatch):
         asked.append(p if training else 0.0)
         return x * torch.arange(x.shape[-1]).remainder(2).sub(2) if asked[-1] else x
 
-    attend, apply = F.scaled_dot_product_attention, kernels.CausalAttention.apply
+    attend, attention = F.scaled_dot_product_attention, kernels.attention
     of_attention = {"plain": [], "fast": []}
 
     def plain(*args, dropout_p, **more):
         of_attention["plain"].append(dropout_p)
         return attend(*args, **more)
 
-    def fast(*args):
-        of_attention["fast"].append(args[5])
-        return apply(*args[:5])
+    def fast(qkv, cos, sin, shape):
+        of_attention["fast"].append(shape.dropout)
+        return attention(qkv, cos, sin, shape._replace(dropout=0.0))
 
     monkeypatch.setattr(F, "dropout", dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
-    monkeypatch.setattr(kernels.CausalAttention, "apply", fast)
+    monkeypatch.setattr(kernels, "attention", fast)
+    monkeypatch.setattr(kernels, "drop", lambda x, p: (dropout(x, p), None))
     x = torch.randint(2, 100, (3, 40), generator=torch.Generator().manual_seed(2))
     for training in (True, False):
         want, got = (model.train(training)(x) for model in twins(dropout=0.2))
@@ -336,12 +375,40 @@ def test_dropout_falls_on_what_it_falls_on_in_the_plain_model(monkeypatch):
     assert asked == 2 * (5 * [0.2]) + 2 * (5 * [0.0])
 
 
+def test_gradients_under_dropout_are_of_what_was_dropped():
+    """Of a block whose masks a seed fixes: the slope along a direction."""
+    _, fast = twins(dropout=0.3)
+    block, places = fast.layers[0], fast.places(40, None)
+    x, along = torch.randn(2, 2, 40, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(x):
+        torch.manual_seed(0)
+        return (block(x, *places) * along).sum()
+
+    x.requires_grad_()
+    run(x).backward()
+    with torch.no_grad():
+        slope = (run(x + 0.01 * along) - run(x - 0.01 * along)) / 0.02
+    assert (x.grad * along).sum().item() == pytest.approx(slope.item(), rel=1e-3)
+    assert not torch.equal(run(x), block.eval()(x, *places).mul(along).sum())
+
+
 def test_blocks_and_norms_are_told_apart_from_the_plain_ones():
     """What stands in must be what the fast model runs, and its block not the plain one by accident."""
     plain, fast = twins()
     assert type(plain.layers[0]) is TransformerBlock and type(plain.norm) is RMSNorm
     assert type(fast.layers[0]) is kernels.KernelBlock and type(fast.norm) is kernels.KernelNorm
     assert type(fast.layers[0].feed_forward) is FeedForward
+
+
+def test_what_does_not_learn_gets_no_gradient():
+    _, fast = twins()
+    block = fast.layers[0]
+    learns = [name for name, _ in block.named_parameters()][::2]
+    for name, p in block.named_parameters():
+        p.requires_grad = name in learns
+    block(torch.randn(1, 40, 32), *fast.places(40, None)).sum().backward()
+    assert [name for name, p in block.named_parameters() if p.grad is not None] == learns
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -353,13 +420,13 @@ def test_the_number_of_threads_changes_no_bit():
         try:
             qkv, _ = leaf(3, 50, 16 * 8, dtype=torch.float32)
             torch.manual_seed(0)
-            kernels.CausalAttention.apply(qkv, *rope_table(8, 50), 8, 4, 0.1).square().sum().backward()
+            CausalAttention.apply(qkv, *rope_table(8, 50), 8, 4, 0.1).square().sum().backward()
             h, _ = leaf(2000, 64, dtype=torch.float32)
             branch, _ = leaf(2000, 64, dtype=torch.float32, seed=1)
             weight, _ = leaf(64, dtype=torch.float32)
-            sum(t.square().sum() for t in kernels.AddNorm.apply(h, branch, weight, 1e-5)).backward()
+            sum(t.square().sum() for t in AddNorm.apply(h, branch, weight, 1e-5)).backward()
             gate_up, _ = leaf(500, 64, dtype=torch.float32)
-            kernels.SwiGLU.apply(gate_up).square().sum().backward()
+            SwiGLU.apply(gate_up).square().sum().backward()
             logits, target = torch.randn(99, 300, generator=torch.Generator().manual_seed(0)), torch.arange(99)
             losses = head_losses(logits, target[:, None], torch.full((99, 1), 0.5), logits)
             found.append((qkv.grad, h.grad, branch.grad, weight.grad, gate_up.grad, logits, *losses))
@@ -390,7 +457,7 @@ def test_no_position_sees_what_comes_after_it():
     qkv = torch.randn(2, 20, 3 * 8)
     qkv[1] = qkv[0]
     qkv[1, 13, 16:] = 1e38  # a value that nobody before may see, not even with a weight of next to nothing
-    y = kernels.CausalAttention.apply(qkv, *rope_table(8, 20), 1, 1)
+    y = CausalAttention.apply(qkv, *rope_table(8, 20), 1, 1)
     assert torch.equal(y[0, :13], y[1, :13]) and not torch.isclose(y[0, 13:], y[1, 13:]).any()
     x = torch.randint(2, 100, (1, 40))
     for t in (3, 15, 16, 31):
