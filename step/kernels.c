@@ -255,8 +255,7 @@ typedef uint32_t Word __attribute__((may_alias));
 
 typedef struct {
     const Word *qkv;
-    const float *cos, *sin;    // (T, hd / 2)
-    float *cos_of, *sin_of;    // the same, transposed: (hd / 2, padded(T))
+    float *cos, *sin;  // transposed: (hd / 2, padded(T))
     int64_t T, H, G;
     uint64_t seed;
     uint32_t dropped;  // hashes below it are: dropout * 2^32
@@ -303,7 +302,10 @@ INLINE Floats add_products(Floats sum, Bits a, Bits b, Head is) {
 
 // rows[r][:] = from[r * stride ..], for LANES rows; zeros from row n on.
 INLINE void read_rows(Word *rows, const Word *from, int64_t stride, int n, Head is) {
-    for (int r = 0; r < n; r++) memcpy(rows + r * is.words, from + r * stride, (size_t)is.used * 4);
+    for (int r = 0; r < n; r++) {
+        __builtin_prefetch(from + (r + LANES) * stride);  // the next LANES rows', too far apart for the processor to guess
+        memcpy(rows + r * is.words, from + r * stride, (size_t)is.used * 4);
+    }
     memset(rows + n * is.words, 0, (size_t)((LANES - n) * is.words) * 4);
 }
 
@@ -317,16 +319,20 @@ INLINE void to_rows(Word *rows, const Bits *columns, int64_t stride, int n, Head
         for (int64_t w = 0; w < is.used; w++) rows[r * stride + w] = ((const Word *)(columns + w))[r];
 }
 
-// Numbers 2 i and 2 i + 1 of columns become x and y, turned by their angles at positions t0 on; direction -1 turns back.
-INLINE void turn(const Attention *a, Bits *columns, int64_t i, Floats x, Floats y, int64_t t0, float direction, Head is) {
-    const Floats cos = *at(a->cos_of, i * padded(a->T) + t0), sin = *at(a->sin_of, i * padded(a->T) + t0) * direction;
-    const Floats even = x * cos - y * sin, odd = x * sin + y * cos;
+// Numbers 2 i and 2 i + 1 of columns.
+INLINE void put(Bits *columns, int64_t i, Floats even, Floats odd, Head is) {
     if (is.bf16) {
         columns[i] = two_of(even, odd);
     } else {
         columns[2 * i] = (Bits)even;
         columns[2 * i + 1] = (Bits)odd;
     }
+}
+
+// The same, of x and y turned by their angles at positions t0 on; direction -1 turns back.
+INLINE void turn(const Attention *a, Bits *columns, int64_t i, Floats x, Floats y, int64_t t0, float direction, Head is) {
+    const Floats cos = *at(a->cos, i * padded(a->T) + t0), sin = *at(a->sin, i * padded(a->T) + t0) * direction;
+    put(columns, i, x * cos - y * sin, x * sin + y * cos, is);
 }
 
 // LANES rows of a head from t0 on, turned: as rows and as columns.
@@ -480,6 +486,7 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
     Floats in_registers[8], *Y = is.width == 8 ? in_registers : (Floats *)(Q + is.width);
     read_keys(a, K, V, Q, b, g, is);
     const Word *Vp = pairs_of(V + size, V, T, is);
+    const float slack = SLACK / a->scale;
     for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
         for (int64_t t0 = 0; t0 < T; t0 += LANES) {
             const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
@@ -493,7 +500,7 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
                 if (k + KEYS > t0 + 1)
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(LOWEST));
                 for (int j = 0; j < KEYS; j++) new_max = larger(p[j], new_max);
-                if (any_larger(new_max, max + SLACK / a->scale)) {  // seldom: powers up to 2^SLACK are as good as up to 1
+                if (any_larger(new_max, max + slack)) {  // seldom: powers up to 2^SLACK are as good as up to 1
                     const Floats shrink = exp2_of((max - new_max) * a->scale);  // what was summed, under the new maximum
                     max = new_max;
                     sum *= shrink;
@@ -508,14 +515,7 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
                 add_weighted(Y, p, Vp + k * is.words, is);
             }
             const Floats share = 1.0f / sum, log = max * a->scale + log2_of(sum);
-            for (int64_t i = 0; i < is.half; i++) {
-                if (is.bf16) {
-                    Q[i] = two_of(Y[2 * i] * share, Y[2 * i + 1] * share);
-                } else {
-                    Q[2 * i] = (Bits)(Y[2 * i] * share);
-                    Q[2 * i + 1] = (Bits)(Y[2 * i + 1] * share);
-                }
-            }
+            for (int64_t i = 0; i < is.half; i++) put(Q, i, Y[2 * i] * share, Y[2 * i + 1] * share, is);
             to_rows(y + ((b * T + t0) * H + h) * is.used, Q, H * is.used, n, is);
             memcpy(log_sum + (b * H + h) * T + t0, &log, (size_t)n * 4);
         }
@@ -541,6 +541,7 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
     Bits *Q = (Bits *)(W + 2 * KEYS * LANES), *O = Q + is.width, *Y = O + is.width;
     Floats in_registers[8], *dQ = is.width == 8 ? in_registers : (Floats *)(Y + is.width);
     const int64_t registers = 2 * is.width / LANES;
+    const float scale = a->scale / LOG2E;
     memset(dVK, 0, (size_t)(2 * keys_of(T) * is.width) * 4);
     read_keys(a, K, V, Q, b, g, is);
     const Word *Kp = pairs_of(V + size, K, T, is);
@@ -576,21 +577,20 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
                 add_weighted(dQ, ds, Kp + k * is.words, is);
                 add_over_queries(dVK + k * registers, W, (Bits *)QO, is);
             }
-            const float scale = a->scale / LOG2E;
             for (int64_t i = 0; i < is.half; i++) turn(a, Q, i, dQ[2 * i] * scale, dQ[2 * i + 1] * scale, t0, -1.0f, is);
             to_rows(dqkv + word_of(a, b, t0, h, is), Q, (H + 2 * a->G) * is.used, n, is);
         }
-    float *dk = (float *)q_rows, *dv = dk + is.width;
-    for (int64_t t = 0; t < T; t++) {
-        const float *row = (const float *)(dVK + t * registers), *cos = a->cos + t * is.half, *sin = a->sin + t * is.half;
-        for (int64_t i = 0; i < is.half; i++, row += 4) {
-            dv[2 * i] = row[0];
-            dv[2 * i + 1] = row[2];
-            dk[2 * i] = (row[1] * cos[i] + row[3] * sin[i]) * (a->scale / LOG2E);
-            dk[2 * i + 1] = (row[3] * cos[i] - row[1] * sin[i]) * (a->scale / LOG2E);
+    for (int64_t t0 = 0; t0 < T; t0 += LANES) {
+        const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
+        for (int64_t i = 0; i < is.half; i++) {
+            Floats part[4];  // numbers 2 i and 2 i + 1 of dv and dk
+            for (int r = 0; r < LANES; r++)
+                for (int c = 0; c < 4; c++) ((float *)(part + c))[r] = ((const float *)(dVK + (t0 + r) * registers))[4 * i + c];
+            put(O, i, part[0], part[2], is);
+            turn(a, Q, i, part[1] * scale, part[3] * scale, t0, -1.0f, is);
         }
-        write_row(dqkv + word_of(a, b, t, H + g, is), 0, dk, 2 * is.half, is.bf16);
-        write_row(dqkv + word_of(a, b, t, H + a->G + g, is), 0, dv, 2 * is.half, is.bf16);
+        to_rows(dqkv + word_of(a, b, t0, H + g, is), Q, (H + 2 * a->G) * is.used, n, is);
+        to_rows(dqkv + word_of(a, b, t0, H + a->G + g, is), O, (H + 2 * a->G) * is.used, n, is);
     }
 }
 
@@ -604,12 +604,12 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
 static Attention attention_of(const void *qkv, const float *cos, const float *sin, float *tables, int64_t T, int64_t H,
                               int64_t G, int64_t hd, int64_t seed, double dropout) {
     const int64_t half = hd / 2;
-    Attention a = {qkv, cos, sin, tables, tables + half * padded(T), T, H, G, (uint64_t)seed, (uint32_t)(dropout * 0x1p32),
+    Attention a = {qkv, tables, tables + half * padded(T), T, H, G, (uint64_t)seed, (uint32_t)(dropout * 0x1p32),
                    (float)(1.0 / (1.0 - dropout)), LOG2E / sqrtf((float)hd)};
     for (int64_t t = 0; t < T; t++)
         for (int64_t i = 0; i < half; i++) {
-            a.cos_of[i * padded(T) + t] = cos[t * half + i];
-            a.sin_of[i * padded(T) + t] = sin[t * half + i];
+            a.cos[i * padded(T) + t] = cos[t * half + i];
+            a.sin[i * padded(T) + t] = sin[t * half + i];
         }
     return a;
 }
@@ -821,4 +821,28 @@ int head_losses(const void *logits, const int64_t *classes, const float *scales,
     }
     free(all_threads);
     return outside ? -2 : 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// AdamW (torch.optim.AdamW), of all tensors in one call
+//
+// Of each of `count` tensors: n numbers x, their gradient, both moments, and the steps taken so far, which are counted here.
+
+int adamw(float *const *x, const float *const *gradient, float *const *mean, float *const *square, float *const *steps,
+          const int64_t *n, int64_t count, double rate, double beta1, double beta2, double eps, double decay) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < count; i++) {
+        const double step = *steps[i] += 1.0f;
+        const float b1 = (float)beta1, b2 = (float)beta2, rest1 = (float)(1.0 - beta1), rest2 = (float)(1.0 - beta2);
+        const float kept = (float)(1.0 - rate * decay), size = (float)(rate / (1.0 - pow(beta1, step)));
+        const float root = (float)(1.0 / sqrt(1.0 - pow(beta2, step))), least = (float)eps;
+        float *restrict w = x[i], *restrict m = mean[i], *restrict v = square[i];
+        const float *restrict g = gradient[i];
+        for (int64_t j = 0; j < n[i]; j++) {
+            m[j] = m[j] * b1 + g[j] * rest1;
+            v[j] = v[j] * b2 + g[j] * g[j] * rest2;
+            w[j] = w[j] * kept - size * m[j] / (sqrtf(v[j]) * root + least);
+        }
+    }
+    return 0;
 }

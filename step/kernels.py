@@ -37,13 +37,13 @@ from system.shown import shown
 SOURCE = Path(__file__).with_name("kernels.c")
 BUILD = SOURCE.parent.parent / "build"
 TEMPORARY = ".kernels-"  # begins the names of folders to compile in
-FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC"]
 # In order of preference. OpenMP is the one that PyTorch has loaded, so both share their threads.
 MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"], [])
 SIGNATURES = {  # p: pointer, i: int64, f: float, d: double
     "attention_forward": "pppppiiiiiiid", "attention_backward": "pppppppiiiiiiid", "norm_forward": "pppppiifi",
     "norm_backward": "pppppppiifi", "swiglu_forward": "ppiii", "swiglu_backward": "pppiii",
-    "head_losses": "ppppppp" "f" "pppp" "iiii"}
+    "head_losses": "ppppppp" "f" "pppp" "iiii", "adamw": "ppppppi" "ddddd"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
@@ -132,7 +132,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
         raise ValueError(f"no C compiler: {command[0]}: {error.strerror}") from error
 
 
-def _call(name: str, *args: Tensor | int | float | None) -> None:
+def _call(name: str, *args: Tensor | ctypes.Array | int | float | None) -> None:
     """A function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError, IndexError."""
     for arg in args:
         if isinstance(arg, Tensor):
@@ -142,6 +142,11 @@ def _call(name: str, *args: Tensor | int | float | None) -> None:
         raise IndexError(f"kernels.c: {name}: a class is outside of the vocabulary")
     if failure:
         raise MemoryError(f"kernels.c: {name}: out of memory")
+
+
+def _pointers(tensors: list[Tensor]) -> ctypes.Array:
+    assert all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu" for t in tensors)
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
 
 
 def _is_bf16(x: Tensor) -> int:
@@ -485,3 +490,15 @@ def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str
         more, of_rest, _ = in_pytorch(rest, chunk_rows(N, len(heads[0].readout.weight)), weights)
         total, losses = total + more, losses | of_rest
     return total, losses, results[2::3]
+
+
+# ---------------------------------------------------------------------------------------------
+# the update
+
+def adamw(parameters: list[Tensor], means: list[Tensor], squares: list[Tensor], steps: list[Tensor], *, lr: float,
+          betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """One step of torch.optim.AdamW, in place; steps: how many there were, by parameter, which are counted here."""
+    sizes = (ctypes.c_int64 * len(parameters))(*(p.numel() for p in parameters))
+    gradients = [p.grad.contiguous() for p in parameters]
+    _call("adamw", *map(_pointers, (parameters, gradients, means, squares, steps)), sizes, len(parameters), lr, *betas,
+          eps, weight_decay)

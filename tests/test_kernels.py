@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
 from test_losses import total_of
+from torch.autograd import Function
 
 from losses import Objective, all_losses
 from model import FUTURE_HEADS, FeedForward, ModelArgs, RMSNorm, Transformer, TransformerBlock, rope_table, rotate
@@ -111,6 +111,42 @@ def test_attention(B, T, H, G, hd, dropout, dtype):
 
     compare(y, want, dtype, scale=4)
     compare(qkv.grad, wide.grad, dtype, scale=wide.grad.abs().max().item())
+
+
+def torchs_attention(qkv, cos, sin, H, G):
+    """The plain model's: turned in float32, the rest in qkv's type."""
+    q, k, v = qkv.unflatten(-1, (H + 2 * G, -1)).split((H, G, G), 2)
+    q, k = (rotate(t, cos, sin).to(t.dtype) for t in (q, k))
+    k, v = (t.repeat_interleave(H // G, 2) for t in (k, v))
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+    return y.transpose(1, 2).flatten(2)
+
+
+def errors_of_attention(attention, dtype):
+    """Relative errors, root mean square, of y and of the gradient; at the sizes of a 260K model."""
+    B, T, H, G, hd = 2, 256, 8, 4, 8
+    found = []
+    for function, column in ((attention, 0), (torchs_attention, 1)):
+        qkv = leaf(B, T, (H + 2 * G) * hd, dtype=dtype)[column]
+        y = function(qkv, *(t.type_as(qkv) if column else t for t in rope_table(hd, T)), H, G)
+        y.backward(leaf(B, T, H * hd, dtype=dtype, seed=1)[column].detach())
+        found.append((y.detach().double(), qkv.grad.double()))
+    return [((got - want).norm() / want.norm()).item() for got, want in zip(*found, strict=True)]
+
+
+def test_attention_errs_no_more_than_torchs_own():
+    mine, torchs = (errors_of_attention(f, torch.bfloat16) for f in (CausalAttention.apply, torchs_attention))
+    assert mine[0] < 1.05 * torchs[0] and mine[1] < torchs[1], (mine, torchs)
+    assert max(errors_of_attention(CausalAttention.apply, torch.float32)) < 1e-6
+
+
+def test_without_the_processors_own_instructions_attention_errs_as_little(monkeypatch, tmp_path):
+    """The lines that stand in for those of AVX-512, in the narrowest registers."""
+    built = tmp_path / "kernels.so"
+    subprocess.run(["cc", "-std=c11", "-O1", "-shared", "-fPIC", kernels.SOURCE, "-o", built, "-lm"], check=True)
+    portable = kernels._load(built, False)
+    monkeypatch.setattr(kernels, "library", lambda: portable)
+    test_attention_errs_no_more_than_torchs_own()
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 1 - 2**-53])

@@ -1,20 +1,24 @@
 """Which parameters go to which optimiser, and that each agrees with torch's own."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model import ModelArgs, Transformer
-from step.optimizer import make_optimizer
+from step.kernels import KernelTransformer
+from step.optimizer import KernelAdamW, make_optimizer
 
 SETTINGS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
 
 
-def tiny_model() -> Transformer:
+def tiny_model(kind: type = Transformer) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(ModelArgs(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=50, n_future_heads=1))
+    return kind(ModelArgs(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=50, n_future_heads=1))
 
 
 def with_gradients(model: Transformer) -> Transformer:
@@ -68,3 +72,38 @@ def test_state_comes_back():
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
     with pytest.raises(KeyError, match="muon"):
         b.load_state_dict(torch.optim.AdamW(one.parameters()).state_dict())
+
+
+def test_the_kernels_adamw_is_torchs_and_each_goes_on_where_the_other_stopped():
+    """A parameter joins late, so that not all have taken as many steps."""
+    settings = SimpleNamespace(optimizer="adamw", **SETTINGS)
+    models = [tiny_model(kind) for kind in (Transformer, KernelTransformer)]
+    optimizers = [make_optimizer(settings, model) for model in models]
+    assert [isinstance(optimizer, KernelAdamW) for optimizer in optimizers] == [False, True]
+    late = [dict(model.named_parameters())["layers.1.attention.wq.weight"] for model in models]
+    for step in range(8):
+        for model, optimizer, p in zip(models, optimizers, late, strict=True):
+            with_gradients(model)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (step + 1)
+            if step < 3:
+                p.grad = None
+            optimizer.step()
+        if step == 5:
+            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+            for optimizer, state in zip(optimizers, reversed(states), strict=True):
+                optimizer.load_state_dict(state)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(optimizer.state_dict()["state"] for optimizer in optimizers))
+    optimizers[1].zero_grad()
+    assert all(p.grad is None for p in models[1].parameters())
+
+
+def test_a_run_by_kernels_starts_without_torchs_compiler():
+    """Whose import would take longer than all else."""
+    code = ("import sys, train, model, step.optimizer, step.kernels; from settings import Settings;"
+            "small = step.kernels.KernelTransformer(model.ModelArgs(dim=8, n_heads=1, n_kv_heads=1));"
+            "step.optimizer.make_optimizer(Settings(), small).state_dict(); sys.exit('torch._dynamo' in sys.modules)")
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

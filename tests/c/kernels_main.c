@@ -49,6 +49,7 @@ static void rows(int64_t N, int64_t D, int bf16) {
     void *dbranch = activations(N * D, bf16), *dweight = activations(D, 0);
     bad |= norm_forward(h, NULL, weight, NULL, out, N, D, 1e-5f, bf16);
     bad |= norm_forward(h, branch, weight, x, out, N, D, 1e-5f, bf16);
+    bad |= norm_forward(h, branch, NULL, x, NULL, N, D, 1e-5f, bf16);
     bad |= norm_backward(x, weight, out, NULL, dx, NULL, dweight, N, D, 1e-5f, bf16);
     bad |= norm_backward(x, weight, out, h, dx, dbranch, dweight, N, D, 1e-5f, bf16);
     check(h, N * D, 0), check(branch, N * D, bf16), check(weight, D, 0), check(x, N * D, 0), check(out, N * D, bf16);
@@ -80,6 +81,20 @@ static void rows(int64_t N, int64_t D, int bf16) {
     free(classes), free(scales), free(taught);
 }
 
+static void update(int64_t n) {
+    float *x[2], *g[2], *m[2], *v[2], *steps[2];
+    const int64_t sizes[2] = {n, 1};
+    for (int i = 0; i < 2; i++) {
+        x[i] = activations(sizes[i], 0), g[i] = activations(sizes[i], 0), m[i] = calloc((size_t)sizes[i], 4);
+        v[i] = calloc((size_t)sizes[i], 4), steps[i] = calloc(1, 4);
+    }
+    bad |= adamw(x, (const float *const *)g, m, v, steps, sizes, 2, 0.01, 0.9, 0.95, 1e-8, 0.1);
+    for (int i = 0; i < 2; i++) {
+        check(x[i], sizes[i], 0), check(g[i], sizes[i], 0), check(m[i], sizes[i], 0), check(v[i], sizes[i], 0);
+        check(steps[i], 1, 0);
+    }
+}
+
 int main(void) {
     keep_freed_memory();
     const int64_t shapes[][5] = {{1, 1, 1, 1, 2}, {2, 7, 2, 1, 6}, {1, 8, 4, 4, 8}, {1, 17, 3, 3, 10}, {1, 33, 4, 2, 48}};
@@ -89,6 +104,7 @@ int main(void) {
         for (int64_t D = 1; D < 40; D++) rows(D % 7 + 1, D, bf16);
         rows(2 * ROW_BLOCK + 1, 16, bf16);
     }
+    for (int64_t n = 1; n < 40; n++) update(n);
     puts(bad ? "a result is not finite, or a function failed" : "ok");
     return bad;
 }
