@@ -24,7 +24,7 @@ freeze_trunk_iters = 200
 freeze_embeddings = True
 # optimisation
 learning_rate = 1e-4
-max_epochs = 3
+max_epochs = 3  # --max_epochs=0 --max_iters=N sets a length in iterations
 warmup_iters = 50
 beta2 = 0.99
 weight_decay = 0.01

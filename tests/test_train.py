@@ -615,7 +615,8 @@ def test_the_recipe_of_frozen_heads_takes_a_checkpoint_in_llama2cs_layout(words,
     torch.save({"model": state, "model_args": {k: ours["model_args"][k] for k in names}, "config": {}, "optimizer": {}},
                tmp_path / "theirs.pt")
     monkeypatch.chdir(ROOT)
-    argv = words(init_from=tmp_path / "theirs.pt", out_dir=tmp_path / "new", freeze_trunk_iters=4, log_interval=1)
+    argv = words(init_from=tmp_path / "theirs.pt", out_dir=tmp_path / "new", freeze_trunk_iters=4, log_interval=1,
+                 max_epochs=0)
     run(["config/frozen_heads.py", *argv])
     lines, after = log_lines(tmp_path / "new"), weights(tmp_path / "new")
     pretrained = log_lines(tmp_path / "out")[-1]["val/ntp"]
