@@ -7,12 +7,14 @@ DEMO = out/quickstart
 SET = seeds4
 # the flag by which the compiler builds for this machine; nothing if it knows none
 NATIVE = $(shell for flag in -march=native -mcpu=native; do echo 'int main(void) { return 0; }' | $(CC) $$flag -x c -o /dev/null - 2> /dev/null && echo $$flag && break; done)
-.PHONY: help demo test test-interop lint fuzz bench bench-c ablation results run runportable runfast runomp rundebug clean
+.PHONY: help demo train-quickstart train-quickstart-base test test-interop lint fuzz bench bench-c ablation results run runportable runfast runomp rundebug clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*##/  make \1 |/' | column -t -s '|'
 
-demo: run $(DEMO)/model.bin ## generated stories, a 260K model trained on them for three minutes, and a story from C
+demo: run $(DEMO)/model.bin ## two 260K models, with a future head and without, train for three minutes; then a story from C
+	@echo
+	$(PY) compare.py $(DEMO)_base $(DEMO)
 	@echo
 	@echo "Next: make test; the README's real stories and four set-ups; or this model again:"
 	@echo "  ./run $(DEMO)/model.bin -t 0.5 -n 0 -i \"One day, Mia lost her\""
@@ -95,6 +97,13 @@ clean: ## remove what was built; keep data, runs and .venv
 data/toy/tok512/val.bin: | .venv/ready
 	$(PY) tinystories.py toy --vocab_size=512
 
+# Both models at the same time, with a core each; only the first one talks.
 $(DEMO)/model.bin: | .venv/ready data/toy/tok512/val.bin
-	$(PY) train.py config/quickstart.py --init_from=$$(test -f $(DEMO)/last.pt && echo resume || echo scratch)
+	@$(MAKE) --no-print-directory -j2 train-quickstart train-quickstart-base
 	$(PY) export.py $(DEMO)/ckpt.pt $@
+
+train-quickstart:
+	OMP_NUM_THREADS=1 $(PY) train.py config/quickstart.py --init_from=auto
+
+train-quickstart-base:
+	@OMP_NUM_THREADS=1 $(PY) train.py config/quickstart_base.py --init_from=auto > /dev/null

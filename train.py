@@ -53,6 +53,8 @@ from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from text.tokenizer_json import TOKENIZER
 from tinystories import TrainBatches, Windows, eval_batches, eval_windows
 
+COLUMNS = 100  # of a line on the terminal
+
 # ---------------------------------------------------------------------------------------------
 # data
 
@@ -347,12 +349,24 @@ def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, 
          f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {path}")
 
 
-def show(line: dict, s: Settings, step_seconds: float) -> str:
-    """A line of the log for the terminal: losses, rate, speed, time left."""
+def show_step(line: dict, s: Settings, step_seconds: float) -> str:
+    """A step for the terminal: the NTP head's loss and head 1's, speed, time left."""
+    names = [name for name in ("ntp", "superposition", "nitp_1", "consistency_1") if f"train/{name}" in line][:2]
+    losses = "  ".join(f"{name} {line['train/' + name]:.4f}" for name in names)
     minutes, seconds = divmod(round((s.max_iters - line["iter"]) * step_seconds), 60)
-    losses = "  ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in line.items() if k.startswith("train/"))
-    return (f"iter {line['iter']}/{s.max_iters} | {losses} | lr {line['lr']:.2e} | {step_seconds * 1000:.0f} ms | "
-            f"{line['tok_per_s']:,.0f} tok/s | {minutes}:{seconds:02d} left")
+    return (f"iter {line['iter']}/{s.max_iters} | {losses} | {step_seconds * 1000:.0f} ms | "
+            f"{line['tok_per_s']:,.0f} tok/s | {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+
+
+def show_evaluation(it: int, s: Settings, val: dict[str, float]) -> str:
+    """An evaluation for the terminal: of NTP and head 1, and of answers, what fits one line."""
+    names = [name for name in ("ntp", "bits_per_byte", "acc_0", "nitp_1", "acc_1") if name in val]
+    text = f"iter {it}/{s.max_iters} | val"
+    for name in [*names, *(name for name in val if name.startswith("exact_"))]:
+        figure = f"  {name} {val[name]:.4f}"
+        if len(text) + len(figure) <= COLUMNS:
+            text += figure
+    return text
 
 
 def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None:
@@ -424,7 +438,7 @@ def train(s: Settings) -> int:
             val = evaluate(run.objective, data.validation, losses_of(s), machine, run.path)
             line |= {f"val/{name}": value for name, value in val.items()} | {"peak_mib": machine.peak_mib()}
             if first:
-                tell(" ".join([f"iter {it}/{s.max_iters} | val", *(f" {k} {v:.4f}" for k, v in val.items())]))
+                tell(show_evaluation(it, s, val))
             check_finite("validation loss", val["ntp"], it, s)
             file_names = ["last.pt"]
             if val["ntp"] <= progress.best_val_ntp:  # a frozen trunk's stays the same while its heads get better
@@ -469,15 +483,16 @@ def train(s: Settings) -> int:
             check_finite("training loss", line["train/total"], it, s)
             if first:
                 log.write(line)
-                tell(show(line, s, seconds / (progress.iter_num - last_shown.iter_num)))
+                tell(show_step(line, s, seconds / (progress.iter_num - last_shown.iter_num)))
             last_shown = replace(progress)
 
     if first:
         log.close()
-    if not stop.signal or it == s.max_iters:
+    if it == s.max_iters:
+        note(f"complete at {it:,}; raise --max_iters to go on")
         return 0
     note(f"stopped at iter {it}, saved {s.out_dir}/last.pt; --init_from=resume continues")
-    return 128 + stop.signal
+    return 128 + stop.signal if stop.signal else 0  # 0: another process got the signal
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The demo: 260K parameters on generated stories, one future head with both losses; about 3 minutes on two cores."""
+"""The demo: 260K parameters on generated stories, one future head with both losses; about 3 minutes on one core."""
 out_dir = "out/quickstart"
 # data
 dataset = "toy"

@@ -21,3 +21,4 @@ warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.01
 eval_interval = 250
+log_interval = 10

@@ -93,6 +93,26 @@ def test_log_and_checkpoints_of_a_run(words, tmp_path, capsys):
     assert "14,032 in trunk" in printed and "16,384 in 2 future heads" in printed and "128 a step" in printed
 
 
+def test_lines_on_the_terminal_fit_100_columns(words, capsys):
+    run(words(n_future_heads=8, nitp_weight=0.3, consistency_weight=0.1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iter ")]
+    assert len(lines) == 8 + 3 and all(len(line) <= 100 for line in lines)
+    assert all("ntp" in line and "nitp_1" in line and "nitp_2" not in line for line in lines)
+    assert all(f"  {name} " in lines[0] for name in ("ntp", "bits_per_byte", "acc_0", "nitp_1", "acc_1"))
+    s = Settings(max_iters=1_000_000)
+    step = {"iter": 900_000, "train/ntp": 10.12345, "train/consistency_1": 10.12345, "tok_per_s": 12_345_678.0}
+    assert len(train.show_step(step, s, 1.0)) <= 100 and "27:46:40 left" in train.show_step(step, s, 1.0)
+    answers = {f"exact_in_{i}": 0.5 for i in range(9)}
+    shown = train.show_evaluation(900_000, s, {"ntp": 1.0, "acc_0": 0.5} | answers)
+    assert len(shown) <= 100 and "exact_in_1 0.5000" in shown
+
+
+def test_a_finished_run_says_so_also_when_resumed(words, capsys):
+    for init_from in ("scratch", "resume"):
+        run(words(max_iters=2, init_from=init_from))
+        assert "complete at 2; raise --max_iters to go on" in capsys.readouterr().err
+
+
 def test_the_log_says_how_a_run_was_made_and_how_it_went_on(words, tmp_path, data_dir):
     run(words(max_iters=8))
     (header,) = log_lines(tmp_path / "out", headers=True)
