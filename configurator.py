@@ -54,12 +54,16 @@ class Range:
         return f"in {'(' if self.low_open else '['}{self.low}, {self.high}{')' if self.high_open else ']'}"
 
 
-def configure(settings_class: type, argv: list[str]) -> Any:
+def configure(settings_class: type, argv: list[str], saved: dict[str, Any] | None = None, where: str = "") -> Any:
     """Return a `settings_class` made of its defaults, at most one config file, and `--key=value` words.
 
+    saved: values in place of defaults, from the file called `where`; what is no setting any more is left out.
     Errors: ValueError that names the word or the file and line, what was found and what was expected.
     """
-    values, config_file = {}, None
+    known = get_type_hints(settings_class)
+    values = {key: checked(settings_class, key, value, f"{where}: {key}")
+              for key, value in (saved or {}).items() if key in known}
+    config_file = None
     for before, word in zip(("", *argv), argv):
         if not word.startswith("-"):
             if takes_a_value(settings_class, before):

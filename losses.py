@@ -238,6 +238,14 @@ class Objective(nn.Module):
             return name, 0
         return 0, 0
 
+    def has_idle_heads(self, names: tuple[str, ...]) -> bool:
+        """Is there a head with parameters that none of these losses reads?"""
+        args, kinds = self.model.args, {parse_name(name)[0] for name in names}
+        learning = max((i for kind, i in map(parse_name, names) if kind in ("nitp", "consistency")), default=0)
+        return ((learning < args.n_future_heads and not self.model.shared_head)
+                or (args.spelling_letters > 0 and "spelling" not in kinds)
+                or (args.order_window > 0 and "order" not in kinds))
+
     def forward(self, x: Tensor, targets: dict[str, Target], position_weights: dict[str, Tensor]
                 ) -> tuple[Tensor, dict[str, Loss]]:
         """What tokens x (B, T) int64 add to the total loss, and the losses themselves. Only the total has gradients.

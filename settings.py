@@ -55,7 +55,7 @@ class Output:
 class Data:
     """What a run starts from and what it reads."""
 
-    init_from: str = "scratch"  # scratch, resume (out_dir/last.pt), or a model: ckpt.pt, model.bin, Hugging Face folder
+    init_from: str = "scratch"  # scratch; resume: out_dir/last.pt; auto: that if it is there, else scratch; or a model
     data_dir: str = "data"  # folder of all data sets
     dataset: str = "tinystories"  # reads data_dir/dataset/tok<vocab_size>/{train,val}.bin
     train_fraction: FractionAbove0 = 1.0  # train on only this leading part of train.bin, over and over

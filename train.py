@@ -3,7 +3,8 @@
     python train.py config/quickstart.py                          # settings from a file
     python train.py config/stories260k_mtp.py --max_iters=50      # and from the command line
     python train.py config/stories260k_mtp.py --init_from=resume  # go on where out_dir stopped
-    torchrun --standalone --nproc_per_node=2 train.py config/...  # several processes
+    python train.py --out_dir=out/x --init_from=resume            # the same with the settings of its checkpoint
+    torchrun --standalone --nproc_per_node=2 train.py config/...  # several processes (doc/several-machines.md)
     python train.py --help                                        # every setting
 
 Writes out_dir/ckpt.pt (best by validation NTP loss), out_dir/last.pt (newest) and out_dir/log.jsonl
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from configurator import configure, help_text
 from formats.checkpoint import load_weights
-from formats.resume import Progress, fingerprints, load_start, restore, save
+from formats.resume import Progress, fingerprints, load_start, restore, save, saved_settings
 from losses import Objective, all_losses, loss_weights, position_weights
 from model import Transformer
 from settings import Settings, check, shape_of
@@ -45,6 +46,7 @@ from step.optimizer import make_optimizer
 from study.log import Log
 from synthetic import Answers
 from system.lock import hold
+from system.origin import origin
 from system.shown import shown, shown_message
 from system.signals import Stop, handlers_restored
 from system.streams import tell
@@ -56,7 +58,19 @@ from tinystories import TrainBatches, Windows, eval_batches, eval_windows
 COLUMNS = 100  # of a line on the terminal
 
 # ---------------------------------------------------------------------------------------------
-# data
+# settings and data
+
+def settings_from(argv: list[str]) -> Settings:
+    """The settings of a run. Resumed without a config file it has those of its checkpoint, which argv may change."""
+    s = configure(Settings, argv)
+    last = Path(s.out_dir) / "last.pt"
+    if s.init_from == "auto":
+        s.init_from = "resume" if last.exists() else "scratch"
+    if s.init_from == "resume" and all(word.startswith("-") for word in argv):
+        s = configure(Settings, [*argv, "--init_from=resume"], saved_settings(last), str(last))
+        note(f"without a config file: settings are those in {last} and on the command line")
+    return s
+
 
 class Data(NamedTuple):
     """What a run reads."""
@@ -104,17 +118,19 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     wrapped: nn.Module | None = None  # the objective under DDP and torch.compile, once `wrap` has been called
+    losses: tuple[str, ...] = ()  # that it is wrapped for
 
     @property
     def model(self) -> Transformer:
         return self.objective.model
 
-    def wrap(self) -> None:
-        """Again whenever other parameters learn: DDP and torch.compile look at them once."""
+    def wrap(self, losses: tuple[str, ...]) -> None:
+        """Again whenever losses or parameters join or leave: DDP and torch.compile look at them once."""
+        self.losses = losses
         self.wrapped = torch.compile(self.objective) if self.path.kind == "compiled" else self.objective
-        if self.machine.world > 1:  # heads whose losses weigh 0 at a step get no gradient there
-            has_heads = len(self.model.trunk_parameters()) < len(list(self.model.parameters()))
-            self.wrapped = DistributedDataParallel(self.wrapped, find_unused_parameters=has_heads)
+        if self.machine.world > 1:
+            idle = self.objective.has_idle_heads(losses)  # parameters without a gradient, which DDP is to look for
+            self.wrapped = DistributedDataParallel(self.wrapped, find_unused_parameters=idle)
 
 
 def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None, bos: int = BOS) -> Objective:
@@ -180,23 +196,40 @@ def freeze(model: Transformer, s: Settings, it: int) -> bool:
     return changed
 
 
-def training_step(run: Training, it: int, weights: dict[str, float], micro_batches: list[tuple[Tensor, ...]]
-                  ) -> tuple[dict[str, Tensor], Tensor]:
-    """One update from all micro-batches together; returns ({loss: its mean here}, the gradient's norm).
+class Step(NamedTuple):
+    """What a training step did. Nothing here has waited for the device."""
+
+    means: dict[str, Tensor]  # {loss: its sum over this process's positions / all processes' number of positions}
+    grad_norm: Tensor
+    compiled: bool  # most of its time is torch.compile's
+    stopping: Callable[[], int]  # how many processes were asked to stop, at its begin
+
+
+def training_step(run: Training, it: int, weights: dict[str, float], micro_batches: list[tuple[Tensor, ...]],
+                  stop: bool = False) -> Step:
+    """One update from all micro-batches together.
 
     weights: {loss: weight}, as loss_weights gives them. micro_batches: x and y, (B, T) int64 each, and `answers`
     where the data has a mask (Windows.rows).
+    stop: was this process asked to? All processes hear of it with the step's counts, and leave the loop together.
     """
     s, machine, model = run.s, run.machine, run.model
     # the rate, and what learns
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(s, it)
-    if freeze(model, s, it) or run.wrapped is None:
-        run.wrap()
+    changes = freeze(model, s, it) or tuple(weights) != run.losses
+    compiles = changes and run.path.kind == "compiled"
+    if changes:
+        run.wrap(tuple(weights))
+    if compiles:
+        note("compiling, about a minute")
 
     # targets, counted over the whole iteration: micro-batches and processes add up to one big batch
     targets = [run.objective.targets(y, tuple(weights), *answers) for _, y, *answers in micro_batches]
-    counts = {name: machine.sum(sum(t[name].valid.sum() for t in targets)) for name in weights}
+    counts = [sum(t[name].valid.sum() for t in targets) for name in weights]
+    stops = torch.full((), stop, dtype=torch.long, device=machine.device)
+    *counts, stops = machine.sum(torch.stack([*counts, stops]))  # one collective for all of them
+    counts, stopping = dict(zip(weights, counts, strict=True)), machine.read_later(stops)
 
     # forward and backward
     means = dict.fromkeys(weights, 0.0)
@@ -216,7 +249,7 @@ def training_step(run: Training, it: int, weights: dict[str, float], micro_batch
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return means, grad_norm
+    return Step(means, grad_norm, compiles, stopping)
 
 
 def step_on_random_tokens(s: Settings, texts: list[bytes] | None = None) -> Callable[[float], None]:
@@ -294,7 +327,7 @@ def facts(s: Settings, model: Transformer, train: Windows, validation: Validatio
     if not vocabulary.exists():
         vocabulary = train.path.parent / "tokenizer.bin"
     targets = target_tokens(validation.batches)
-    return machine.facts(path) | {
+    return machine.facts(path) | origin() | {
         "parameters": model.parameter_counts()["trunk"], "train_tokens": len(train.tokens),
         "val_tokens": len(targets), "val_crc32": f"{zlib.crc32(targets.numpy().tobytes()):08x}",
         "vocabulary_crc32": f"{zlib.crc32(vocabulary.read_bytes()):08x}" if vocabulary.exists() else None}
@@ -353,9 +386,12 @@ def show_step(line: dict, s: Settings, step_seconds: float) -> str:
     """A step for the terminal: the NTP head's loss and head 1's, speed, time left."""
     names = [name for name in ("ntp", "superposition", "nitp_1", "consistency_1") if f"train/{name}" in line][:2]
     losses = "  ".join(f"{name} {line['train/' + name]:.4f}" for name in names)
+    text = f"iter {line['iter']}/{s.max_iters} | {losses}"
+    if line["tok_per_s"] is None:
+        return f"{text} | compiled"
     minutes, seconds = divmod(round((s.max_iters - line["iter"]) * step_seconds), 60)
-    return (f"iter {line['iter']}/{s.max_iters} | {losses} | {step_seconds * 1000:.0f} ms | "
-            f"{line['tok_per_s']:,.0f} tok/s | {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+    return (f"{text} | {step_seconds * 1000:.0f} ms | {line['tok_per_s']:,.0f} tok/s | "
+            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
 
 
 def show_evaluation(it: int, s: Settings, val: dict[str, float]) -> str:
@@ -377,11 +413,12 @@ def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None
             "config": header["config"] | {"facts": header["facts"]}, "id": run_id, "resume": "allow"}
 
 
-def step_figures(run: Training, weights: dict[str, float], means: dict[str, Tensor], grad_norm: Tensor) -> dict:
+def step_figures(run: Training, weights: dict[str, float], step: Step) -> dict:
     """What the log says of a step. Waits for the device."""
-    s, norm = run.s, grad_norm.item()  # not finite where float16 overflows, and the scaler skips the step
+    s, norm = run.s, step.grad_norm.item()  # not finite where float16 overflows, and the scaler skips the step
     line = {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None}
-    losses = {name: run.machine.sum(mean).item() for name, mean in means.items()}
+    sums = run.machine.sum(torch.stack(list(step.means.values()))).tolist()  # over processes
+    losses = dict(zip(step.means, sums, strict=True))
     losses["total"] = sum(weights[name] * loss for name, loss in losses.items())
     line |= {f"train/{name}": loss for name, loss in losses.items()}
     weighted = [*losses_of(s)[1:], "superposition"] if s.superposition > 1 else losses_of(s)[1:]
@@ -420,10 +457,11 @@ def train(s: Settings) -> int:
         return 0
 
     # the log; only the first of several processes has one
-    header = {"config": asdict(s), "facts": facts(s, run.model, data.train, data.validation, machine, run.path)}
     if first:
+        header = {"config": asdict(s), "facts": facts(s, run.model, data.train, data.validation, machine, run.path)}
         log = Log(Path(s.out_dir), progress.iter_num, header, wandb_settings(s, header, progress.wandb_id))
         progress.wandb_id = log.wandb_id or progress.wandb_id
+    step = None  # the last one
     stop = Stop("stopping after this step (again to stop at once)\n" if first else "")
     last_shown = replace(progress)  # at the last line on the terminal
 
@@ -431,6 +469,8 @@ def train(s: Settings) -> int:
         if first:
             log.check()  # an out_dir that was removed or replaced ends the run
         line = {"iter": it, "tokens": progress.tokens, "seconds": progress.seconds}
+        if run.path.kind == "compiled":
+            line["compile_seconds"] = progress.compile_seconds
 
         # evaluate on the validation rows, and save
         evaluates = it % s.eval_interval == 0 or it == s.max_iters
@@ -451,7 +491,7 @@ def train(s: Settings) -> int:
             if first:
                 log.write(line)
             break
-        if machine.anywhere(stop.signal > 0):
+        if stop.signal if machine.world == 1 else step and step.stopping():
             largest = torch.stack([p.detach().abs().max() for p in run.model.parameters()]).max()  # keeps a NaN
             check_finite("largest weight", largest, it, s)
             save(["last.pt"], run, progress)
@@ -465,25 +505,31 @@ def train(s: Settings) -> int:
         rows = data.bags if "superposition" in weights else data.batches
         first_batch = it * s.gradient_accumulation_steps
         micro_batches = [machine.put(*rows[first_batch + m]) for m in range(s.gradient_accumulation_steps)]
-        means, grad_norm = training_step(run, it, weights, micro_batches)
+        step = training_step(run, it, weights, micro_batches, stop.signal > 0)
 
         # count it
         logs = evaluates or it % s.log_interval == 0
-        if logs or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
+        if logs or step.compiled or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
             machine.synchronize()
-        progress.seconds += time.perf_counter() - began
-        progress.tokens += tokens_per_step(s, machine, it)
+        spent, tokens = time.perf_counter() - began, tokens_per_step(s, machine, it)
+        progress.tokens += tokens
         progress.iter_num = it + 1
+        if step.compiled:  # no part of training time, nor of its speed
+            progress.compile_seconds += spent
+            last_shown.tokens += tokens
+            last_shown.iter_num += 1
+        else:
+            progress.seconds += spent
 
         # log
         if logs:
-            line |= step_figures(run, weights, means, grad_norm)
+            line |= step_figures(run, weights, step)
             seconds, tokens = progress.seconds - last_shown.seconds, progress.tokens - last_shown.tokens
-            line["tok_per_s"] = tokens / seconds
+            line["tok_per_s"] = tokens / seconds if tokens else None  # none but a step that was compiled
             check_finite("training loss", line["train/total"], it, s)
             if first:
                 log.write(line)
-                tell(show_step(line, s, seconds / (progress.iter_num - last_shown.iter_num)))
+                tell(show_step(line, s, seconds / max(progress.iter_num - last_shown.iter_num, 1)))
             last_shown = replace(progress)
 
     if first:
@@ -500,7 +546,7 @@ def main(argv: list[str]) -> int:
         print(help_text(Settings, __doc__))
         return 0
     try:
-        s = configure(Settings, argv)
+        s = settings_from(argv)
         check(s)
         writes = is_first() and not s.eval_only
         with handlers_restored(), hold(Path(s.out_dir) / "lock") if writes else nullcontext():

@@ -38,6 +38,7 @@ class Progress:
     best_val_ntp: float = math.inf
     seconds: float = 0.0  # of training, without evaluations
     tokens: int = 0  # trained on
+    compile_seconds: float = 0.0  # of steps that torch.compile compiled; not among `seconds`
     wandb_id: str | None = None
     data: dict[str, str] = field(default_factory=dict)  # {file: its fingerprint}
 
@@ -61,6 +62,12 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
     else:
         take_shape(checkpoint, path, s)
     return checkpoint, path
+
+
+def saved_settings(path: Path) -> dict:
+    """The settings of the run in a checkpoint, but for its folder, which may have been moved. Errors: ValueError."""
+    config = read_checkpoint(path).get("config")
+    return {name: value for name, value in config.items() if name != "out_dir"} if isinstance(config, dict) else {}
 
 
 def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
@@ -185,7 +192,7 @@ def restore(checkpoint: dict, path: Path, run) -> Progress:
         else:
             note(f"{path}: has no {name} for soft_neighbours={run.s.soft_neighbours}: made anew")
     return Progress(*(checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens")),
-                    checkpoint.get("wandb_id"), fingerprints(run.s))
+                    checkpoint.get("compile_seconds", 0.0), checkpoint.get("wandb_id"), fingerprints(run.s))
 
 
 def save(file_names: list[str], run, progress: Progress) -> None:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,18 @@ class Machine:
             dist.all_reduce(x)
         return x
 
-    def anywhere(self, flag: bool) -> bool:
-        """True in all processes if `flag` is in one."""
-        return flag if self.world == 1 else self.sum(torch.tensor(int(flag))).item() > 0
+    def read_later(self, x: torch.Tensor) -> Callable[[], int]:
+        """What x () holds, for the host to ask in a later step: it never waits for the work that is queued by then."""
+        if self.device.type != "cuda":
+            return x.item
+        copy, copied = x.to("cpu", non_blocking=True), torch.Event(self.device)
+        copied.record()
+
+        def read() -> int:
+            copied.synchronize()  # so long ago that it is done
+            return copy.item()
+
+        return read
 
     def memory_bytes(self) -> int | None:
         """Memory of the device; None where that is not known."""

@@ -32,8 +32,7 @@ def gradients(run: train.Training, micro_batches, monkeypatch) -> tuple[dict, di
     seen = {}
     monkeypatch.setattr(run.optimizer, "step", lambda *_: seen.update(
         {name: p.grad.clone() for name, p in run.model.named_parameters()}))
-    means, _ = training_step(run, 0, loss_weights(run.s, 0.0), micro_batches)
-    return means, seen
+    return training_step(run, 0, loss_weights(run.s, 0.0), micro_batches).means, seen
 
 
 @pytest.mark.parametrize("path", ["plain", "fast"])
@@ -91,7 +90,7 @@ def test_rows_of_superposition_are_as_many_bags_long(data_dir):
     (x, y), (bag_x, bag_y) = data.batches[0], data.bags[0]
     assert x.shape == y.shape == (4, 16) and bag_x.shape == bag_y.shape == (4, 64)
     run = build(s, Machine(torch.device("cpu")), data.texts)
-    means, _ = training_step(run, 0, {"superposition": 1.0}, [(bag_x, bag_y)])
+    means = training_step(run, 0, {"superposition": 1.0}, [(bag_x, bag_y)]).means
     target = run.objective.targets(bag_y, ("superposition",))["superposition"]
     assert target.valid.shape == (4, 16) and target.valid.sum() == 4 * 15  # 16 bags a row; none follows the last
     assert means["superposition"] > 0

