@@ -86,7 +86,7 @@ clean: ## remove what was built; keep data, runs and .venv
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/test-ready: .venv/ready requirements-dev.txt requirements-compare.txt requirements-export.txt requirements-data.txt
+.venv/test-ready: .venv/ready requirements-dev.txt requirements-compare.txt requirements-export.txt requirements-data.txt requirements-tensorboard.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -152,6 +152,8 @@ def run_of(s: SetUp, seed: int, words: list[str], out: Path, source: SetUp | Non
         name += str(length)
         own.append(f"--max_iters={length}")
     own.append(f"--out_dir={out / s.folder / f'{name}-{seed}'}")
+    if s.settings(words).wandb_log:  # from these wandb draws mean and band
+        own += [f"--wandb_group={Path(s.folder) / name}", f"--wandb_job_type=seed {seed}"]
     start = None
     if source:
         start = str(out / source.folder / f"{source.name}-{seed}")

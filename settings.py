@@ -45,10 +45,18 @@ class Output:
     eval_interval: Interval = 250  # iterations between evaluations; each saves last.pt
     eval_only: bool = False  # evaluate once and stop; writes nothing
     log_interval: Interval = 1  # iterations between lines on the terminal and in log.jsonl
+    sample_tokens: Annotated[int, Range(0, 10**6)] = 64  # of a text by the NTP head at each evaluation; 0: none
+    tensorboard_log: bool = False  # write out_dir/tensorboard as well
     wandb_log: bool = False  # send the log to wandb as well
-    wandb_project: str = "lookahead"  # wandb project
-    wandb_run_name: str = ""  # wandb run name; empty: the name of out_dir
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: keep it in ./wandb for `wandb sync`
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"  # offline: in ./wandb for `wandb sync`; auto: WANDB_MODE
+    wandb_entity: str = ""  # user or team; empty: WANDB_ENTITY, as with all that follow
+    wandb_project: str = ""  # WANDB_PROJECT, else lookahead
+    wandb_run_name: str = ""  # WANDB_NAME, else the name of out_dir
+    wandb_group: str = ""  # WANDB_RUN_GROUP; ablate.py: the set-up
+    wandb_job_type: str = ""  # WANDB_JOB_TYPE; ablate.py: the seed
+    wandb_tags: str = ""  # WANDB_TAGS; with commas between them
+    wandb_notes: str = ""  # WANDB_NOTES
+    wandb_artifact: bool = False  # send the best checkpoint of a complete run
 
 
 @dataclass

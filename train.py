@@ -17,7 +17,9 @@ it, `training_step` last. Losses are in losses.py, settings in settings.py.
 from system.program import program
 
 import math
+import os
 import sys
+import textwrap
 import time
 import zlib
 from bisect import bisect_left
@@ -38,6 +40,7 @@ from formats.checkpoint import load_weights
 from formats.resume import Progress, fingerprints, load_start, restore, save, saved_settings
 from losses import Objective, all_losses, loss_weights, position_weights
 from model import Transformer
+from sample import ENDS, picker
 from settings import Settings, check, shape_of
 from step import kernels
 from step.machine import Machine, StepPath, choose_path, find_machine, is_first, lost_a_process, note, out_of_memory
@@ -320,6 +323,23 @@ def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...
     return means
 
 
+@torch.no_grad()
+def write_story(run: Training, texts: list[bytes]) -> str:
+    """A text by the NTP head, cut after sample_tokens tokens; the same random numbers at every evaluation."""
+    s, model, ids = run.s, run.model, [BOS]
+    pick = picker(temperature=0.8, top_k=0, top_p=0.9, seed=0)  # not the run's random numbers: training goes on alike
+    model.eval()
+    for _ in range(min(s.sample_tokens, s.max_seq_len)):
+        x = torch.tensor([ids], device=run.machine.device)
+        with run.path.autocast():  # without a cache, which not every trunk has
+            logits = model.readouts(x, model.trunk(x)[:, -1:], [0])[0].logits()[0, 0]
+        ids.append(pick(logits.float().cpu()))
+        if ids[-1] in ENDS:
+            break
+    model.train()
+    return b"".join(texts[i] for i in ids if i not in ENDS).decode(errors="replace").strip()
+
+
 def facts(s: Settings, model: Transformer, train: Windows, validation: Validation, machine: Machine,
           path: StepPath) -> dict:
     """What the log says of a run besides its settings; runs are comparable where these are the same (compare.py)."""
@@ -405,12 +425,23 @@ def show_evaluation(it: int, s: Settings, val: dict[str, float]) -> str:
     return text
 
 
+def show_story(text: str) -> str:
+    """A sample for the terminal."""
+    return textwrap.fill(shown(text, 2000), COLUMNS, initial_indent="  ", subsequent_indent="  ")
+
+
 def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None:
     """The arguments of wandb.init; None for a run without wandb."""
     if not s.wandb_log:
         return None
-    return {"project": s.wandb_project, "name": s.wandb_run_name or Path(s.out_dir).name, "mode": s.wandb_mode,
-            "config": header["config"] | {"facts": header["facts"]}, "id": run_id, "resume": "allow"}
+    given = {"entity": s.wandb_entity, "group": s.wandb_group, "job_type": s.wandb_job_type, "notes": s.wandb_notes,
+             "tags": [tag.strip() for tag in s.wandb_tags.split(",") if tag.strip()],
+             "mode": s.wandb_mode if s.wandb_mode != "auto" else "",
+             "project": s.wandb_project or os.environ.get("WANDB_PROJECT", "lookahead"),
+             "name": s.wandb_run_name or os.environ.get("WANDB_NAME", Path(s.out_dir).name)}
+    return {key: value or None for key, value in given.items()} | {  # None: wandb looks for WANDB_*
+        "config": header["config"] | {"facts": header["facts"]}, "allow_val_change": True, "id": run_id,
+        "resume": "allow"}
 
 
 def step_figures(run: Training, weights: dict[str, float], step: Step) -> dict:
@@ -459,7 +490,8 @@ def train(s: Settings) -> int:
     # the log; only the first of several processes has one
     if first:
         header = {"config": asdict(s), "facts": facts(s, run.model, data.train, data.validation, machine, run.path)}
-        log = Log(Path(s.out_dir), progress.iter_num, header, wandb_settings(s, header, progress.wandb_id))
+        log = Log(Path(s.out_dir), progress.iter_num, header, wandb_settings(s, header, progress.wandb_id),
+                  s.tensorboard_log)
         progress.wandb_id = log.wandb_id or progress.wandb_id
     step = None  # the last one
     stop = Stop("stopping after this step (again to stop at once)\n" if first else "")
@@ -480,6 +512,9 @@ def train(s: Settings) -> int:
             if first:
                 tell(show_evaluation(it, s, val))
             check_finite("validation loss", val["ntp"], it, s)
+            if first and s.sample_tokens and data.texts:
+                line["sample"] = write_story(run, data.texts)
+                tell(show_story(line["sample"]))
             file_names = ["last.pt"]
             if val["ntp"] <= progress.best_val_ntp:  # a frozen trunk's stays the same while its heads get better
                 progress.best_val_ntp = val["ntp"]
@@ -533,6 +568,8 @@ def train(s: Settings) -> int:
             last_shown = replace(progress)
 
     if first:
+        if it == s.max_iters and s.wandb_artifact:
+            log.keep(Path(s.out_dir) / "ckpt.pt")
         log.close()
     if it == s.max_iters:
         note(f"complete at {it:,}; raise --max_iters to go on")

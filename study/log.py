@@ -1,15 +1,17 @@
-"""The log of a run: out_dir/log.jsonl, one object a line (doc/formats.md), and the same keys at wandb.
+"""The log of a run: out_dir/log.jsonl, one object a line (doc/formats.md), and the same keys at wandb and TensorBoard.
 
 Its first line, and one wherever the run was resumed, has the settings and facts: data, machine, path.
 
-The file is always written. If wandb fails - no network, no login, a full disk - a note says so and
+The file is always written. If wandb fails - no network, no login, a full disk - or TensorBoard, a note says so and
 the run goes on without it. Only the first of several processes has a log.
 """
 
 import errno
+import html
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,55 +22,73 @@ SHOWN = 3  # complaints about broken lines
 
 
 class Log:
-    """Appends to out_dir/log.jsonl, cut back to the lines before iteration `start`, and to wandb where asked.
+    """Appends to out_dir/log.jsonl, cut back to the lines before iteration `start`, and to wandb and TensorBoard.
 
-    header: settings and facts of the run from `start` on.
+    header: how the run goes on from `start`.
     wandb_settings: keyword arguments of wandb.init, `id` among them; None leaves wandb out.
+    tensorboard: True also writes out_dir/tensorboard.
+    Errors: ValueError if that needs to be installed.
     """
 
-    def __init__(self, out_dir: Path, start: int, header: dict, wandb_settings: dict | None):
+    def __init__(self, out_dir: Path, start: int, header: dict, wandb_settings: dict | None, tensorboard: bool = False):
         self.path = out_dir / "log.jsonl"
-        kept = self._lines_before(start) if start and self.path.exists() else []
+        header = {"iter": start} | header
+        kept, latest = self._lines_before(start) if start and self.path.exists() else ([], -1)
+        if latest >= start:
+            header["written_to"] = latest
+        writer = new_summary_writer(out_dir / "tensorboard", start) if tensorboard else None
         with atomic_write(self.path) as f:
-            f.writelines([*kept, as_line({"iter": start} | header)])
+            f.writelines([*kept, as_line(header)])
         self.file = open(self.path, "ab", buffering=0)
-        self.wandb, self.wandb_id, self.wandb_failed = None, None, False
+        self.mirrors: dict[str, Wandb | TensorBoard] = {}  # by name
+        self.wandb_id, self.wandb_failed = None, False
+        if writer:
+            self.mirrors["TensorBoard"] = TensorBoard(writer)
+            self._mirror(lambda mirror: mirror.begin(header))
         if wandb_settings:
-            self._start_wandb(wandb_settings)
+            self._start_wandb(wandb_settings, latest)
 
-    def _lines_before(self, start: int) -> list[bytes]:
-        """The lines before iteration `start`. A run killed after its checkpoint writes the rest again."""
-        kept, broken = [], []
+    def _lines_before(self, start: int) -> tuple[list[bytes], int]:
+        """The log up to iteration `start`, and the last iteration that it was ever written to.
+
+        A run that was killed after its checkpoint writes what is between them again.
+        """
+        kept, broken, latest = [], [], -1
         for number, line in enumerate(read_bytes(self.path).splitlines(), 1):
             try:
-                if parse_json(line.decode())["iter"] < start:
+                values = parse_json(line.decode())
+                latest = max(latest, values.get("written_to", -1) if "config" in values else values["iter"])
+                if values["iter"] < start:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 start_of_it = shown(line[:200].decode(errors="replace"), 60)
                 broken.append(f"{self.path}, line {number}: broken, left out: {start_of_it}")
         if len(broken) > SHOWN:
             broken[SHOWN:] = [f"{self.path}: left out {len(broken) - SHOWN} more broken lines"]
         for complaint in broken:
             print(complaint, file=sys.stderr)
-        return kept
+        return kept, latest
 
-    def _start_wandb(self, settings: dict) -> None:
-        self.wandb_id = settings["id"]  # for a later resume, even if wandb fails now
+    def _start_wandb(self, settings: dict, latest: int) -> None:
+        self.wandb_id = settings["id"]  # kept if wandb fails today, for a later resume
         try:
-            import wandb  # late: most runs are spared its seconds of start-up
+            self.mirrors["wandb"] = Wandb(settings, latest)
+            self.wandb_id = self.mirrors["wandb"].run.id
+        except Exception as error:  # no network, no login, a full disk: none of them is worth a run
+            self._give_up("wandb", error)
 
-            self.wandb = wandb.init(**settings)
-            self.wandb_id = self.wandb.id
-            for axis in ("iter", "tokens", "seconds"):  # val/ntp can be drawn against each
-                self.wandb.define_metric(axis)
-            self.wandb.define_metric("*", step_metric="iter")
-            self.wandb.define_metric("val/ntp", step_metric="iter", summary="min")
-        except Exception as error:  # no network, no login, a full disk: none should end a run
-            self._give_up(error)
+    def _give_up(self, name: str, error: Exception) -> None:
+        print(f"{name} failed, the run goes on without it (log.jsonl has everything): {shown(error)}", file=sys.stderr)
+        self.mirrors.pop(name, None)
+        self.wandb_failed |= name == "wandb"
 
-    def _give_up(self, error: Exception) -> None:
-        print(f"wandb failed, the run goes on without it (log.jsonl has everything): {shown(error)}", file=sys.stderr)
-        self.wandb, self.wandb_failed = None, True
+    def _mirror(self, action: Callable) -> None:
+        """Do the same in wandb and TensorBoard, where they are in use."""
+        for name, mirror in list(self.mirrors.items()):
+            try:
+                action(mirror)
+            except Exception as error:
+                self._give_up(name, error)
 
     def check(self) -> None:
         """ValueError if the file was removed or replaced: its folder is gone, or is another run's by now."""
@@ -84,21 +104,17 @@ class Log:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
-        if self.wandb:
-            try:
-                self.wandb.log(line)
-            except Exception as error:
-                self._give_up(error)
+        self._mirror(lambda mirror: mirror.write(line))
+
+    def keep(self, path: Path) -> None:
+        """Send a file to wandb."""
+        self._mirror(lambda mirror: mirror.keep(path))
 
     def close(self) -> None:
         self.file.close()
-        if self.wandb:
-            try:
-                self.wandb.finish()
-            except Exception as error:
-                self._give_up(error)
+        self._mirror(lambda mirror: mirror.close())
         if self.wandb_failed:
-            with suppress(Exception):  # at the interpreter's end a killed service would be a traceback
+            with suppress(Exception):  # now: at the interpreter's end, a service that was killed would be a traceback
                 import wandb
 
                 wandb.teardown()
@@ -106,3 +122,64 @@ class Log:
 
 def as_line(values: dict) -> bytes:
     return json.dumps(values).encode() + b"\n"
+
+
+class Wandb:
+    """A run at wandb; every method may raise whatever wandb does."""
+
+    def __init__(self, settings: dict, latest: int):
+        """latest: the iteration up to which the run with this id has been sent, before it was cut short."""
+        import wandb  # late: seconds of start-up that most runs do without
+
+        self.html, self.latest = wandb.Html, latest if settings["id"] else -1
+        self.run = wandb.init(**settings)
+        for axis in ("iter", "tokens", "seconds"):  # val/ntp can be drawn against each
+            self.run.define_metric(axis)
+        self.run.define_metric("*", step_metric="iter")
+        self.run.define_metric("val/ntp", step_metric="iter", summary="min,last")
+
+    def write(self, line: dict) -> None:
+        if line["iter"] <= self.latest:
+            return
+        if "sample" in line:
+            text = html.escape(line["sample"])
+            line = line | {"sample": self.html(f'<p style="white-space: pre-wrap">{text}</p>', inject=False)}
+        self.run.log(line, step=line["iter"], commit=True)
+
+    def keep(self, path: Path) -> None:
+        self.run.log_artifact(str(path), name=f"{path.stem}-{self.run.id}", type="model")
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def new_summary_writer(folder: Path, start: int):
+    """torch's writer of TensorBoard's files, whose steps from `start` on replace older ones."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # late: an optional library
+    except ImportError as error:
+        raise ValueError("tensorboard_log: needs TensorBoard: pip install -r requirements-tensorboard.txt") from error
+    return SummaryWriter(str(folder), purge_step=start or None)
+
+
+class TensorBoard:
+    """The same for TensorBoard: numbers as scalars, the rest as texts."""
+
+    def __init__(self, writer):
+        self.writer = writer
+
+    def begin(self, header: dict) -> None:
+        self.writer.add_text("header", f"```\n{json.dumps(header, indent=1)}\n```", header["iter"])
+
+    def write(self, line: dict) -> None:
+        for key, value in line.items():
+            if isinstance(value, str):
+                self.writer.add_text(key, value, line["iter"])
+            elif value is not None and key != "iter":
+                self.writer.add_scalar(key, value, line["iter"])
+
+    def keep(self, path: Path) -> None:
+        pass  # it has no place for files
+
+    def close(self) -> None:
+        self.writer.close()
