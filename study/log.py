@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from study.runs import leveldb_records
 from system.files import atomic_write, is_at, parse_json, read_bytes
 from system.shown import shown
 
@@ -33,9 +34,7 @@ class Log:
     def __init__(self, out_dir: Path, start: int, header: dict, wandb_settings: dict | None, tensorboard: bool = False):
         self.path = out_dir / "log.jsonl"
         header = {"iter": start} | header
-        kept, latest = self._lines_before(start) if start and self.path.exists() else ([], -1)
-        if latest >= start:
-            header["written_to"] = latest
+        kept = self._lines_before(start) if start and self.path.exists() else []
         writer = new_summary_writer(out_dir / "tensorboard", start) if tensorboard else None
         with atomic_write(self.path) as f:
             f.writelines([*kept, as_line(header)])
@@ -46,34 +45,32 @@ class Log:
             self.mirrors["TensorBoard"] = TensorBoard(writer)
             self._mirror(lambda mirror: mirror.begin(header))
         if wandb_settings:
-            self._start_wandb(wandb_settings, latest)
+            self._start_wandb(wandb_settings, kept)
 
-    def _lines_before(self, start: int) -> tuple[list[bytes], int]:
-        """The log up to iteration `start`, and the last iteration that it was ever written to.
-
-        A run that was killed after its checkpoint writes what is between them again.
-        """
-        kept, broken, latest = [], [], -1
+    def _lines_before(self, start: int) -> list[bytes]:
+        """The log up to iteration `start`; a run that was killed after its checkpoint writes the rest again."""
+        kept, broken = [], []
         for number, line in enumerate(read_bytes(self.path).splitlines(), 1):
             try:
-                values = parse_json(line.decode())
-                latest = max(latest, values.get("written_to", -1) if "config" in values else values["iter"])
-                if values["iter"] < start:
+                if parse_json(line.decode())["iter"] < start:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError):
                 start_of_it = shown(line[:200].decode(errors="replace"), 60)
                 broken.append(f"{self.path}, line {number}: broken, left out: {start_of_it}")
         if len(broken) > SHOWN:
             broken[SHOWN:] = [f"{self.path}: left out {len(broken) - SHOWN} more broken lines"]
         for complaint in broken:
             print(complaint, file=sys.stderr)
-        return kept, latest
+        return kept
 
-    def _start_wandb(self, settings: dict, latest: int) -> None:
+    def _start_wandb(self, settings: dict, kept: list[bytes]) -> None:
         self.wandb_id = settings["id"]  # kept if wandb fails today, for a later resume
         try:
-            self.mirrors["wandb"] = Wandb(settings, latest)
+            self.mirrors["wandb"] = Wandb(settings)
             self.wandb_id = self.mirrors["wandb"].run.id
+            for line in map(json.loads, kept):  # those that it has not got: it was killed, it failed, or it is new here
+                if "config" not in line:
+                    self.mirrors["wandb"].write(line)
         except Exception as error:  # no network, no login, a full disk: none of them is worth a run
             self._give_up("wandb", error)
 
@@ -127,18 +124,20 @@ def as_line(values: dict) -> bytes:
 class Wandb:
     """A run at wandb; every method may raise whatever wandb does."""
 
-    def __init__(self, settings: dict, latest: int):
-        """latest: the iteration up to which the run with this id has been sent, before it was cut short."""
+    def __init__(self, settings: dict):
         import wandb  # late: seconds of start-up that most runs do without
 
-        self.html, self.latest = wandb.Html, latest if settings["id"] else -1
-        self.run = wandb.init(**settings)
+        self.html, self.run = wandb.Html, wandb.init(**settings)
+        self.latest = self.run.step - 1  # the last iteration that the server knows of a resumed run
+        if self.run.offline and settings["id"]:
+            self.latest = last_offline_step(Path(self.run.dir).parent.parent, settings["id"])
         for axis in ("iter", "tokens", "seconds"):  # val/ntp can be drawn against each
             self.run.define_metric(axis)
         self.run.define_metric("*", step_metric="iter")
         self.run.define_metric("val/ntp", step_metric="iter", summary="min,last")
 
     def write(self, line: dict) -> None:
+        """Nothing is sent twice: a killed run comes again to iterations that it had sent."""
         if line["iter"] <= self.latest:
             return
         if "sample" in line:
@@ -151,6 +150,19 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def last_offline_step(folder: Path, run_id: str) -> int:
+    """The last step in the files that wandb has kept of an offline run; -1 if there is none."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    latest = -1
+    for path in folder.glob(f"offline-run-*/run-{run_id}.wandb"):
+        for content in filter(None, leveldb_records(read_bytes(path))):
+            record = Record.FromString(content)
+            if record.WhichOneof("record_type") == "history":
+                latest = max(latest, record.history.step.num)
+    return latest
 
 
 def new_summary_writer(folder: Path, start: int):
@@ -177,6 +189,7 @@ class TensorBoard:
                 self.writer.add_text(key, value, line["iter"])
             elif value is not None and key != "iter":
                 self.writer.add_scalar(key, value, line["iter"])
+        self.writer.flush()  # so that a run that is killed has left what its checkpoint will not write again
 
     def keep(self, path: Path) -> None:
         pass  # it has no place for files

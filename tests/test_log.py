@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from study.log import SHOWN, Log
+from study.runs import Reader, leveldb_records
 
 HEADER = {"config": {"seed": 1}, "facts": {}}
 BROKEN = [b"\xff\xfe", b'{"iter": 1, "x": "\xff"}', b"[" * 100_000, b'{"a":' * 100_000, b'{"iter": 1', b"7", b"{}",
@@ -85,3 +87,70 @@ log.close()
     assert done.returncode == 0 and len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 201
     (note,) = done.stderr.splitlines()
     assert note.startswith("wandb failed, the run goes on without it")
+
+
+# ---------------------------------------------------------------------------------------------
+# wandb and TensorBoard, as they keep what they get
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from study.log import Log
+settings = {"project": "p", "name": "n", "mode": "offline", "id": "abc"}
+log = Log(Path("out"), int(sys.argv[2]), {"config": {"max_iters": 12}, "facts": {}}, settings, tensorboard=True)
+for it in range(int(sys.argv[2]), int(sys.argv[3])):
+    log.write({"iter": it, "tokens": it, "seconds": 0.1 * it, "val/ntp": 1.0 + (it - 5) ** 2, "sample": f"<{it}"})
+if sys.argv[4] == "kill":
+    time.sleep(float(sys.argv[5]))
+    os.kill(os.getpid(), signal.SIGKILL)
+log.close()
+"""
+
+
+def test_after_kill_9_nothing_is_sent_twice_and_nothing_is_missing(tmp_path, wandb_dir, monkeypatch):
+    """Each iteration once, under its number.
+
+    Killed at 8 with a checkpoint of 4; again at 10, before wandb has written that, with a checkpoint of 9; finished.
+    """
+    monkeypatch.setenv("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # seconds
+    for start, stop, end, wait in ((0, 8, "kill", 6), (4, 10, "kill", 0), (9, 12, "close", 0)):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(start), str(stop), end, str(wait)],
+                              cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == (0 if end == "close" else -signal.SIGKILL), done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in lines if "config" not in line] == list(range(12))
+
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    steps, summary = [], {}
+    for path in sorted(wandb_dir.glob("offline-run-*/run-abc.wandb")):
+        for record in [Record.FromString(data) for data in leveldb_records(path.read_bytes()) if data]:
+            if record.WhichOneof("record_type") == "history":
+                values = {item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                          for item in record.history.item}
+                assert values["_step"] == values["iter"] == record.history.step.num
+                assert values["sample._type"] == "html-file"
+                steps.append(values["iter"])
+            elif record.WhichOneof("record_type") == "metric" and record.metric.name == "val/ntp":
+                summary = {"min": record.metric.summary.min, "last": record.metric.summary.last}
+    assert steps == list(range(12)) and summary == {"min": True, "last": True}
+
+    reader = Reader()
+    reader.read(str(wandb_dir))
+    (run,) = reader.runs
+    assert run.points("val/ntp")[0].tolist() == list(range(12)) and run.points("val/ntp")[1].min() == 1.0
+    assert not reader.problems
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("val/ntp")] == [(it, 1.0 + (it - 5) ** 2) for it in range(12)]
+    assert "sample/text_summary" in events.Tags()["tensors"]
+
+
+def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard_log: needs .*pip install -r requirements-tensorboard.txt"):
+        Log(tmp_path / "out", 0, HEADER, None, tensorboard=True)
+    assert not (tmp_path / "out").exists()

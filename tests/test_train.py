@@ -1,9 +1,11 @@
 """Whole runs of a tiny model: what is logged and saved, resuming bit for bit, stopping, refusing."""
 
+import html
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +35,7 @@ from train import learning_rate
 
 HEADS = {"n_future_heads": 2, "nitp_weight": 0.3, "consistency_weight": 0.1}
 GUESSES = {f"val/{n}" for n in ("acc_0", "acc_1", "acc_2", "agree_1", "agree_2", "kl_1", "kl_2", "bits_per_byte")}
-AT_EVALUATIONS = GUESSES | {"peak_mib"}
+AT_EVALUATIONS = GUESSES | {"peak_mib", "sample"}
 
 
 def run(argv: list[str]) -> None:
@@ -75,7 +77,7 @@ def test_log_and_checkpoints_of_a_run(words, tmp_path, capsys):
     for line in lines:
         evaluated, stepped = line["iter"] in (0, 4, 8), line["iter"] < 8
         assert set(line) == always | (step if stepped else set()) | (val if evaluated else set()), line["iter"]
-        assert all(math.isfinite(v) for v in line.values())
+        assert all(math.isfinite(v) for k, v in line.items() if k != "sample")
     assert lines[8]["tokens"] == 8 * 4 * 32 and lines[0]["tokens"] == 0
     first = lines[0]
     total = first["train/ntp"] + sum(first[f"weight/{n}"] * first[f"train/{n}"] for n in losses - {"ntp"})
@@ -806,8 +808,11 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(words,
     assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(held + 3))
 
 
-def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, wandb_dir):
-    run([*words(**HEADS), "--wandb_log", "--wandb_mode=offline", "--wandb_run_name=a=b"])
+def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, wandb_dir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_NOTES", "by the environment")
+    run([*words(**HEADS), "--wandb_log", "--wandb_run_name=a=b", "--wandb_group=mtp", "--wandb_job_type=seed 1",
+         "--wandb_tags=x, y", "--wandb_artifact"])
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = wandb_dir.glob("offline-run-*/run-*.wandb")
@@ -816,10 +821,21 @@ def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, wandb_dir):
     while not any(r.WhichOneof("record_type") == "exit" for r in records) and time.monotonic() < deadline:
         time.sleep(0.1)
         records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()) if data]
-    history = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+    history = [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
                for r in records if r.WhichOneof("record_type") == "history"]
-    own = [{k: v for k, v in line.items() if not k.startswith("_")} for line in history]
-    assert own == log_lines(tmp_path / "out")
+    own = [{k: v for k, v in line.items() if not k.startswith(("_", "sample"))} for line in history]
+    assert own == [{k: v for k, v in line.items() if k != "sample"} for line in log_lines(tmp_path / "out")]
+    assert [line["_step"] for line in history] == list(range(9))
+    stories = [path.read_text() for path in sorted((path.parent / "files" / "media" / "html").glob("sample_*.html"))]
+    assert [line["sample"] for line in log_lines(tmp_path / "out") if "sample" in line] == [
+        html.unescape(re.fullmatch("<p style=[^>]*>(.*)</p>", story, re.DOTALL)[1]) for story in stories]
+    (of_run,) = (r.run for r in records if r.WhichOneof("record_type") == "run")
+    assert (of_run.run_group, of_run.job_type, list(of_run.tags)) == ("mtp", "seed 1", ["x", "y"])
+    assert of_run.project == "lookahead" and of_run.notes == "by the environment"
+    (artifact,) = (r.request.log_artifact.artifact if r.WhichOneof("record_type") == "request" else r.artifact
+                   for r in records if r.WhichOneof("record_type") == "artifact"
+                   or r.request.WhichOneof("request_type") == "log_artifact")
+    assert artifact.type == "model" and [entry.path for entry in artifact.manifest.contents] == ["ckpt.pt"]
     config = {item.key: json.loads(item.value_json) for r in records if r.WhichOneof("record_type") == "run"
               for item in r.run.config.update}
     (header,) = log_lines(tmp_path / "out", headers=True)
