@@ -40,7 +40,7 @@ from formats.checkpoint import load_weights
 from formats.resume import Progress, fingerprints, load_start, restore, save, saved_settings
 from losses import Objective, all_losses, loss_weights, position_weights
 from model import Transformer
-from sample import ENDS, picker
+from sample import picker
 from settings import Settings, check, shape_of
 from step import kernels
 from step.machine import Machine, StepPath, choose_path, find_machine, is_first, lost_a_process, note, out_of_memory
@@ -324,9 +324,9 @@ def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...
 
 
 @torch.no_grad()
-def write_story(run: Training, texts: list[bytes]) -> str:
+def write_story(run: Training, texts: list[bytes], bos: int) -> str:
     """A text by the NTP head, cut after sample_tokens tokens; the same random numbers at every evaluation."""
-    s, model, ids = run.s, run.model, [BOS]
+    s, model, ids = run.s, run.model, [bos]
     pick = picker(temperature=0.8, top_k=0, top_p=0.9, seed=0)  # not the run's random numbers: training goes on alike
     model.eval()
     for _ in range(min(s.sample_tokens, s.max_seq_len)):
@@ -334,10 +334,10 @@ def write_story(run: Training, texts: list[bytes]) -> str:
         with run.path.autocast():  # without a cache, which not every trunk has
             logits = model.readouts(x, model.trunk(x)[:, -1:], [0])[0].logits()[0, 0]
         ids.append(pick(logits.float().cpu()))
-        if ids[-1] in ENDS:
+        if ids[-1] == bos:  # the next story
             break
     model.train()
-    return b"".join(texts[i] for i in ids if i not in ENDS).decode(errors="replace").strip()
+    return b"".join(texts[i] for i in ids if i != bos).decode(errors="replace").strip()
 
 
 def facts(s: Settings, model: Transformer, train: Windows, validation: Validation, machine: Machine,
@@ -513,7 +513,7 @@ def train(s: Settings) -> int:
                 tell(show_evaluation(it, s, val))
             check_finite("validation loss", val["ntp"], it, s)
             if first and s.sample_tokens and data.texts:
-                line["sample"] = write_story(run, data.texts)
+                line["sample"] = write_story(run, data.texts, data.bos)
                 tell(show_story(line["sample"]))
             file_names = ["last.pt"]
             if val["ntp"] <= progress.best_val_ntp:  # a frozen trunk's stays the same while its heads get better
