@@ -332,7 +332,7 @@ def write_story(run: Training, texts: list[bytes], bos: int) -> str:
     for _ in range(min(s.sample_tokens, s.max_seq_len)):
         x = torch.tensor([ids], device=run.machine.device)
         with run.path.autocast():  # without a cache, which not every trunk has
-            logits = model.readouts(x, model.trunk(x)[:, -1:], [0])[0].logits()[0, 0]
+            logits = model(x)[0, -1]
         ids.append(pick(logits.float().cpu()))
         if ids[-1] == bos:  # the next story
             break
