@@ -133,7 +133,11 @@ def find_machine(wanted: str) -> Machine:
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"device={wanted}: not on this machine: {reason}") from error
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # machines of several count their restarts apart
+            # torchrun keeps its store over restarts: without this, processes would find addresses of ones that are gone
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return Machine(device, rank, world)
 
 
