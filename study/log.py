@@ -25,7 +25,7 @@ SHOWN = 3  # complaints about broken lines
 class Log:
     """Appends to out_dir/log.jsonl, cut back to the lines before iteration `start`, and to wandb and TensorBoard.
 
-    header: how the run goes on from `start`.
+    header: settings and facts of the run from `start` on.
     wandb_settings: keyword arguments of wandb.init, `id` among them; None leaves wandb out.
     tensorboard: True also writes out_dir/tensorboard.
     Errors: ValueError if that needs to be installed.
@@ -48,7 +48,7 @@ class Log:
             self._start_wandb(wandb_settings, kept)
 
     def _lines_before(self, start: int) -> list[bytes]:
-        """The log up to iteration `start`; a run that was killed after its checkpoint writes the rest again."""
+        """The lines before iteration `start`. A run killed after its checkpoint writes the rest again."""
         kept, broken = [], []
         for number, line in enumerate(read_bytes(self.path).splitlines(), 1):
             try:
@@ -64,14 +64,14 @@ class Log:
         return kept
 
     def _start_wandb(self, settings: dict, kept: list[bytes]) -> None:
-        self.wandb_id = settings["id"]  # kept if wandb fails today, for a later resume
+        self.wandb_id = settings["id"]  # for a later resume, even if wandb fails now
         try:
             self.mirrors["wandb"] = Wandb(settings)
             self.wandb_id = self.mirrors["wandb"].run.id
             for line in map(json.loads, kept):  # those that it has not got: it was killed, it failed, or it is new here
                 if "config" not in line:
                     self.mirrors["wandb"].write(line)
-        except Exception as error:  # no network, no login, a full disk: none of them is worth a run
+        except Exception as error:  # no network, no login, a full disk: none should end a run
             self._give_up("wandb", error)
 
     def _give_up(self, name: str, error: Exception) -> None:
@@ -111,7 +111,7 @@ class Log:
         self.file.close()
         self._mirror(lambda mirror: mirror.close())
         if self.wandb_failed:
-            with suppress(Exception):  # now: at the interpreter's end, a service that was killed would be a traceback
+            with suppress(Exception):  # at the interpreter's end a killed service would be a traceback
                 import wandb
 
                 wandb.teardown()
@@ -125,7 +125,7 @@ class Wandb:
     """A run at wandb; every method may raise whatever wandb does."""
 
     def __init__(self, settings: dict):
-        import wandb  # late: seconds of start-up that most runs do without
+        import wandb  # late: most runs are spared its seconds of start-up
 
         self.html, self.run = wandb.Html, wandb.init(**settings)
         self.latest = self.run.step - 1  # the last iteration that the server knows of a resumed run

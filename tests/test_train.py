@@ -269,6 +269,32 @@ def test_resuming_is_never_having_stopped(words, tmp_path, changes):
         line["seconds"] for line in log_lines(tmp_path / "halves"))
 
 
+def test_auto_starts_or_resumes_with_the_checkpoints_settings(words, tmp_path, capsys):
+    run(words(init_from="auto", max_iters=4, decay_lr=False, **HEADS))
+    capsys.readouterr()
+    run([f"--out_dir={tmp_path}/out", "--init_from=auto", "--max_iters=8"])  # all else is in the checkpoint
+    told = capsys.readouterr().err
+    assert "without a config file: settings are those in" in told and "resuming with max_iters=8, was 4" in told
+    run(words(out_dir=tmp_path / "whole", decay_lr=False, **HEADS))
+    assert same_weights(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert without_times(log_lines(tmp_path / "out")) == without_times(log_lines(tmp_path / "whole"))
+    first, second = (header["facts"] for header in log_lines(tmp_path / "out", headers=True))
+    assert first["pid"] == second["pid"] == os.getpid() and first["started"] <= second["started"]
+    assert first["host"] and "pytest" in first["command"] and {"commit", "dirty"} <= first.keys()
+
+
+def test_ddp_looks_for_unused_parameters_only_where_a_head_has_no_loss():
+    losses = all_losses(2, 3, True)
+    objective = Objective(Transformer(ModelArgs(dim=16, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64,
+                                                max_seq_len=16, n_future_heads=2, spelling_letters=3,
+                                                alphabet_size=30, order_window=4)))
+    for missing, idle in ((None, False), ("nitp_1", False), ("spelling", True), ("order", True)):
+        names = tuple(name for name in losses if missing is None or not name.startswith(missing))
+        assert objective.has_idle_heads(names) == idle, missing
+    assert objective.has_idle_heads(("ntp", "nitp_1", "consistency_1", "spelling_1", "order"))  # head 2
+    assert objective.has_idle_heads(("superposition",))
+
+
 def test_a_run_is_not_resumed_with_another_optimizer(words, tmp_path, capsys):
     run(words(max_iters=2))
     assert train.main(words(init_from="resume", max_iters=4, optimizer="muon")) == 1
@@ -532,6 +558,10 @@ def test_compiled_step_learns_the_same(words, tmp_path):
     counters.clear()
     run(words(out_dir=tmp_path / "compiled", compile=True, **common))
     assert counters["stats"]["unique_graphs"] == 2  # with the auxiliary losses, and without
+    lines = log_lines(tmp_path / "compiled")
+    assert [line["compile_seconds"] > before["compile_seconds"] for before, line in zip(lines, lines[1:])] == [
+        step in (0, 4) for step in range(6)]  # of the step before the line
+    assert lines[0]["tok_per_s"] is None and lines[1]["seconds"] == 0.0 and lines[-1]["seconds"] > 0.0
     eager, compiled = (log_lines(tmp_path / out)[-1]["val/ntp"] for out in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, abs=1e-3)
     assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
@@ -806,6 +836,20 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(words,
     assert held >= 8 and held % 4 == 0
     run(words(batch_size=4, init_from="resume", max_iters=held + 2))  # goes on, also with another number of processes
     assert [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(held + 3))
+
+
+def test_torchrun_starts_again_what_was_killed(words, tmp_path):
+    """One command line, with auto: the second attempt goes on from the last evaluation."""
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "train.py",
+                    *words(batch_size=2, max_iters=60, eval_interval=10, init_from="auto", **HEADS))
+    wait_for(process, "iter 25/")
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and "complete at 60" in error and "find_unused_parameters" not in error
+    begun, resumed = log_lines(tmp_path / "out", headers=True)
+    assert (begun["config"]["init_from"], resumed["config"]["init_from"]) == ("scratch", "resume")
+    assert resumed["iter"] >= 20 and [line["iter"] for line in log_lines(tmp_path / "out")] == list(range(61))
 
 
 def test_wandb_offline_gets_the_keys_of_the_log(words, tmp_path, wandb_dir, monkeypatch):
