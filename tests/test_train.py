@@ -213,7 +213,7 @@ def test_gradient_accumulation_equals_one_big_batch(words, tmp_path):
     run(words(out_dir=tmp_path / "parts", batch_size=2, gradient_accumulation_steps=4, **common))
     big, parts = log_lines(tmp_path / "big"), log_lines(tmp_path / "parts")
     for a, b in zip(big, parts, strict=True):
-        for key in a.keys() - {"seconds", "tok_per_s", "peak_mib"}:
+        for key in a.keys() - {"sample", "seconds", "tok_per_s", "peak_mib"}:
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
 
 
@@ -814,7 +814,7 @@ def test_two_processes_learn_what_one_learns(words, tmp_path, accumulate, change
     one, two = (log_lines(tmp_path / out) for out in ("one", "two"))
     assert [line["iter"] for line in two] == list(range(21)) and two[-1]["tokens"] == one[-1]["tokens"]
     for a, b in zip(one, two, strict=True):
-        for key in a.keys() - {"seconds", "tok_per_s", "peak_mib", "grad_norm"}:
+        for key in a.keys() - {"sample", "seconds", "tok_per_s", "peak_mib", "grad_norm"}:
             # a hit is a hit or none: one logit rounded the other way moves the accuracy by one of 1,024
             guess = "acc" in key or "agree" in key
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-3 if guess else 1e-5), key
