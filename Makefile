@@ -14,7 +14,8 @@ help: ## this list
 
 demo: run $(DEMO)/model.bin ## two 260K models, with a future head and without, train for three minutes; then a story from C
 	@echo
-	$(PY) compare.py $(DEMO)_base $(DEMO)
+	@echo "With and without the future head ($(PY) compare.py $(DEMO)_base $(DEMO) has all):"
+	@$(PY) compare.py $(DEMO)_base $(DEMO) 2> /dev/null | sed -n 1p
 	@echo
 	@echo "Next: make test; the README's real stories and four set-ups; or this model again:"
 	@echo "  ./run $(DEMO)/model.bin -t 0.5 -n 0 -i \"One day, Mia lost her\""
