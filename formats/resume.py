@@ -191,8 +191,9 @@ def restore(checkpoint: dict, path: Path, run) -> Progress:
             table.copy_(last)
         else:
             note(f"{path}: has no {name} for soft_neighbours={run.s.soft_neighbours}: made anew")
+    compiled = checkpoint.get("compile_seconds")  # older checkpoints have none
     return Progress(*(checkpoint[k] for k in ("iter_num", "best_val_ntp", "seconds", "tokens")),
-                    checkpoint.get("compile_seconds", 0.0), checkpoint.get("wandb_id"), fingerprints(run.s))
+                    compiled if isinstance(compiled, float) else 0.0, checkpoint.get("wandb_id"), fingerprints(run.s))
 
 
 def save(file_names: list[str], run, progress: Progress) -> None:

@@ -51,7 +51,7 @@ class Machine:
         return x
 
     def read_later(self, x: torch.Tensor) -> Callable[[], int]:
-        """What x () holds, for the host to ask in a later step: it never waits for the work that is queued by then."""
+        """A function that gives the number in x. Called a step later, it does not wait for the work queued since."""
         if self.device.type != "cuda":
             return x.item
         copy, copied = x.to("cpu", non_blocking=True), torch.Event(self.device)
