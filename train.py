@@ -10,16 +10,14 @@
 Writes out_dir/ckpt.pt (best by validation NTP loss), out_dir/last.pt (newest) and out_dir/log.jsonl
 (one object a line; the same keys go to wandb). `export.py` turns a checkpoint into a file for run.c.
 
-`train` at the end of this file is the whole run: data, model, then the loop. What it calls stands above
-it, `training_step` last. Losses are in losses.py, settings in settings.py.
+`train` at the end of this file is the whole run: data, model, then the loop; `training_step`, above it, is one
+update. Losses are in losses.py, settings in settings.py, validation in evaluation.py.
 """
 
 from system.program import program
 
 import math
-import os
 import sys
-import textwrap
 import time
 import zlib
 from bisect import bisect_left
@@ -33,21 +31,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from configurator import configure, help_text
+from evaluation import Validation, evaluate, load_validation, losses_of, target_tokens, write_story
 from formats.checkpoint import load_weights
 from formats.resume import Progress, fingerprints, load_start, restore, save, saved_settings
-from losses import Objective, all_losses, loss_weights, position_weights
+from losses import Objective, loss_weights, position_weights
 from model import Transformer
-from sample import picker
 from settings import Settings, check, shape_of
 from step import kernels
 from step.machine import Machine, StepPath, choose_path, find_machine, is_first, lost_a_process, note, out_of_memory
 from step.memory import check_memory
 from step.optimizer import make_optimizer
-from study.log import Log
-from synthetic import Answers
+from study.log import Log, wandb_settings
+from study.terminal import show_evaluation, show_step, show_story
 from system.lock import hold
 from system.origin import origin
 from system.shown import shown, shown_message
@@ -56,9 +53,7 @@ from system.streams import tell
 from text.letters import Letters, token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from text.tokenizer_json import TOKENIZER
-from tinystories import TrainBatches, Windows, eval_batches, eval_windows
-
-COLUMNS = 100  # of a line on the terminal
+from tinystories import TrainBatches, Windows
 
 # ---------------------------------------------------------------------------------------------
 # settings and data
@@ -80,8 +75,8 @@ class Data(NamedTuple):
 
     train: Windows  # the rows of train.bin
     batches: TrainBatches  # of those rows
-    bags: TrainBatches  # while tokens are in superposition: as many bags in a row as else tokens
-    validation: "Validation"
+    bags: TrainBatches  # while tokens are in superposition: each row has max_seq_len bags instead of tokens
+    validation: Validation
     texts: list[bytes] | None  # what each token spells; None where tokens are no text
     bos: int  # the token before each story
 
@@ -108,7 +103,7 @@ def load_data(s: Settings, machine: Machine) -> Data:
 
 
 # ---------------------------------------------------------------------------------------------
-# the model and a step
+# the model
 
 @dataclass
 class Training:
@@ -151,11 +146,6 @@ def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None
                      neighbours=(s.soft_neighbours, s.soft_temperature) if s.soft_weight else None)
 
 
-def losses_of(s: Settings) -> tuple[str, ...]:
-    """The losses that a run with these settings has a use for, as evaluations report them."""
-    return all_losses(s.n_future_heads, s.spelling_letters, s.order_window > 0, s.soft_weight > 0.0)
-
-
 def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, checkpoint: dict | None = None,
           source: Path | None = None, bos: int = BOS) -> Training:
     """A model with its losses and optimizer; weights from a checkpoint where there is one, else random."""
@@ -179,6 +169,9 @@ def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, check
     return Training(s, machine, path, objective, make_optimizer(s, model), scaler)
 
 
+# ---------------------------------------------------------------------------------------------
+# one step
+
 def learning_rate(s: Settings, it: int) -> float:
     """Rate of iteration `it`: a straight rise to the peak, then half a cosine down to min_lr."""
     if it < s.warmup_iters:
@@ -189,8 +182,8 @@ def learning_rate(s: Settings, it: int) -> float:
     return s.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
 
 
-def freeze(model: Transformer, s: Settings, it: int) -> bool:
-    """Let learn what is to learn at iteration `it`; returns whether that is other than it was."""
+def set_trainable(model: Transformer, s: Settings, it: int) -> bool:
+    """Set requires_grad for iteration `it`; returns whether anything changed."""
     frozen, changed = s.freeze_trunk_iters < 0 or it < s.freeze_trunk_iters, False
     for p in model.trunk_parameters():
         learns = not frozen and not (s.freeze_embeddings and p is model.tok_embeddings.weight)
@@ -220,10 +213,11 @@ def training_step(run: Training, it: int, weights: dict[str, float], micro_batch
     # the rate, and what learns
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(s, it)
-    changes = freeze(model, s, it) or tuple(weights) != run.losses
-    compiles = changes and run.path.kind == "compiled"
-    if changes:
+    other_parameters, other_losses = set_trainable(model, s, it), tuple(weights) != run.losses
+    compiles = False
+    if other_parameters or other_losses:
         run.wrap(tuple(weights))
+        compiles = run.path.kind == "compiled"
     if compiles:
         note("compiling, about a minute")
 
@@ -269,98 +263,6 @@ def step_on_random_tokens(s: Settings, texts: list[bytes] | None = None) -> Call
 
 
 # ---------------------------------------------------------------------------------------------
-# evaluation
-
-class Validation(NamedTuple):
-    """The rows that every run is judged on, and what is known of them."""
-
-    batches: list[tuple[torch.Tensor, ...]]  # x, y, and answers where the data has a mask
-    windows: list  # the numbers of each batch's rows in val.bin
-    answers: Answers | None  # of a task with a known answer
-    tokens_per_byte: float  # of the targets; 0 where tokens are no text
-
-
-def load_validation(s: Settings, rows: Windows, texts: list[bytes] | None) -> Validation:
-    """Errors: ValueError if answers are broken, or rows of a task not as long as the run's."""
-    answers, batches = Answers.find(rows.path), eval_batches(rows, s.eval_iters)
-    if answers and answers.length != s.max_seq_len:
-        raise ValueError(f"max_seq_len={s.max_seq_len}: expected {answers.length}, the length of a row of {rows.path}")
-    length = torch.tensor([len(text) for text in texts or [b""] * s.vocab_size])
-    targets = target_tokens(batches)
-    size = length[targets].sum().item()
-    return Validation(batches, eval_windows(rows, s.eval_iters), answers, len(targets) / size if size else 0.0)
-
-
-def target_tokens(batches: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """All next tokens that validation loss is a mean over, (tokens,) int64."""
-    return torch.cat([y[answers[0]] if answers else y.flatten() for _, y, *answers in batches])
-
-
-def evaluate(objective: Objective, validation: Validation, names: tuple[str, ...], machine: Machine,
-             path: StepPath) -> dict[str, float]:
-    """{name: mean over all validation rows}, of `names`, of the heads' guesses and of answers; ranks share the work."""
-    n, answers = objective.model.args.n_future_heads, validation.answers
-    guesses = [f"acc_{i}" for i in range(n + 1)] + [f"{kind}_{i}" for kind in ("agree", "kl") for i in range(1, n + 1)]
-    exact = [f"exact_{group}" for group in answers.names.values()] if answers else []
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*names, *guesses, *exact)}  # of values, of positions
-    objective.eval()
-    mine = list(zip(validation.windows, validation.batches, strict=True))[machine.rank :: machine.world]
-    for windows, batch in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # terminals only
-        x, y, *mask = machine.put(*batch)
-        with path.autocast():
-            losses, best = objective.evaluate(x, y, names, n, *mask)
-        for name, loss in losses.items():
-            count = loss.count.item()
-            sums[name] += torch.tensor([loss.mean.item() * count, count])
-        if answers:
-            for group, counts in answers.score(windows, y.shape[1], best, y).items():
-                sums[f"exact_{group}"] += torch.tensor(counts)
-    objective.train()
-    totals = machine.sum(torch.stack(list(sums.values())))  # (losses, 2)
-    means = {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
-    if validation.tokens_per_byte:
-        means["bits_per_byte"] = means["ntp"] / math.log(2.0) * validation.tokens_per_byte
-    return means
-
-
-@torch.no_grad()
-def write_story(run: Training, texts: list[bytes], bos: int) -> str:
-    """A text by the NTP head, cut after sample_tokens tokens; the same random numbers at every evaluation."""
-    s, model, ids = run.s, run.model, [bos]
-    pick = picker(temperature=0.8, top_k=0, top_p=0.9, seed=0)  # not the run's random numbers: training goes on alike
-    model.eval()
-    for _ in range(min(s.sample_tokens, s.max_seq_len)):
-        x = torch.tensor([ids], device=run.machine.device)
-        with run.path.autocast():  # without a cache, which not every trunk has
-            logits = model(x)[0, -1]
-        ids.append(pick(logits.float().cpu()))
-        if ids[-1] == bos:  # the next story
-            break
-    model.train()
-    return b"".join(texts[i] for i in ids if i != bos).decode(errors="replace").strip()
-
-
-def facts(s: Settings, model: Transformer, train: Windows, validation: Validation, machine: Machine,
-          path: StepPath) -> dict:
-    """What the log says of a run besides its settings; runs are comparable where these are the same (compare.py)."""
-    vocabulary = train.path.parent / TOKENIZER
-    if not vocabulary.exists():
-        vocabulary = train.path.parent / "tokenizer.bin"
-    targets = target_tokens(validation.batches)
-    return machine.facts(path) | origin() | {
-        "parameters": model.parameter_counts()["trunk"], "train_tokens": len(train.tokens),
-        "val_tokens": len(targets), "val_crc32": f"{zlib.crc32(targets.numpy().tobytes()):08x}",
-        "vocabulary_crc32": f"{zlib.crc32(vocabulary.read_bytes()):08x}" if vocabulary.exists() else None}
-
-
-def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -> None:
-    """Stop a run that diverged, before its weights replace better ones."""
-    if not math.isfinite(value):
-        raise ValueError(f"iter {it}: the {what} is {float(value)}; try a lower learning_rate or a grad_clip. "
-                         f"What {s.out_dir} holds is from before")
-
-
-# ---------------------------------------------------------------------------------------------
 # the log and the terminal
 
 def tokens_per_step(s: Settings, machine: Machine, it: int) -> int:
@@ -385,9 +287,9 @@ def iterations_of(s: Settings, rows: int, world: int) -> int:
     return iterations
 
 
-def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, path: StepPath) -> None:
+def announce(run: Training, data: Data) -> None:
     """Print what follows from the settings."""
-    counts = model.parameter_counts()
+    s, machine, train, counts = run.s, run.machine, data.train, run.model.parameter_counts()
     per_step, total = tokens_per_step(s, machine, s.max_iters), tokens_of_run(s, machine)
     if s.n_future_heads and not (s.nitp_weight or s.consistency_weight):
         note(f"n_future_heads={s.n_future_heads}: no loss has a weight, so the heads stay as they start")
@@ -399,49 +301,7 @@ def announce(s: Settings, model: Transformer, train: Windows, machine: Machine, 
          f"{counts['future heads']:,} in {s.n_future_heads} future heads{others}\n"
          f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
          f"{epochs:.2f} epochs of {len(train):,} rows in {train.path}\n"
-         f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {path}")
-
-
-def show_step(line: dict, s: Settings, step_seconds: float) -> str:
-    """A step for the terminal: the NTP head's loss and head 1's, speed, time left."""
-    names = [name for name in ("ntp", "superposition", "nitp_1", "consistency_1") if f"train/{name}" in line][:2]
-    losses = "  ".join(f"{name} {line['train/' + name]:.4f}" for name in names)
-    text = f"iter {line['iter']}/{s.max_iters} | {losses}"
-    if line["tok_per_s"] is None:
-        return f"{text} | compiled"
-    minutes, seconds = divmod(round((s.max_iters - line["iter"]) * step_seconds), 60)
-    return (f"{text} | {step_seconds * 1000:.0f} ms | {line['tok_per_s']:,.0f} tok/s | "
-            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
-
-
-def show_evaluation(it: int, s: Settings, val: dict[str, float]) -> str:
-    """An evaluation for the terminal: of NTP and head 1, and of answers, what fits one line."""
-    names = [name for name in ("ntp", "bits_per_byte", "acc_0", "nitp_1", "acc_1") if name in val]
-    text = f"iter {it}/{s.max_iters} | val"
-    for name in [*names, *(name for name in val if name.startswith("exact_"))]:
-        figure = f"  {name} {val[name]:.4f}"
-        if len(text) + len(figure) <= COLUMNS:
-            text += figure
-    return text
-
-
-def show_story(text: str) -> str:
-    """A sample for the terminal."""
-    return textwrap.fill(shown(text, 2000), COLUMNS, initial_indent="  ", subsequent_indent="  ")
-
-
-def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None:
-    """The arguments of wandb.init; None for a run without wandb."""
-    if not s.wandb_log:
-        return None
-    given = {"entity": s.wandb_entity, "group": s.wandb_group, "job_type": s.wandb_job_type, "notes": s.wandb_notes,
-             "tags": [tag.strip() for tag in s.wandb_tags.split(",") if tag.strip()],
-             "mode": s.wandb_mode if s.wandb_mode != "auto" else "",
-             "project": s.wandb_project or os.environ.get("WANDB_PROJECT", "lookahead"),
-             "name": s.wandb_run_name or os.environ.get("WANDB_NAME", Path(s.out_dir).name)}
-    return {key: value or None for key, value in given.items()} | {  # None: wandb looks for WANDB_*
-        "config": header["config"] | {"facts": header["facts"]}, "allow_val_change": True, "id": run_id,
-        "resume": "allow"}
+         f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {run.path}")
 
 
 def step_figures(run: Training, weights: dict[str, float], step: Step) -> dict:
@@ -456,8 +316,67 @@ def step_figures(run: Training, weights: dict[str, float], step: Step) -> dict:
     return line | {f"weight/{name}": weights.get(name, 0.0) for name in weighted}
 
 
+def facts(run: Training, data: Data) -> dict:
+    """What the log says of a run besides its settings; runs are comparable where these are the same (compare.py)."""
+    vocabulary = data.train.path.parent / TOKENIZER
+    if not vocabulary.exists():
+        vocabulary = data.train.path.parent / "tokenizer.bin"
+    targets = target_tokens(data.validation.batches)
+    return run.machine.facts(run.path) | origin() | {
+        "parameters": run.model.parameter_counts()["trunk"], "train_tokens": len(data.train.tokens),
+        "val_tokens": len(targets), "val_crc32": f"{zlib.crc32(targets.numpy().tobytes()):08x}",
+        "vocabulary_crc32": f"{zlib.crc32(vocabulary.read_bytes()):08x}" if vocabulary.exists() else None}
+
+
+def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -> None:
+    """Stop a run that diverged, before its weights replace better ones."""
+    if not math.isfinite(value):
+        raise ValueError(f"iter {it}: the {what} is {float(value)}; try a lower learning_rate or a grad_clip. "
+                         f"What {s.out_dir} holds is from before")
+
+
 # ---------------------------------------------------------------------------------------------
 # one run
+
+def next_batches(run: Training, data: Data, it: int, weights: dict[str, float]) -> list[tuple[Tensor, ...]]:
+    """The micro-batches of iteration `it`, on the device."""
+    s, rows = run.s, data.batches
+    if "superposition" in weights:
+        rows = data.bags
+    first = it * s.gradient_accumulation_steps
+    return [run.machine.put(*rows[first + m]) for m in range(s.gradient_accumulation_steps)]
+
+
+def evaluate_and_save(run: Training, data: Data, progress: Progress) -> dict:
+    """An evaluation's part of a line of the log; saves last.pt, and ckpt.pt if validation NTP is no worse than ever."""
+    s, it, first = run.s, progress.iter_num, run.machine.rank == 0
+    val = evaluate(run, data.validation)
+    line = {f"val/{name}": value for name, value in val.items()} | {"peak_mib": run.machine.peak_mib()}
+    if first:
+        tell(show_evaluation(it, s, val))
+    check_finite("validation loss", val["ntp"], it, s)
+    if first and s.sample_tokens and data.texts:
+        line["sample"] = write_story(run, data.texts, data.bos)
+        tell(show_story(line["sample"]))
+    file_names = ["last.pt"]
+    if val["ntp"] <= progress.best_val_ntp:  # or equal: while the trunk is frozen only the heads get better
+        progress.best_val_ntp = val["ntp"]
+        file_names.insert(0, "ckpt.pt")
+    save(file_names, run, progress)
+    return line
+
+
+def count(progress: Progress, last_shown: Progress, step: Step, seconds: float, tokens: int) -> None:
+    """Add a step to the progress. Compiling is no part of training time, nor of the speed since the last line shown."""
+    progress.iter_num += 1
+    progress.tokens += tokens
+    if step.compiled:
+        progress.compile_seconds += seconds
+        last_shown.iter_num += 1
+        last_shown.tokens += tokens
+    else:
+        progress.seconds += seconds
+
 
 def train(s: Settings) -> int:
     """Run from settings to the last checkpoint; returns the exit code: 0, or 128 + the signal that stopped it."""
@@ -479,22 +398,22 @@ def train(s: Settings) -> int:
         progress = restore(checkpoint, source, run)
     del checkpoint
     if first:
-        announce(s, run.model, data.train, machine, run.path)
+        announce(run, data)
 
     if s.eval_only:
-        val = evaluate(run.objective, data.validation, losses_of(s), machine, run.path)
+        val = evaluate(run, data.validation)
         if first:
             print("\n".join(f"val/{name} {value:.6f}" for name, value in val.items()))
         return 0
 
     # the log; only the first of several processes has one
     if first:
-        header = {"config": asdict(s), "facts": facts(s, run.model, data.train, data.validation, machine, run.path)}
+        header = {"config": asdict(s), "facts": facts(run, data)}
         log = Log(Path(s.out_dir), progress.iter_num, header, wandb_settings(s, header, progress.wandb_id),
                   s.tensorboard_log)
         progress.wandb_id = log.wandb_id or progress.wandb_id
-    step = None  # the last one
     stop = Stop("stopping after this step (again to stop at once)\n" if first else "")
+    step = None  # the last one
     last_shown = replace(progress)  # at the last line on the terminal
 
     for it in range(progress.iter_num, s.max_iters + 1):
@@ -507,19 +426,7 @@ def train(s: Settings) -> int:
         # evaluate on the validation rows, and save
         evaluates = it % s.eval_interval == 0 or it == s.max_iters
         if evaluates:
-            val = evaluate(run.objective, data.validation, losses_of(s), machine, run.path)
-            line |= {f"val/{name}": value for name, value in val.items()} | {"peak_mib": machine.peak_mib()}
-            if first:
-                tell(show_evaluation(it, s, val))
-            check_finite("validation loss", val["ntp"], it, s)
-            if first and s.sample_tokens and data.texts:
-                line["sample"] = write_story(run, data.texts, data.bos)
-                tell(show_story(line["sample"]))
-            file_names = ["last.pt"]
-            if val["ntp"] <= progress.best_val_ntp:  # a frozen trunk's stays the same while its heads get better
-                progress.best_val_ntp = val["ntp"]
-                file_names.insert(0, "ckpt.pt")
-            save(file_names, run, progress)
+            line |= evaluate_and_save(run, data, progress)
 
         # the end, or a signal
         if it == s.max_iters:
@@ -537,30 +444,17 @@ def train(s: Settings) -> int:
         weights = loss_weights(s, it / s.max_iters)
         if "soft" in weights and it % s.soft_refresh == 0:
             run.objective.refresh_neighbours()
-        rows = data.bags if "superposition" in weights else data.batches
-        first_batch = it * s.gradient_accumulation_steps
-        micro_batches = [machine.put(*rows[first_batch + m]) for m in range(s.gradient_accumulation_steps)]
-        step = training_step(run, it, weights, micro_batches, stop.signal > 0)
-
-        # count it
+        step = training_step(run, it, weights, next_batches(run, data, it, weights), stop.signal > 0)
         logs = evaluates or it % s.log_interval == 0
         if logs or step.compiled or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
             machine.synchronize()
-        spent, tokens = time.perf_counter() - began, tokens_per_step(s, machine, it)
-        progress.tokens += tokens
-        progress.iter_num = it + 1
-        if step.compiled:  # no part of training time, nor of its speed
-            progress.compile_seconds += spent
-            last_shown.tokens += tokens
-            last_shown.iter_num += 1
-        else:
-            progress.seconds += spent
+        count(progress, last_shown, step, time.perf_counter() - began, tokens_per_step(s, machine, it))
 
         # log
         if logs:
             line |= step_figures(run, weights, step)
             seconds, tokens = progress.seconds - last_shown.seconds, progress.tokens - last_shown.tokens
-            line["tok_per_s"] = tokens / seconds if tokens else None  # none but a step that was compiled
+            line["tok_per_s"] = tokens / seconds if tokens else None  # None: nothing but a step that compiled
             check_finite("training loss", line["train/total"], it, s)
             if first:
                 log.write(line)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from settings import Settings
 from study.runs import leveldb_records
 from system.files import atomic_write, is_at, parse_json, read_bytes
 from system.shown import shown
@@ -196,3 +197,17 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def wandb_settings(s: Settings, header: dict, run_id: str | None) -> dict | None:
+    """The arguments of wandb.init; None for a run without wandb."""
+    if not s.wandb_log:
+        return None
+    given = {"entity": s.wandb_entity, "group": s.wandb_group, "job_type": s.wandb_job_type, "notes": s.wandb_notes,
+             "tags": [tag.strip() for tag in s.wandb_tags.split(",") if tag.strip()],
+             "mode": s.wandb_mode if s.wandb_mode != "auto" else "",
+             "project": s.wandb_project or os.environ.get("WANDB_PROJECT", "lookahead"),
+             "name": s.wandb_run_name or os.environ.get("WANDB_NAME", Path(s.out_dir).name)}
+    return {key: value or None for key, value in given.items()} | {  # None: wandb looks for WANDB_*
+        "config": header["config"] | {"facts": header["facts"]}, "allow_val_change": True, "id": run_id,
+        "resume": "allow"}

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 FOLDERS = ("step", "text", "formats", "study", "bench", "system")
-PROGRAMS = ("train", "tinystories", "synthetic", "export", "sample", "compare", "ablate", "sweep")
+PROGRAMS = ("train", "evaluation", "tinystories", "synthetic", "export", "sample", "compare", "ablate", "sweep")
 MAY_IMPORT = {  # a place -> the places it may import besides itself; the README states the same
     "model": set(), "configurator": set(), "system": set(), "text": {"system"}, "step": {"model", "system"},
     "settings": {"configurator", "model", "text"}, "losses": {"step"},

@@ -140,7 +140,8 @@ def test_after_kill_9_nothing_is_sent_twice_and_nothing_is_missing(tmp_path, wan
     reader.read(str(wandb_dir))
     (run,) = reader.runs
     assert run.points("val/ntp")[0].tolist() == list(range(12)) and run.points("val/ntp")[1].min() == 1.0
-    assert not reader.problems
+    # the process killed at once may have left a file of its own, with nothing in it yet
+    assert all(problem.what.startswith("no val/ntp in it") for problem in reader.problems)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
