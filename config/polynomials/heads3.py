@@ -1,0 +1,23 @@
+"""Polynomials over F7[X]/(X^5), three future heads, weight 0.3."""
+out_dir = "out/polynomials/heads3"
+# data
+dataset = "polynomial"  # python synthetic.py polynomial
+vocab_size = 15
+max_seq_len = 24  # an expression and its value
+batch_size = 64  # 1,536 tokens a step
+# model
+dim = 64
+n_layers = 3
+n_heads = 4
+n_kv_heads = 4
+# objective
+n_future_heads = 3
+nitp_weight = 0.3
+# optimisation
+learning_rate = 2e-3
+max_iters = 3000
+warmup_iters = 100
+beta2 = 0.99
+weight_decay = 0.01
+eval_interval = 100
+log_interval = 100
