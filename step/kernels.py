@@ -49,7 +49,7 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ct
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels.c, built on first use (2 s) unless build/ has it for this source, compiler and processor.
+    """The compiled kernels.c, built on first use (5 s) unless build/ has it for this source, compiler and processor.
 
     CC names the compiler (default cc). The attribute `threads` of the result is False if the compiler has no
     OpenMP. Errors: ValueError if there is no compiler, it fails, or its library cannot be loaded.

@@ -522,6 +522,7 @@ def anew(monkeypatch, tmp_path):
     source.write_bytes(kernels.SOURCE.read_bytes())
     monkeypatch.setattr(kernels, "SOURCE", source)
     monkeypatch.setattr(kernels, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(kernels, "FLAGS", [flag.replace("-O3", "-O0") for flag in kernels.FLAGS])  # seconds each
     kernels.library.cache_clear()
     yield source
     monkeypatch.undo()
