@@ -41,7 +41,7 @@ class Loss(NamedTuple):
 
 
 def masked_mean(per_position: Tensor, valid: Tensor) -> Loss:
-    """The mean of per_position (N,) where valid (N,) is true; 0, not NaN, where it nowhere is."""
+    """The mean of per_position (N,) where valid (N,) is true; 0, not NaN, if no position is valid."""
     count = valid.sum()
     total = torch.where(valid, per_position, 0.0).sum()  # not a product: 0 * inf would be NaN
     return Loss(total / count.clamp(min=1), count)
@@ -87,7 +87,7 @@ def upcoming_tokens(y: Tensor, window: int, bos: int | None, answers: Tensor | N
     With `answers` (valid_positions) only their tokens; a position without any does not count.
 
     TOP (arXiv 2508.19228, section 3): ListNet's listwise ranking loss on scores that fall by one from
-    token to token. A token more than 16 ahead would have a share of e^-16.
+    token to token.
     """
     def windows(t: Tensor, past_the_row: int) -> Tensor:
         return F.pad(t, (0, window - 1), value=past_the_row).unfold(1, window, 1)  # (B, T, W)
@@ -188,7 +188,7 @@ class Objective(nn.Module):
             self.register_buffer("soft_shares", torch.zeros(V, neighbours[0]))
 
     def refresh_neighbours(self) -> None:
-        """Look up anew which tokens are near each other; between two calls soft targets stay what they are."""
+        """Look up anew which tokens are near each other; soft targets are constant between calls."""
         classes, shares = nearest_tokens(self.model.tok_embeddings.weight, *self.neighbours)
         self.soft_classes.copy_(classes)
         self.soft_shares.copy_(shares)
@@ -226,7 +226,7 @@ class Objective(nn.Module):
         return targets
 
     def head_of(self, name: str) -> tuple[int | str, int]:
-        """(head, shift) of a loss: which head it reads, and how far its rows of targets are ahead of that head's."""
+        """(head, shift): which head a loss reads, and how many positions its target rows are ahead of the features."""
         kind, i = parse_name(name)
         if kind == "nitp" and self.model.shared_head:
             return 0, 0  # one softmax of the NTP head's logits, for all of its targets
@@ -258,7 +258,7 @@ class Objective(nn.Module):
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0, answers: Tensor | None = None
                  ) -> tuple[dict[str, Loss], Tensor]:
-        """The losses called `names`, figures of the guesses of heads 0..heads, and the NTP head's guesses (B, T).
+        """The losses called `names`, accuracy and agreement of heads 0..heads, and the NTP head's top-1 tokens (B, T).
 
         acc_i: the share of valid positions whose top-1 token is y[t+i]; agree_i: the share where it
         is the NTP head's at t+i; kl_i: the mean of KL(NTP head at t+i || head i at t).

@@ -123,7 +123,7 @@ class Training:
         return self.objective.model
 
     def wrap(self, losses: tuple[str, ...]) -> None:
-        """Again whenever losses or parameters join or leave: DDP and torch.compile look at them once."""
+        """Call again when losses or trainable parameters change: DDP and torch.compile inspect them only once."""
         self.losses = losses
         self.wrapped = torch.compile(self.objective) if self.path.kind == "compiled" else self.objective
         if self.machine.world > 1:
@@ -157,7 +157,7 @@ def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, check
     fresh = [name for name, _ in model.named_parameters()]
     if checkpoint and (fresh := load_weights(model, checkpoint["model"], source)):
         more = f" and {len(fresh) - 3} more" if len(fresh) > 3 else ""
-        note(f"{source}: has no {', '.join(fresh[:3])}{more}: at the start as in a new model")
+        note(f"{source}: has no {', '.join(fresh[:3])}{more}: initialised as in a new model")
     if s.head_init == "last_block":
         model.start_as_last_block(i for i in range(1, s.n_future_heads + 1)
                                   if any(name.startswith(f"future_heads.{i - 1}.") for name in fresh))
@@ -197,8 +197,8 @@ class Step(NamedTuple):
 
     means: dict[str, Tensor]  # {loss: its sum over this process's positions / all processes' number of positions}
     grad_norm: Tensor
-    compiled: bool  # most of its time is torch.compile's
-    stopping: Callable[[], int]  # how many processes were asked to stop, at its begin
+    compiled: bool  # torch.compile took most of its time
+    stopping: Callable[[], int]  # how many processes were asked to stop when it began
 
 
 def training_step(run: Training, it: int, weights: dict[str, float], micro_batches: list[tuple[Tensor, ...]],

@@ -137,7 +137,7 @@ def take_shape(checkpoint: dict, path: Path, s: Settings) -> None:
 
 
 def drop_other_heads(checkpoint: dict, theirs: ModelArgs, s: Settings) -> None:
-    """Leave out of a checkpoint's model heads of another kind, though their tensors may have the same names."""
+    """Drop heads of another type from a checkpoint; their tensors may have the same names."""
     config = checkpoint["config"] if isinstance(checkpoint.get("config"), dict) else {}
     other = []
     if (theirs.head, theirs.head_input) != (s.head, s.head_input):
@@ -148,7 +148,7 @@ def drop_other_heads(checkpoint: dict, theirs: ModelArgs, s: Settings) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# going on
+# saving and resuming
 
 def rng_states(machine: Machine) -> list[dict]:
     """Every process's random number generators, in the order of ranks."""

@@ -133,7 +133,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def _call(name: str, *args: Tensor | ctypes.Array | int | float | None) -> None:
-    """A function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError, IndexError."""
+    """Call a function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError, IndexError."""
     for arg in args:
         if isinstance(arg, Tensor):
             assert arg.is_contiguous() and arg.device.type == "cpu", f"{name}: {arg.shape}, {arg.device}"
@@ -443,7 +443,7 @@ def pack(head: Head, in_c: set[str], position_weights: dict[str, float], N: int)
             shares = torch.ones(1) if target.shares is None else target.shares
             classes.append(target.classes)
             weights.append(position_weights.get(name, 0.0) * target.valid[:, None] * shares)
-    taught = [name for name in head.targets if name in in_c]
+    taught = [name for name in head.targets if name in in_c]  # consistency and kl: one mask, one divergence
     return Packed(head.shift, torch.cat(classes, 1), torch.cat(weights, 1),
                   head.targets[taught[0]].valid if taught else None,
                   sum(position_weights.get(name, 0.0) for name in taught))
@@ -489,7 +489,7 @@ def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str
         rest = [heads[0]._replace(targets={}), *(head for head in rest[1:] if head.targets)]
         more, of_rest, _ = in_pytorch(rest, chunk_rows(N, len(heads[0].readout.weight)), weights)
         total, losses = total + more, losses | of_rest
-    return total, losses, results[2::3]
+    return total, losses, [None if best is None else best.long() for best in results[2::3]]
 
 
 # ---------------------------------------------------------------------------------------------
