@@ -392,6 +392,7 @@ def train(s: Settings) -> int:
     if s.max_epochs:
         s.max_iters = iterations_of(s, len(data.train), machine.world)
         check(s)
+        note(f"max_epochs={s.max_epochs:g}: a run of {s.max_iters:,} iterations")
     run = build(s, machine, data.texts, checkpoint, source, data.bos)
     progress = Progress(data=fingerprints(s))
     if s.init_from == "resume":
@@ -466,7 +467,8 @@ def train(s: Settings) -> int:
             log.keep(Path(s.out_dir) / "ckpt.pt")
         log.close()
     if it == s.max_iters:
-        note(f"complete at {it:,}; raise --max_iters to go on")
+        length = "max_epochs" if s.max_epochs else "max_iters"
+        note(f"complete at {it:,}; raise --{length} to go on")
         return 0
     note(f"stopped at iter {it}, saved {s.out_dir}/last.pt; --init_from=resume continues")
     return 128 + stop.signal if stop.signal else 0  # 0: another process got the signal
