@@ -194,8 +194,9 @@ class Reader:
                     for item in (record.run.config if kind == "run" else record.config).update:
                         config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
                 elif kind == "history":
-                    rows.append((f"record {number}", {item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                                                     for item in record.history.item}))
+                    flat = [item for item in record.history.item if len(item.nested_key) < 2]  # not a story's parts
+                    rows.append((f"record {number}", {item.key or item.nested_key[0]: json.loads(item.value_json)
+                                                     for item in flat}))
             except Exception as error:  # protobuf's DecodeError, json's: whatever a broken file brings
                 self.problems.append(Remark(f"{shown(path)}, record {number}", shown(repr(error))))
         _, before = resumed.setdefault(id, (Run(name, shown(path)), []))
