@@ -132,7 +132,7 @@ class Training:
 
 
 def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None, bos: int = BOS) -> Objective:
-    """A new model with its losses, both of the kind that the path wants. texts: of the tokens, for spelling."""
+    """A new model with its losses, both of the kind that the path needs. texts: of the tokens, for spelling."""
     if s.param_dtype == "bfloat16" != str(path.dtype).removeprefix("torch."):
         raise ValueError(f"param_dtype=bfloat16: needs products in bfloat16 (--dtype=bfloat16), found {path}")
     model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))

@@ -1,4 +1,4 @@
-"""How fast is run.c? Decoding at four sizes, beside other programs if there are any, and drafting on real prompts.
+"""How fast is run.c? Decoding at four sizes, next to other programs if there are any, and drafting on real prompts.
 
     python -m bench.decoding decode                           # make bench-c: writes doc/decode.md and doc/decode.svg
     python -m bench.decoding draft MODEL.bin HEADS.bin STORIES.txt   # plain, n-grams, heads on beginnings of stories

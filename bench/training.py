@@ -237,7 +237,7 @@ def bench(models: list[str], threads: list[int], rounds: int, folder: Path) -> N
 tokens; medians of {rounds} rounds in which the variants take turns, each in a process of its own; ratios are taken
 within a round. *plain* is PyTorch as it comes, in float32; *fast* is kernels.c with the products' type that
 `dtype=auto` finds here. Memory is the most that the process held beyond what it held with PyTorch loaded: weights,
-optimizer state, activations. GFLOP/s are those of matrix products and attention, beside the rate of a product of two
+optimizer state, activations. GFLOP/s are those of matrix products and attention, next to the rate of a product of two
 2,048 x 2,048 matrices of the same type with as many threads.
 
 ## By path

@@ -767,7 +767,7 @@ static float exponentials(float *x, int64_t V, float *max) {
 //     best = where the logits are largest, the first of equals
 //
 // divergence is 0 where not taught, and gradient where nothing has a scale. gradient may be the logits themselves, or NULL
-// if nobody wants it, and so may best. Returns -2 if a class is not in 0..V-1.
+// if it is not needed, and so may best. Returns -2 if a class is not in 0..V-1.
 int head_losses(const void *logits, const int64_t *classes, const float *scales, const uint8_t *taught, void *gradient,
                 const void *teacher, const float *teacher_log_sum, float teacher_scale, float *entropy, float *divergence,
                 float *log_sum, float *best, int64_t N, int64_t V, int64_t K, int64_t bf16) {

@@ -163,7 +163,7 @@ def _activation_dtype() -> torch.dtype:
 # the trunk
 
 class Shape(NamedTuple):
-    """What attention is told besides tensors."""
+    """The sizes and options of attention."""
 
     n_heads: int
     n_kv_heads: int
@@ -287,7 +287,7 @@ class Block(Function):
         learns, shape, dout = ctx.needs_input_grad[6:], ctx.shape, dout.contiguous()
 
         def of_weights(wanted: tuple[bool, ...], dy: Tensor, x: Tensor, sizes: list[int]) -> tuple[Tensor | None, ...]:
-            """The gradients of matrices that stand in one, each of so many rows."""
+            """The gradients of matrices that are rows of one, split by their numbers of rows."""
             if not any(wanted):
                 return (None,) * len(sizes)
             return (dy.flatten(0, -2).T @ x.flatten(0, -2)).float().split(sizes)

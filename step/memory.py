@@ -32,7 +32,7 @@ def parameter_count(args: ModelArgs) -> int:
 
 
 def activation_bytes(args: ModelArgs, tokens: int) -> int:
-    """At least what a forward pass over so many tokens keeps for backward: bfloat16, of attention and feed-forward."""
+    """At least what a forward pass over these tokens keeps for backward: bfloat16, of attention and feed-forward."""
     if args.trunk == "rnn":
         return 2 * args.dim * args.n_layers * tokens
     applied = args.n_layers

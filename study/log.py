@@ -69,7 +69,7 @@ class Log:
         try:
             self.mirrors["wandb"] = Wandb(settings)
             self.wandb_id = self.mirrors["wandb"].run.id
-            for line in map(json.loads, kept):  # those that it has not got: it was killed, it failed, or it is new here
+            for line in map(json.loads, kept):  # those it lacks: it was killed, it failed, or it is new here
                 if "config" not in line:
                     self.mirrors["wandb"].write(line)
         except Exception as error:  # no network, no login, a full disk: none should end a run

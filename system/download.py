@@ -27,7 +27,7 @@ from system.files import atomic_write, refuse_irregular
 from system.shown import shown
 
 SOCKET_SECONDS = 30  # without a single byte
-STALL_SECONDS = 60  # in which so many bytes must come; a server may send one a second for years
+STALL_SECONDS = 60  # in which STALL_BYTES must come; a server may send one a second for years
 STALL_BYTES = 60 << 10
 BLOCK = 1 << 18
 PLAIN = {"Accept-Encoding": "identity"}  # compressed bytes would have another length, and a bomb no end

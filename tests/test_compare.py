@@ -287,7 +287,7 @@ def test_what_runs_ran_on_is_one_line_where_they_agree(tmp_path, capsys):
 
 
 def many(folder: Path, count: int, **more) -> None:
-    """A baseline and so many variants, with long names, of four seeds."""
+    """A baseline and variants with long names, of four seeds."""
     for k in range(count):
         for seed in range(1, 5):
             noise = 0.01 * np.random.default_rng([k, seed]).normal(size=5)

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: what they keep beside the tensors, what they call them, and what is no checkpoint."""
+"""Checkpoints of other programs: what they keep besides tensors, what they call them, and what is no checkpoint."""
 
 import argparse
 import zipfile
