@@ -51,12 +51,12 @@ class Interval(NamedTuple):
     @property
     def p(self) -> float:
         """Two-sided: how likely a mean so far from 0 is if the true one is 0. NaN below three pairs."""
-        from scipy.stats import t
-
         if self.n < FEWEST or math.isnan(self.error):
             return math.nan
         if self.error == 0.0:
             return 0.0 if self.mean else 1.0
+        from scipy.stats import t  # late: the demo compares one seed without it
+
         return float(2.0 * t.sf(abs(self.mean) / self.error, self.freedom))
 
     @property
