@@ -83,7 +83,8 @@ def keep(runs: list[Run], path: Path) -> None:
 # command line
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders, .jsonl files, wandb:entity/project[/run]")
     parser.add_argument("--baseline", metavar="LABEL", help="what the others are compared with; default: the first")
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="steps to report; default: quarters")

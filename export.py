@@ -67,7 +67,8 @@ def check_paths(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="ckpt.pt or last.pt, ours or llama2.c's; a model.bin; a Hugging "
                                                       "Face folder of a Llama")
     parser.add_argument("out", type=Path, nargs="?", help="the .bin file to write")

@@ -241,7 +241,8 @@ class Printer:
 # the program
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a ckpt.pt or last.pt, a "
                         "model.bin, a Hugging Face folder of a Llama")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.model or .bin, or a folder "

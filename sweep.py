@@ -330,7 +330,8 @@ def report(study: "optuna.Study", sweep: Sweep, out: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("file", type=Path, help="a sweep, as config/sweep/*.yaml")
     parser.add_argument("--trials", type=positive, help="how many in all; default: the file's run_cap")
     parser.add_argument("--jobs", type=positive, help="trials at a time; default: as many as there are cores")

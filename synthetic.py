@@ -375,11 +375,12 @@ def write_task(folder: Path, task: Task, made_by: dict) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="task", required=True)
 
     def command(name: str, help: str, sequences: int, unit: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help,
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--data_dir", type=Path, default="data", help="folder of all data sets")
         sub.add_argument("--dataset", default=name, help="name of the data set")

@@ -581,11 +581,12 @@ def eval_batches(windows: Windows, count: int) -> list[tuple[torch.Tensor, ...]]
 # command line
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str, dataset: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of all data sets (default: data)")
         sub.add_argument("--dataset", help=f"name of the data set (default: {dataset})")
         sub.add_argument("--vocab_size", type=between(BYTE_VOCAB_SIZE, MAX_VOCAB_SIZE),
@@ -622,6 +623,8 @@ def default_name(args: argparse.Namespace) -> str:
     """The data set's name where the command line has none."""
     if args.command == "local":
         path = Path(args.train[0]).absolute()
+        if len(args.train) == 1 and not path.exists() and not set("*?[") & set(args.train[0]):
+            raise ValueError(f"{args.train[0]}: no such file or folder")
         if len(args.train) > 1 or not path.exists():
             raise ValueError("local: several files need a name for the data set: --dataset=NAME")
         return path.name if path.is_dir() else stem_of(path)

@@ -67,6 +67,8 @@ def settings_from(argv: list[str]) -> Settings:
     if s.init_from == "resume" and all(word.startswith("-") for word in argv):
         s = configure(Settings, [*argv, "--init_from=resume"], saved_settings(last), str(last))
         note(f"without a config file: settings are those in {last} and on the command line")
+    if s.max_epochs and any(word.startswith("--max_iters") for word in argv):
+        note(f"max_epochs={s.max_epochs:g} decides the length, not max_iters; --max_epochs=0 goes by iterations")
     return s
 
 
@@ -438,6 +440,8 @@ def train(s: Settings) -> int:
             largest = torch.stack([p.detach().abs().max() for p in run.model.parameters()]).max()  # keeps a NaN
             check_finite("largest weight", largest, it, s)
             save(["last.pt"], run, progress)
+            if first and evaluates:  # else ckpt.pt may be chosen by a figure that no line has
+                log.write(line)
             break
 
         # one step
@@ -447,7 +451,7 @@ def train(s: Settings) -> int:
             run.objective.refresh_neighbours()
         step = training_step(run, it, weights, next_batches(run, data, it, weights), stop.signal > 0)
         logs = evaluates or it % s.log_interval == 0
-        if logs or step.compiled or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
+        if logs or step.compiled or stop.signal or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
             machine.synchronize()
         count(progress, last_shown, step, time.perf_counter() - began, tokens_per_step(s, machine, it))
 

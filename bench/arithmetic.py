@@ -148,7 +148,8 @@ def draw(sizes: dict[int, list[Group]], places: dict[str, Path], path: Path) -> 
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="out_dirs of runs, or folders of them")
     parser.add_argument("--folder", type=Path, default="doc", help="for arithmetic.svg; default: doc")
     args = parser.parse_args(argv)

@@ -244,14 +244,15 @@ def draft(model: Path, heads: Path, stories: Path, prompts: int, temperature: fl
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("decode", help="tokens a second by size, precision and threads")
+    p = commands.add_parser("decode", allow_abbrev=False, help="tokens a second by size, precision and threads")
     p.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
     p.add_argument("--rounds", type=positive, default=5, help="default: 5")
     p.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
     p.add_argument("--folder", type=Path, default=ROOT / "doc", help="for decode.md and decode.svg; default: doc")
-    p = commands.add_parser("draft", help="drafting against plain decoding on the beginnings of stories")
+    p = commands.add_parser("draft", allow_abbrev=False, help="drafting against plain decoding")
     p.add_argument("model", type=Path, help="as export.py writes it")
     p.add_argument("heads", type=Path, help="its heads, from export.py --heads")
     p.add_argument("stories", type=Path, help="a text as in data/<dataset>/val.txt")

@@ -308,7 +308,8 @@ def plot(speeds: dict, series: dict[str, dict[str, Figures]], path: Path) -> Non
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--rounds", type=positive, default=5, help="default: 5")

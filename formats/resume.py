@@ -65,9 +65,14 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
 
 
 def saved_settings(path: Path) -> dict:
-    """The settings of the run in a checkpoint, but for its folder, which may have been moved. Errors: ValueError."""
+    """The settings of the run in a checkpoint. Errors: ValueError.
+
+    Not its folder, which may have been moved; nor leave to go on with other data, which counts for one resume.
+    """
     config = read_checkpoint(path).get("config")
-    return {name: value for name, value in config.items() if name != "out_dir"} if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    return {name: value for name, value in config.items() if name not in ("out_dir", "allow_other_data")}
 
 
 def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
@@ -108,10 +113,11 @@ def check_data(checkpoint: dict, path: Path, s: Settings) -> None:
     if not isinstance(then, dict):
         note(f"{path}: has no checksums of its data; expected {s.dataset} to be what it was trained on")
         return
-    for name in now:
-        if then.get(name) == now[name]:
+    for name in sorted({*then, *now}):  # a file may have gone as well as changed
+        before, found = (shown(files.get(name, "no such file")) for files in (then, now))
+        if before == found:
             continue
-        difference = f"{name} of {s.dataset} is not the run's: expected {shown(then.get(name))}, found {now[name]}"
+        difference = f"{name} of {s.dataset} is not the run's: expected {before}, found {found}"
         if not s.allow_other_data:
             raise ValueError(f"{path}: {difference}; put it back, or add --allow_other_data")
         note(f"resuming although {difference}")

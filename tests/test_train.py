@@ -413,8 +413,14 @@ def test_a_run_goes_on_with_its_own_data_unless_told_otherwise(words, data_dir, 
         assert train.main(resumed) == 1
         assert f"{name} of toy is not the run's: expected {len(content)} bytes, crc32 " in capsys.readouterr().err
         path.write_bytes(content)
+    (path.parent / "tokenizer.bin").rename(data / "tokenizer.bin")
+    assert train.main(resumed) == 1  # a file that has gone is another difference
+    assert "tokenizer.bin of toy is not the run's: expected " in capsys.readouterr().err
+    (data / "tokenizer.bin").rename(path.parent / "tokenizer.bin")
     path.write_bytes(np.frombuffer(content, np.uint16)[::-1].tobytes())
     run([*resumed, "--allow_other_data"])
+    out_dir = f"--out_dir={tmp_path / 'out'}"
+    assert not train.settings_from([out_dir, "--init_from=resume"]).allow_other_data  # leave for one resume
     assert "resuming although val.bin of toy is not the run's" in capsys.readouterr().err
     last = [line["val/ntp"] for line in log_lines(tmp_path / "out") if "val/ntp" in line][-1]
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["best_val_ntp"] == last  # no other rows' loss
