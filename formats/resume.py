@@ -69,7 +69,7 @@ def saved_settings(path: Path) -> dict:
 
     Not its folder, which may have been moved; nor leave to go on with other data, which counts for one resume.
     """
-    config = read_checkpoint(path).get("config")
+    config = read_checkpoint(path, mapped=True).get("config")  # only this; the tensors stay on the disk
     if not isinstance(config, dict):
         return {}
     return {name: value for name, value in config.items() if name not in ("out_dir", "allow_other_data")}

@@ -1,6 +1,6 @@
 """Refuse a run that cannot fit into the machine, before anything is built.
 
-    check_memory(s, machine)   # ValueError: ... needs at least 1,234 GiB, this machine has 23 GiB
+    check_memory(s, args, machine)   # ValueError: ... needs at least 1,234 GiB, this machine has 23 GiB
 
 The estimate is a lower bound: what is refused cannot run, what passes may still be too big.
 """
