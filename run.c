@@ -1926,7 +1926,7 @@ static void generate(Drafter *d, const Tokenizer *t, Sampler *s, const char *pro
     int token = tokens.id[given - 1], pos = given;
     for (;;) {
         int next = pos < tokens.n ? tokens.id[pos] : sample(s, logits);  // still in the prompt if -n cut it
-        if (next == BOS) break;  // the next document would begin here
+        if (next == BOS || next == EOS) break;  // the next document would begin here, or an answer is over
         print_token(t, token, next);
         if (pos == steps) break;
         logits = advance(d, next, pos++);

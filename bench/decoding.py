@@ -68,8 +68,8 @@ def compile_c(name: str, flags: str, source: str = "run.c") -> Path:
 
 
 def random_model(size: str, folder: Path) -> None:
-    """Files of versions 0 and 2 and a tokenizer of a random model that never emits BOS, so that no story ends early;
-    GGUF files too if llama-bench takes part."""
+    """Files of versions 0 and 2 and a tokenizer of a random model that emits neither BOS nor EOS, so that no story ends
+    early; GGUF files too if llama-bench takes part."""
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size = SIZES[size]
     last = "q8_0.gguf" if "LLAMA_BENCH" in os.environ else "v2.bin"
     if (folder / last).exists():
@@ -81,7 +81,7 @@ def random_model(size: str, folder: Path) -> None:
         for p in model.parameters():
             if p.dim() == 2:
                 p.normal_(0, p.shape[1] ** -0.5)
-        model.tok_embeddings.weight[1] = 0  # BOS's logit is 0, and the best one is not
+        model.tok_embeddings.weight[1:3] = 0  # their logits are 0, and the best one is not
     with atomic_write(folder / "tokenizer.bin") as f:
         f.write(b"\x02\0\0\0" + b"\0\0\0\0\x02\0\0\0ab" * vocab_size)
     write_trunk(model, folder / "v0.bin", 0)
