@@ -43,7 +43,7 @@ from tqdm import tqdm
 import compare
 from configurator import configure
 from formats.checkpoint import read_checkpoint
-from settings import Output, Settings, check, names_of
+from settings import Output, Settings, check, names_of, renamed
 from step.machine import describe, find_machine
 from study.processes import POLL, complaint, evaluations, free_cores, how_to_begin, settings_in, start, stop
 from system.files import atomic_write
@@ -109,7 +109,9 @@ def parse_vary(words: list[str]) -> dict[str, list[str]]:
             raise ValueError(f"--vary={word}: expected SETTING=VALUE,VALUE,...")
         if key in found or key in ("seed", "out_dir", "max_iters"):
             raise ValueError(f"--vary={word}: {key} is set already; there are --seeds, --out and --longer")
-        found[key] = list(dict.fromkeys(values.split(",")))
+        found[key] = values.split(",")
+        if len(set(found[key])) < len(found[key]):
+            raise ValueError(f"--vary={word}: expected each value once")
     return found
 
 
@@ -169,7 +171,7 @@ def run_of(s: SetUp, seed: int, words: list[str], out: Path, source: SetUp | Non
 def check_same(s: Settings) -> None:
     """ValueError if the run in the out_dir of `s` was trained with other settings."""
     path = Path(s.out_dir) / "last.pt"
-    config = read_checkpoint(path).get("config", {}) if path.exists() else settings_in(path.parent)
+    config = renamed(read_checkpoint(path).get("config", {}) if path.exists() else settings_in(path.parent))
     for field in fields(Settings):
         then, now = config.get(field.name, field.default), getattr(s, field.name)
         if config and field.name not in names_of(Output) | {"init_from"} and then != now:

@@ -154,8 +154,9 @@ class Optimisation:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the trunk's matrices, AdamW for the rest
     learning_rate: Positive = 5e-4  # peak of the learning rate
     warmup_iters: Iterations = 1000  # iterations in which the rate rises to its peak
-    decay_lr: bool = True  # fall to min_lr in half a cosine by max_iters; false: stay at the peak
-    min_lr: NonNegative = 0.0  # where the cosine ends
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after warm-up; wsd: constant, then a straight line
+    decay_fraction: FractionAbove0 = 0.2  # wsd: the last part of the run, in which the rate falls
+    min_lr: NonNegative = 0.0  # where cosine and wsd end
     weight_decay: NonNegative = 0.1  # on matrices only
     beta1: FractionBelow1 = 0.9  # AdamW's
     beta2: FractionBelow1 = 0.95  # AdamW's
@@ -187,6 +188,7 @@ class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  #
         "resume": "here it is --init_from=resume", "block_size": "here it is max_seq_len",
         "n_layer": "here it is n_layers", "n_head": "here it is n_heads", "n_embd": "here it is dim",
         "lr": "here it is learning_rate", "lr_decay_iters": "here the rate falls until max_iters",
+        "decay_lr": "here it is lr_schedule; false is --lr_schedule=constant",
         "bias": "a Llama has none", "backend": "here the device decides: nccl for CUDA, else gloo"}
 
     def head_factor(self, i: int) -> float:
@@ -206,6 +208,14 @@ class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  #
 def names_of(*sections: type) -> set[str]:
     """The settings of these sections: names_of(Shape, Heads)."""
     return {f.name for section in sections for f in fields(section)}
+
+
+def renamed(config: dict) -> dict:
+    """The settings of an older log or checkpoint, under the names that they have now."""
+    if "decay_lr" not in config:
+        return config
+    rest = {name: value for name, value in config.items() if name != "decay_lr"}
+    return {"lr_schedule": "cosine" if config["decay_lr"] else "constant"} | rest
 
 
 def check(s: Settings) -> None:

@@ -175,13 +175,21 @@ def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, check
 # one step
 
 def learning_rate(s: Settings, it: int) -> float:
-    """Rate of iteration `it`: a straight rise to the peak, then half a cosine down to min_lr."""
+    """Rate of iteration `it`: a straight rise to the peak, then lr_schedule.
+
+    cosine: half a cosine down to min_lr. wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395): the peak, and
+    over the last decay_fraction of the run a straight line down to min_lr (Hägele et al. 2024, arXiv 2405.18392).
+    """
     if it < s.warmup_iters:
         return s.learning_rate * (it + 1) / (s.warmup_iters + 1)
-    if not s.decay_lr:
+    begin = s.warmup_iters
+    if s.lr_schedule == "wsd":
+        begin = max(begin, (1.0 - s.decay_fraction) * s.max_iters)
+    if s.lr_schedule == "constant" or it < begin:
         return s.learning_rate
-    done = (it - s.warmup_iters) / (s.max_iters - s.warmup_iters)
-    return s.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (s.learning_rate - s.min_lr)
+    done = (it - begin) / (s.max_iters - begin)
+    share = 0.5 * (1.0 + math.cos(math.pi * done)) if s.lr_schedule == "cosine" else 1.0 - done
+    return s.min_lr + share * (s.learning_rate - s.min_lr)
 
 
 def set_trainable(model: Transformer, s: Settings, it: int) -> bool:

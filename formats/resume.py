@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from formats.checkpoint import has_another_vocabulary, model_args_of, read_checkpoint
 from model import ModelArgs
-from settings import Heads, Settings, Shape, names_of, shape_of
+from settings import Heads, Settings, Shape, names_of, renamed, shape_of
 from step.machine import Machine, note
 from system.files import atomic_write, fingerprint
 from system.shown import shown
@@ -72,7 +72,7 @@ def saved_settings(path: Path) -> dict:
     config = read_checkpoint(path, mapped=True).get("config")  # only this; the tensors stay on the disk
     if not isinstance(config, dict):
         return {}
-    return {name: value for name, value in config.items() if name not in ("out_dir", "allow_other_data")}
+    return {name: value for name, value in renamed(config).items() if name not in ("out_dir", "allow_other_data")}
 
 
 def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
@@ -83,17 +83,18 @@ def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
     if missing := [k for k, kind in RESUMED.items() if not isinstance(checkpoint.get(k), kind)]:
         raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; "
                          f"--init_from={path} with another --out_dir starts a new run from it")
+    config = renamed(checkpoint["config"])
     if s.max_epochs:  # the data decides, as it did then
-        s.max_iters = checkpoint["config"].get("max_iters", s.max_iters)
+        s.max_iters = config.get("max_iters", s.max_iters)
     for f in fields(Settings):
-        then, now = checkpoint["config"].get(f.name, f.default), getattr(s, f.name)
+        then, now = config.get(f.name, f.default), getattr(s, f.name)
         if f.name in names_of(Shape) and now == f.default != then:  # it may come from the model that the run began with
             setattr(s, f.name, then)
             note(f"{f.name}={then}, from {path}")
             now = then
         if f.name in names_of(Shape, Heads) and then != now:
             raise ValueError(f"{f.name}={now}: the run in {path} has {then}; a resumed run keeps its shape")
-        if f.name in checkpoint["config"] and then != now and f.name not in ("init_from", "eval_only"):
+        if f.name in config and then != now and f.name not in ("init_from", "eval_only"):
             note(f"resuming with {f.name}={shown(now)}, was {shown(then)}")
     if not s.eval_only:
         check_data(checkpoint, path, s)

@@ -167,7 +167,7 @@ def test_combinations_of_several_settings(lab):
                                        "dim=32,head=block"]
     assert found[1].words == ["--dim=16", "--head=block"]
     for word, says in (("dim", "expected SETTING=VALUE"), ("dim=1,,2", "expected SETTING=VALUE"),
-                       ("seed=1,2", "seed is set already")):
+                       ("dim=1,2,1", "dim=1,2,1: expected each value once"), ("seed=1,2", "seed is set already")):
         with pytest.raises(ValueError, match=says):
             parse_vary([word])
     with pytest.raises(ValueError, match="dims: no such setting"):

@@ -448,6 +448,17 @@ def test_runs_that_differ_in_the_seed_alone_are_a_group(tmp_path):
     assert len(reader.problems) == 1 and "z-1" in reader.problems[0].who and "same settings" in reader.problems[0].what
 
 
+def test_logs_with_the_old_name_of_a_setting_are_of_the_same_set_up(tmp_path):
+    """decay_lr is lr_schedule by now."""
+    for seed, old in ((1, {"decay_lr": True}), (2, {"lr_schedule": "cosine"}), (3, {"decay_lr": False}),
+                      (4, {"lr_schedule": "constant"}), (5, {"lr_schedule": "wsd"})):
+        write_log(tmp_path / f"run-{seed}", BASE[1], seed, old)
+    reader = Reader()
+    reader.read(str(tmp_path))
+    assert [list(group.runs) for group in group_runs(reader.runs, reader.problems)] == [[1, 2], [3, 4], [5]]
+    assert not reader.problems
+
+
 def test_what_else_differs_is_told(tmp_path, capsys):
     write_log(tmp_path / "base-1", BASE[1], 1)
     write_log(tmp_path / "base-2", BASE[2], 2, facts={"torch": "2", "path": "plain"})

@@ -125,8 +125,8 @@ def test_a_llama_goes_in_gets_heads_and_comes_out(llama, data, tmp_path, capsys)
 def test_a_run_on_their_llama_is_resumed_without_naming_its_shape(llama, data, tmp_path):
     for out, stops in (("whole", [20]), ("parts", [10, 20])):
         for n, max_iters in enumerate(stops):
-            changes = {"init_from": "resume"} if n else {}
-            assert train.main(words(llama, data, tmp_path / out, max_iters=max_iters, decay_lr=False, **changes)) == 0
+            changes = {"max_iters": max_iters, "lr_schedule": "constant"} | ({"init_from": "resume"} if n else {})
+            assert train.main(words(llama, data, tmp_path / out, **changes)) == 0
     whole, parts = (load_model(tmp_path / out / "last.pt") for out in ("whole", "parts"))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
 

@@ -231,8 +231,12 @@ def test_learning_rate():
     assert [learning_rate(s, it) for it in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert learning_rate(s, 4) == 1.0 and learning_rate(s, 14) == pytest.approx(0.55)
     assert learning_rate(s, 24) == pytest.approx(0.1)
-    s.decay_lr = False
+    s.lr_schedule = "constant"
     assert learning_rate(s, 20) == 1.0
+    s.lr_schedule, s.decay_fraction = "wsd", 0.25  # falls from 18 on
+    assert [learning_rate(s, it) for it in (3, 4, 18, 20, 21, 24)] == pytest.approx([0.8, 1.0, 1.0, 0.7, 0.55, 0.1])
+    s.decay_fraction = 1.0  # warm-up comes first
+    assert [learning_rate(s, it) for it in (3, 4, 14, 24)] == pytest.approx([0.8, 1.0, 0.55, 0.1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,7 +258,7 @@ OTHERS = {"spelling_letters": 3, "spelling_weight": 0.2, "order_window": 4, "ord
                                      OTHERS | {"soft_weight": 0.2, "soft_refresh": 3}, {"trunk": "rnn"}])
 def test_resuming_is_never_having_stopped(words, tmp_path, changes):
     """2N steps = N steps + resume + N steps, to the bit: weights, optimizer and log."""
-    common = changes | {"decay_lr": False}  # so that a run of 4 is the beginning of a run of 8
+    common = changes | {"lr_schedule": "constant"}  # so that a run of 4 is the beginning of a run of 8
     run(words(out_dir=tmp_path / "whole", max_iters=8, **common))
     run(words(out_dir=tmp_path / "halves", max_iters=4, **common))
     run(words(out_dir=tmp_path / "halves", max_iters=8, init_from="resume", **common))
@@ -270,17 +274,36 @@ def test_resuming_is_never_having_stopped(words, tmp_path, changes):
 
 
 def test_auto_starts_or_resumes_with_the_checkpoints_settings(words, tmp_path, capsys):
-    run(words(init_from="auto", max_iters=4, decay_lr=False, **HEADS))
+    run(words(init_from="auto", max_iters=4, lr_schedule="constant", **HEADS))
     capsys.readouterr()
     run([f"--out_dir={tmp_path}/out", "--init_from=auto", "--max_iters=8"])  # all else is in the checkpoint
     told = capsys.readouterr().err
     assert "without a config file: settings are those in" in told and "resuming with max_iters=8, was 4" in told
-    run(words(out_dir=tmp_path / "whole", decay_lr=False, **HEADS))
+    run(words(out_dir=tmp_path / "whole", lr_schedule="constant", **HEADS))
     assert same_weights(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert without_times(log_lines(tmp_path / "out")) == without_times(log_lines(tmp_path / "whole"))
     first, second = (header["facts"] for header in log_lines(tmp_path / "out", headers=True))
     assert first["pid"] == second["pid"] == os.getpid() and first["started"] <= second["started"]
     assert first["host"] and "pytest" in first["command"] and {"commit", "dirty"} <= first.keys()
+
+
+def test_a_rate_that_was_held_under_its_old_name_is_still_held(words, tmp_path, capsys):
+    """decay_lr is lr_schedule by now: in checkpoints, and never silently on the command line."""
+    run(words(max_iters=4, lr_schedule="constant"))
+    last = tmp_path / "out" / "last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["config"]["lr_schedule"], checkpoint["config"]["decay_fraction"]
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"decay_lr": False}}, last)
+    run([f"--out_dir={tmp_path}/out", "--init_from=resume", "--max_iters=8"])
+    assert log_lines(tmp_path / "out")[-2]["lr"] == 1e-2
+    run(words(out_dir=tmp_path / "whole", lr_schedule="constant"))
+    assert same_weights(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    torch.save(torch.load(last, weights_only=True) | {"config": checkpoint["config"] | {"decay_lr": False}}, last)
+    capsys.readouterr()
+    run(words(init_from="resume", max_iters=12, lr_schedule="cosine"))
+    assert "resuming with lr_schedule=cosine, was constant" in capsys.readouterr().err
+    assert train.main(words(out_dir=tmp_path / "new", decay_lr=False)) == 1
+    assert "--decay_lr: no such setting; here it is lr_schedule" in capsys.readouterr().err
 
 
 def test_ddp_looks_for_unused_parameters_only_where_a_head_has_no_loss():
@@ -632,9 +655,9 @@ def stories(ids: list[int]) -> list[list[int]]:
 def at_iteration(words, it: int, out, **changes) -> dict:
     """The weights that a run of 8 iterations has at iteration `it`."""
     if not (out / "last.pt").exists():
-        run(words(out_dir=out, max_iters=it, decay_lr=False, **changes))
+        run(words(out_dir=out, max_iters=it, lr_schedule="constant", **changes))
     else:
-        run(words(out_dir=out, max_iters=it, decay_lr=False, init_from="resume", **changes))
+        run(words(out_dir=out, max_iters=it, lr_schedule="constant", init_from="resume", **changes))
     return weights(out)
 
 
