@@ -251,7 +251,7 @@ def step_seconds(setups: dict[str, Settings], rounds: int) -> dict[str, list[flo
     steps, found = {}, {name: [] for name in setups}
     for name, s in setups.items():
         folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
-        texts = token_texts(load_tokenizer(folder, s.vocab_size)) if s.spelling_letters else None
+        texts = token_texts(load_tokenizer(folder, s.vocab_size)) if s.spelling_letters or s.prefix_weight else None
         steps[name] = step_on_random_tokens(s, texts)
     points = [k / 10 + 0.05 for k in range(10)]
     for turn in tqdm(range(rounds + 1), "step times", leave=False, file=sys.stderr):  # the first one warms up

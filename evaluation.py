@@ -47,7 +47,8 @@ def target_tokens(batches: list[tuple[Tensor, ...]]) -> Tensor:
 
 def losses_of(s: Settings) -> tuple[str, ...]:
     """The losses that a run with these settings has a use for, as evaluations report them."""
-    return all_losses(s.n_future_heads, s.spelling_letters, s.order_window > 0, s.soft_weight > 0.0)
+    return all_losses(s.n_future_heads, s.spelling_letters, s.order_window > 0, s.soft_weight > 0.0,
+                      s.prefix_weight > 0.0)
 
 
 def evaluate(run, validation: Validation) -> dict[str, float]:

@@ -17,6 +17,7 @@ its next token; z are the NTP head's logits and a_i those of future head i, all 
     spelling_j      mean over t of  CE(s_j[t], letter j of the text after t)
     order           mean over t of  CE(o[t], the tokens to come, the nearer the more)
     soft            mean over t of  CE(z[t], the neighbours of y[t])
+    prefix          mean over t of  CE(z[t], the longest other token that y[t] begins with)
     superposition   in place of ntp: CE(z[p], all tokens of the next bag), where p has read bags
 
 Each loss is a mean over its own valid positions: row ends have no target i tokens further on,
@@ -148,7 +149,8 @@ def parse_name(name: str) -> tuple[str, int]:
     return kind, int(i or 0)
 
 
-def all_losses(n_future_heads: int, letters: int = 0, order: bool = False, soft: bool = False) -> tuple[str, ...]:
+def all_losses(n_future_heads: int, letters: int = 0, order: bool = False, soft: bool = False, prefix: bool = False
+               ) -> tuple[str, ...]:
     """The names of all next-token losses of a model with such heads; superposition, which replaces them, aside."""
     names = ["ntp"]
     for kind, count in (("nitp", n_future_heads), ("consistency", n_future_heads), ("spelling", letters)):
@@ -157,6 +159,8 @@ def all_losses(n_future_heads: int, letters: int = 0, order: bool = False, soft:
         names.append("order")
     if soft:
         names.append("soft")
+    if prefix:
+        names.append("prefix")
     return tuple(names)
 
 
@@ -172,16 +176,18 @@ class Objective(nn.Module):
     order_window: tokens ahead that the order head ranks. bag: tokens in a bag of superposition.
     neighbours: how many tokens share a soft target, and the temperature of their shares; or None.
         refresh_neighbours fills the table.
+    prefixes: letters.Prefixes, which knows what token each token begins with; or None.
     """
 
     def __init__(self, model: nn.Module, bos: int | None = None, kernels=None, *,
                  consistency: tuple[str, float] = PLAIN_KL, teacher: str = "later",
                  letters: tuple[nn.Module, int] | None = None, order_window: int = 0, bag: int = 1,
-                 neighbours: tuple[int, float] | None = None):
+                 neighbours: tuple[int, float] | None = None, prefixes: nn.Module | None = None):
         super().__init__()
         self.model, self.bos, self.kernels, self.teacher = model, bos, kernels, teacher
         self.consistency, self.order_window, self.bag, self.neighbours = consistency, order_window, bag, neighbours
         self.letters, self.n_letters = letters or (None, 0)
+        self.prefixes = prefixes
         if neighbours:
             V = model.tok_embeddings.num_embeddings
             self.register_buffer("soft_classes", torch.zeros(V, neighbours[0], dtype=torch.long))
@@ -204,7 +210,7 @@ class Objective(nn.Module):
         for name in names:
             kind, i = parse_name(name)
             _, shift = self.head_of(name)
-            if kind in ("ntp", "nitp", "soft", "consistency", "kl"):
+            if kind in ("ntp", "nitp", "soft", "prefix", "consistency", "kl"):
                 valid = valid_positions(y, i, self.bos, answers)
             if kind == "ntp":
                 targets[name] = Target(valid, y[..., None])
@@ -221,6 +227,9 @@ class Objective(nn.Module):
                 targets[name] = upcoming_tokens(y, self.order_window, self.bos, answers)
             elif kind == "soft":
                 targets[name] = Target(valid, self.soft_classes[y], self.soft_shares[y])
+            elif kind == "prefix":
+                classes, known = self.prefixes.of(y)
+                targets[name] = Target(valid & known, classes[..., None])
             elif kind == "superposition":
                 targets[name] = next_bag(y, self.bag, answers)
         return targets
@@ -348,6 +357,7 @@ def loss_weights(settings, progress: float) -> dict[str, float]:
 
     settings: the names below, as settings.Settings has them. Head i weighs a part of its kind's
     weight, its head_factor; the letters share that of spelling. While tokens are in superposition nothing else weighs.
+    With normalize_weights all are divided by their sum, so that NTP weighs less while others weigh.
     """
     s = settings
     if s.superposition > 1 and progress < s.superposition_end:
@@ -359,5 +369,6 @@ def loss_weights(settings, progress: float) -> dict[str, float]:
             weights[f"{kind}_{i}"] = weight * s.head_factor(i) * factor
     for j in range(1, s.spelling_letters + 1):
         weights[f"spelling_{j}"] = s.spelling_weight / s.spelling_letters * factor
-    weights |= {"order": s.order_weight * factor, "soft": s.soft_weight * factor}
-    return {name: weight for name, weight in weights.items() if weight > 0.0}
+    weights |= {"order": s.order_weight * factor, "soft": s.soft_weight * factor, "prefix": s.prefix_weight * factor}
+    whole = sum(weights.values()) if s.normalize_weights else 1.0
+    return {name: weight / whole for name, weight in weights.items() if weight > 0.0}

@@ -135,9 +135,11 @@ class Looking:
     soft_neighbours: Rows = 8  # tokens that share a soft target, the next token included
     soft_temperature: Positive = 0.1  # of the softmax of their cosines; high: even shares
     soft_refresh: Interval = 100  # iterations between updates of the table of neighbours
+    prefix_weight: NonNegative = 0.0  # weight of the cross-entropy against the longest token that the next begins with
     superposition: Annotated[int, Range(1, 64)] = 1  # tokens in a bag, in the first part of the run; 1: no bags
     superposition_end: FractionBetween = 0.3  # fraction of the run at which that part ends
     mask_document_ends: bool = False  # future-token targets never cross a story boundary
+    normalize_weights: bool = False  # divide all weights, that of the next token's loss included, by their sum
     aux_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of all weights between aux_start and aux_end
     aux_start: FractionBelow1 = 0.0  # fraction of the run before which they are 0
     aux_end: Fraction = 1.0  # fraction of the run from which they are 0 (1: never)

@@ -50,7 +50,7 @@ from system.origin import origin
 from system.shown import shown, shown_message
 from system.signals import Stop, handlers_restored
 from system.streams import tell
-from text.letters import Letters, token_texts
+from text.letters import Letters, Prefixes, token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from text.tokenizer_json import TOKENIZER
 from tinystories import TrainBatches, Windows
@@ -134,18 +134,19 @@ class Training:
 
 
 def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None, bos: int = BOS) -> Objective:
-    """A new model with its losses, both of the kind that the path needs. texts: of the tokens, for spelling."""
+    """A new model with its losses, both of the kind that the path needs. texts: of the tokens, where they are text."""
     if s.param_dtype == "bfloat16" != str(path.dtype).removeprefix("torch."):
         raise ValueError(f"param_dtype=bfloat16: needs products in bfloat16 (--dtype=bfloat16), found {path}")
     model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
-    if s.spelling_letters and texts is None:
-        raise ValueError(f"spelling_letters={s.spelling_letters}: dataset={s.dataset} has no tokenizer.model, "
-                         "so no letters")
+    for name in ("spelling_letters", "prefix_weight"):
+        if getattr(s, name) and texts is None:
+            raise ValueError(f"{name}={getattr(s, name)}: dataset={s.dataset} has no tokenizer.model, so no letters")
     return Objective(model, bos if s.mask_document_ends else None, kernels if path.fast else None,
                      consistency=(s.consistency_direction, s.consistency_temperature), teacher=s.consistency_teacher,
                      letters=(Letters(texts, s.spelling_case), s.spelling_letters) if s.spelling_letters else None,
                      order_window=s.order_window, bag=s.superposition,
-                     neighbours=(s.soft_neighbours, s.soft_temperature) if s.soft_weight else None)
+                     neighbours=(s.soft_neighbours, s.soft_temperature) if s.soft_weight else None,
+                     prefixes=Prefixes(texts) if s.prefix_weight else None)
 
 
 def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, checkpoint: dict | None = None,

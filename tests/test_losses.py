@@ -12,7 +12,7 @@ from losses import Objective, all_losses, heads_in_curriculum, loss_weights, pos
 from model import ModelArgs, Readout, Transformer
 from settings import Settings, check
 from step import chunks, kernels
-from text.letters import ALPHABETS, Letters, alphabet_size
+from text.letters import ALPHABETS, Letters, Prefixes, alphabet_size
 
 BOS = 1
 
@@ -130,6 +130,8 @@ def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, ob
 # the others, each against its definition
 
 TEXTS = [b"", b"", b"", b" a", b"Bc", b"d.", b"\xc3\xa9", b"efG"]  # of tokens 0..7
+GROWING = [b"", b"", b"a", b" a", b"an", b" ant", b" an", b"and"]
+BEGIN_WITH = {4: 2, 5: 6, 6: 3, 7: 4}  # the longest token that each of them begins with
 
 
 def agrees(objective, x, y, weights: dict[str, float], slow: list[torch.Tensor], want: dict[str, list],
@@ -277,6 +279,35 @@ def test_soft_targets_are_shared_by_neighbours(objective_of):
     agrees(objective, x, y, {"ntp": 1.0, "soft": 0.5}, slow, want)
 
 
+def test_the_token_that_a_token_begins_with():
+    byte_tokens = [b"", b"", b"", *(bytes([b]) for b in range(256))]  # of every SentencePiece vocabulary
+    pieces = [b" ", b"a", b"t", b" t", b" th", b" there", b" the", b"\xc3\xa9", b"t\xc3\xa9", b"there", b"\xc3\xa9t"]
+    ids = {text: 259 + k for k, text in enumerate(pieces)}
+    want = {b" t": b" ", b" th": b" t", b" the": b" th", b" there": b" the", b"t\xc3\xa9": b"t", b"there": b"t",
+            b"\xc3\xa9t": b"\xc3\xa9"}
+    classes, known = Prefixes(byte_tokens + pieces).of(torch.arange(259 + len(pieces))[None])
+    assert not known[0, :259].any() and known.sum() == len(want) + 1
+    for text, i in ids.items():
+        expected = ids[want[text]] if text in want else 3 + 0xC3 if text == b"\xc3\xa9" else None  # a byte alone
+        assert (classes[0, i].item() if known[0, i] else None) == expected, text
+    with pytest.raises(ValueError, match="prefix_weight: none of 259 tokens begins with another"):
+        Prefixes(byte_tokens)
+
+
+def test_prefixes_are_targets_of_the_next_token_head(objective_of):
+    x, y, logits = random_case(0, True, B=4, V=8, seed=11)
+    slow = copies(*logits)
+    want = {"ntp": [], "prefix": []}
+    for b in range(4):
+        for t in range(9):
+            log_q = slow[0][b, t].log_softmax(0)
+            want["ntp"].append(-log_q[y[b, t]])
+            if y[b, t].item() in BEGIN_WITH:
+                want["prefix"].append(-log_q[BEGIN_WITH[y[b, t].item()]])
+    assert 5 < len(want["prefix"]) < 31
+    agrees(objective_of(logits, BOS, prefixes=Prefixes(GROWING)), x, y, {"ntp": 1.0, "prefix": 0.25}, slow, want)
+
+
 def test_all_tokens_as_even_neighbours_are_label_smoothing(objective_of):
     x, y, logits = random_case(0, False)
     objective = objective_of(logits, neighbours=(7, 1e8))
@@ -361,11 +392,11 @@ def test_only_tokens_of_answers_are_targets(masked, kind, objective_of):
         del logits[1:]
     objective = objective_of(logits, BOS if masked else None, shared, {"order": order, "spelling": letters},
                              teacher="same" if kind == "same teacher" else "later", order_window=window,
-                             letters=(Letters(TEXTS, "lower"), m), neighbours=(3, 0.2))
+                             letters=(Letters(TEXTS, "lower"), m), neighbours=(3, 0.2), prefixes=Prefixes(GROWING))
     objective.refresh_neighbours()
     slow = copies(*logits, order, letters)
     heads = [slow[0]] * 3 if shared else slow[:3]
-    want = {name: [] for name in all_losses(2, m, order=True, soft=True)}
+    want = {name: [] for name in all_losses(2, m, order=True, soft=True, prefix=True)}
     for b in range(4):
         for t in range(9):
             log_q = slow[0][b, t].log_softmax(0)
@@ -373,6 +404,8 @@ def test_only_tokens_of_answers_are_targets(masked, kind, objective_of):
                 want["ntp"].append(-log_q[y[b, t]])
                 classes, shares = objective.soft_classes[y[b, t]], objective.soft_shares[y[b, t]]
                 want["soft"].append(-sum(share * log_q[v] for share, v in zip(shares.tolist(), classes.tolist())))
+                if y[b, t].item() in BEGIN_WITH:
+                    want["prefix"].append(-log_q[BEGIN_WITH[y[b, t].item()]])
             for i in (1, 2):
                 if t + i < 9 and is_answer[b][t + i] and not (masked and BOS in y[b, t : t + i].tolist()):
                     log_q = heads[i][b, t].log_softmax(0)
@@ -693,9 +726,18 @@ def test_a_curriculum_lets_heads_join_or_leave_in_stages_of_equal_length():
 
 def test_other_losses_weigh_what_was_said_and_share_the_schedule():
     s = settings(n_future_heads=0, spelling_letters=2, spelling_weight=0.6, order_weight=0.2, order_window=4,
-                 soft_weight=0.1, aux_schedule="linear")
+                 soft_weight=0.1, prefix_weight=0.25, aux_schedule="linear")
     assert loss_weights(s, 0.5) == pytest.approx(
-        {"ntp": 1.0, "spelling_1": 0.15, "spelling_2": 0.15, "order": 0.1, "soft": 0.05})
+        {"ntp": 1.0, "spelling_1": 0.15, "spelling_2": 0.15, "order": 0.1, "soft": 0.05, "prefix": 0.125})
+
+
+def test_weights_may_be_divided_by_their_sum():
+    s = settings(normalize_weights=True, aux_schedule="linear", aux_end=0.5)
+    assert loss_weights(s, 0.0) == pytest.approx(
+        {"ntp": 1 / 1.63, "nitp_1": 0.4 / 1.63, "nitp_2": 0.2 / 1.63, "consistency_1": 0.02 / 1.63,
+         "consistency_2": 0.01 / 1.63})
+    assert loss_weights(s, 0.25)["ntp"] == pytest.approx(1 / 1.315)
+    assert loss_weights(s, 0.5) == {"ntp": 1.0}
 
 
 def test_nothing_else_weighs_while_tokens_are_in_superposition():

@@ -754,6 +754,17 @@ def test_soft_targets_may_be_others_in_a_resumed_run(words, tmp_path, capsys):
     assert "val/soft" in log_lines(tmp_path / "out")[-1]
 
 
+def test_prefixes_are_a_loss_of_text_only(words, tmp_path, capsys):
+    run(words(prefix_weight=0.25, aux_schedule="linear", aux_end=0.5))
+    lines = log_lines(tmp_path / "out")
+    assert [line["weight/prefix"] for line in lines[:5]] == pytest.approx([0.25, 0.1875, 0.125, 0.0625, 0.0])
+    assert lines[0]["train/prefix"] > 0 and "train/prefix" not in lines[4] and lines[-1]["val/prefix"] > 0
+    run(words(init_from="resume", max_iters=10))
+    assert "soft" not in capsys.readouterr().err
+    assert train.main(words(prefix_weight=0.25, vocab_size=259, out_dir=tmp_path / "bytes")) == 1
+    assert "prefix_weight: none of 259 tokens" in capsys.readouterr().err
+
+
 def test_what_a_checkpoint_decides_is_checked_too(words, tmp_path, capsys):
     run(words(vocab_size=259))
     assert train.main(words(init_from=tmp_path / "out/last.pt", out_dir=tmp_path / "new", soft_weight=0.1,

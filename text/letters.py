@@ -1,7 +1,8 @@
-"""The text of tokens, letter by letter: targets for spelling heads, and lengths in bytes.
+"""The text of tokens: letters as targets for spelling heads, the tokens that tokens begin with, lengths in bytes.
 
     letters = Letters(token_texts(tokenizer), "lower")
     targets, known = letters.ahead(y, 4, bos)     # the next four letters of the text, at every position
+    classes, known = Prefixes(texts).of(y)        # of " there" the token " the", if there is no longer one
 
 A letter is a byte of UTF-8, as one of the few classes of an alphabet: a to z, space, line break,
 digits, common punctuation; one class for all other bytes, and one for the end of a document.
@@ -75,3 +76,32 @@ class Letters(nn.Module):
             ended = letters == END
             known = known & (ended.cumsum(2) - ended.long() == 0)
         return letters, known
+
+
+class Prefixes(nn.Module):
+    """Of each token the longest other one with which its text begins, byte by byte.
+
+    Prefix token prediction (modded-nanogpt, pull request 337). Tokens without text begin with none and are none. Of
+    two tokens with one text, which are a byte and a piece of it, the piece counts: the one that texts are encoded with.
+    Errors: ValueError if no token begins with another, as in a vocabulary of bytes.
+
+    >>> Prefixes([b"", b"a", b"b", b"an", b"and", b" an"]).table
+    tensor([-1, -1, -1,  1,  3, -1])
+    """
+
+    def __init__(self, texts: list[bytes]):
+        super().__init__()
+        ids = {text: i for i, text in enumerate(texts) if text}  # pieces have larger ids than bytes
+
+        def longest(text: bytes) -> int:
+            return next((ids[text[:k]] for k in range(len(text) - 1, 0, -1) if text[:k] in ids), -1)
+
+        table = [longest(text) for text in texts]
+        if max(table) < 0:
+            raise ValueError(f"prefix_weight: none of {len(texts)} tokens begins with another, so it has no target")
+        self.register_buffer("table", torch.tensor(table), persistent=False)  # (V,)
+
+    def of(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefix of each token, and where there is one; both of the shape of y."""
+        classes = self.table[y]
+        return classes.clamp(min=0), classes >= 0

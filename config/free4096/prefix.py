@@ -1,0 +1,24 @@
+"""No head: the longest token that y begins with weighs 0.25, 0 from 2/3 of the run; V 4,096."""
+out_dir = "out/free4096/prefix"
+# data
+dataset = "tinystories"
+vocab_size = 4096
+max_seq_len = 256
+batch_size = 32  # 8,192 tokens a step
+# model
+dim = 64
+n_layers = 5
+n_heads = 8
+n_kv_heads = 4
+# objective
+prefix_weight = 0.25
+aux_schedule = "linear"
+aux_end = 2 / 3
+# optimisation
+learning_rate = 3e-3
+max_iters = 1500
+warmup_iters = 100
+beta2 = 0.99
+weight_decay = 0.1
+eval_interval = 100
+log_interval = 10
