@@ -31,6 +31,8 @@ def take(path: Path) -> IO | None:
     None if another process holds it. Errors: ValueError if the file cannot be written.
     """
     refuse_irregular(path)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{shown(path.parent)}: is a file; expected a folder, or the name of a new one")
     try:
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
