@@ -17,6 +17,7 @@ from losses import all_losses
 from sample import picker
 from settings import Settings
 from synthetic import Answers
+from text.induction import induction_groups
 from tinystories import Windows, eval_batches, eval_windows
 
 
@@ -27,6 +28,7 @@ class Validation(NamedTuple):
     windows: list  # the numbers of each batch's rows in val.bin
     answers: Answers | None  # of a task with a known answer
     tokens_per_byte: float  # of the targets; 0 where tokens are no text
+    groups: list[dict[str, Tensor]]  # of each batch, with eval_induction: what text/induction.py tells apart
 
 
 def load_validation(s: Settings, rows: Windows, texts: list[bytes] | None) -> Validation:
@@ -37,7 +39,8 @@ def load_validation(s: Settings, rows: Windows, texts: list[bytes] | None) -> Va
     length = torch.tensor([len(text) for text in texts or [b""] * s.vocab_size])
     targets = target_tokens(batches)
     size = length[targets].sum().item()
-    return Validation(batches, eval_windows(rows, s.eval_iters), answers, len(targets) / size if size else 0.0)
+    groups = [induction_groups(x, y, texts) if s.eval_induction else {} for x, y, *_ in batches]
+    return Validation(batches, eval_windows(rows, s.eval_iters), answers, len(targets) / size if size else 0.0, groups)
 
 
 def target_tokens(batches: list[tuple[Tensor, ...]]) -> Tensor:
@@ -52,18 +55,23 @@ def losses_of(s: Settings) -> tuple[str, ...]:
 
 
 def evaluate(run, validation: Validation) -> dict[str, float]:
-    """{name: mean over all validation rows}, of the losses, the heads' guesses and a task's answers."""
+    """{name: mean over all validation rows}, of losses, the heads' guesses, a task's answers and groups of tokens."""
     objective, machine, names = run.objective, run.machine, losses_of(run.s)
     n, answers = objective.model.args.n_future_heads, validation.answers
     guesses = [f"acc_{i}" for i in range(n + 1)] + [f"{kind}_{i}" for kind in ("agree", "kl") for i in range(1, n + 1)]
     exact = [f"exact_{group}" for group in answers.names.values()] if answers else []
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*names, *guesses, *exact)}  # of values, of positions
+    of_groups = [f"{kind}_{group}" for group in validation.groups[0] for kind in ("ntp", "acc")]
+    every_name = (*names, *guesses, *exact, *of_groups)
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in every_name}  # of values, of positions
     objective.eval()
-    mine = list(zip(validation.windows, validation.batches, strict=True))[machine.rank :: machine.world]
-    for windows, batch in tqdm(mine, "validation", leave=False, disable=machine.rank > 0 or None):  # None: on terminals
+    every = list(zip(validation.windows, validation.batches, validation.groups, strict=True))
+    bar = tqdm(every[machine.rank :: machine.world], "validation", leave=False,
+               disable=machine.rank > 0 or None)  # None: on terminals
+    for windows, batch, of_batch in bar:
         x, y, *mask = machine.put(*batch)
+        groups = dict(zip(of_batch, machine.put(*of_batch.values()), strict=True))
         with run.path.autocast():
-            losses, best = objective.evaluate(x, y, names, n, *mask)
+            losses, best = objective.evaluate(x, y, names, n, mask[0] if mask else None, groups)
         for name, loss in losses.items():
             count = loss.count.item()
             sums[name] += torch.tensor([loss.mean.item() * count, count])
@@ -71,8 +79,9 @@ def evaluate(run, validation: Validation) -> dict[str, float]:
             for group, counts in answers.score(windows, y.shape[1], best, y).items():
                 sums[f"exact_{group}"] += torch.tensor(counts)
     objective.train()
-    totals = machine.sum(torch.stack(list(sums.values())))  # (losses, 2)
-    means = {name: value / max(count, 1.0) for name, (value, count) in zip(sums, totals.tolist(), strict=True)}
+    totals = dict(zip(sums, machine.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+    means = {name: value / max(count, 1.0) for name, (value, count) in totals.items()}
+    means |= {f"count_{group}": totals[f"acc_{group}"][1] for group in validation.groups[0]}
     if validation.tokens_per_byte:
         means["bits_per_byte"] = means["ntp"] / math.log(2.0) * validation.tokens_per_byte
     return means

@@ -261,26 +261,33 @@ class Objective(nn.Module):
 
         Losses without a target are not computed, and heads without a loss are not run.
         """
-        total, losses, _ = self._compute(x, targets, position_weights)
+        total, per_position, _ = self._compute(x, targets, position_weights)
+        losses = means_of(per_position, targets)
         return total, {name: Loss(loss.mean.detach(), loss.count) for name, loss in losses.items()}
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0, answers: Tensor | None = None
-                 ) -> tuple[dict[str, Loss], Tensor]:
+    def evaluate(self, x: Tensor, y: Tensor, names: tuple[str, ...], heads: int = 0, answers: Tensor | None = None,
+                 groups: dict[str, Tensor] | None = None) -> tuple[dict[str, Loss], Tensor]:
         """The losses called `names`, accuracy and agreement of heads 0..heads, and the NTP head's top-1 tokens (B, T).
 
         acc_i: the share of valid positions whose top-1 token is y[t+i]; agree_i: the share where it
         is the NTP head's at t+i; kl_i: the mean of KL(NTP head at t+i || head i at t).
+        groups: {name: (B, T) bool}, positions over which ntp_name and acc_name are means of ntp and acc_0.
         """
         ahead = range(1, heads + 1)
         targets = self.targets(y, (*names, *(f"kl_{i}" for i in ahead)), answers)
-        _, losses, best = self._compute(x, targets, {}, (0, *ahead))
+        _, per_position, best = self._compute(x, targets, {}, (0, *ahead))
+        losses = means_of(per_position, targets)
         for i in (0, *ahead):
             valid, later = valid_positions(y, i, self.bos, answers), slice(i, None)
             guess = best[i][:, : valid.shape[1]]
             losses[f"acc_{i}"] = masked_mean((guess == y[:, later]).float(), valid)
             if i:
                 losses[f"agree_{i}"] = masked_mean((guess == best[0][:, later]).float(), valid)
+        for name, group in (groups or {}).items():
+            valid = valid_positions(y, 0, self.bos, answers) & group
+            losses[f"ntp_{name}"] = masked_mean(per_position["ntp"], valid.flatten())
+            losses[f"acc_{name}"] = masked_mean((best[0] == y).float(), valid)
         return losses, best[0]
 
     def _heads(self, x: Tensor, targets: dict[str, Target], guessing: tuple[int, ...]) -> dict[tuple, Head]:
@@ -304,17 +311,21 @@ class Objective(nn.Module):
         return heads
 
     def _compute(self, x: Tensor, targets: dict[str, Target], position_weights: dict[str, Tensor],
-                 guessing: tuple[int, ...] = ()) -> tuple[Tensor, dict[str, Loss], dict[int, Tensor]]:
-        """(total, losses, {head: its most likely tokens (B, T - head), of the heads `guessing`})."""
+                 guessing: tuple[int, ...] = ()) -> tuple[Tensor, dict[str, Tensor], dict[int, Tensor]]:
+        """(total, {loss: (B * T,)}, {head: its most likely tokens (B, T - head), of the heads `guessing`})."""
         heads = self._heads(x, targets, guessing)
         ntp = heads[0, 0].readout
         rows = chunk_rows(ntp.features.shape[:2].numel(), len(ntp.weight), self.kernels is not None)
         through = self.kernels.per_position_losses if self.kernels else per_position_losses
         total, per_position, best = through(list(heads.values()), rows, position_weights, len(guessing) > 0)
-        losses = {name: masked_mean(per_position[name], target.valid.flatten()) for name, target in targets.items()}
         guesses = {head: tokens.view(x.shape)[:, head:] for (head, shift), tokens in zip(heads, best, strict=True)
                    if guessing and head == shift}
-        return total, losses, guesses
+        return total, per_position, guesses
+
+
+def means_of(per_position: dict[str, Tensor], targets: dict[str, Target]) -> dict[str, Loss]:
+    """{loss: its mean over the positions that have a target}."""
+    return {name: masked_mean(per_position[name], target.valid.flatten()) for name, target in targets.items()}
 
 
 def position_weights(weights: dict[str, float], counts: dict[str, Tensor]) -> dict[str, Tensor]:

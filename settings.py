@@ -44,6 +44,7 @@ class Output:
     out_dir: str = "out"  # folder of ckpt.pt, last.pt and log.jsonl
     eval_interval: Interval = 250  # iterations between evaluations; each saves last.pt
     eval_only: bool = False  # evaluate once and stop; writes nothing
+    eval_induction: bool = False  # also report tokens that a pair seen before in the row gives away, and names
     log_interval: Interval = 1  # iterations between lines on the terminal and in log.jsonl
     sample_tokens: Annotated[int, Range(0, 10**6)] = 64  # of a text by the NTP head at each evaluation; 0: none
     tensorboard_log: bool = False  # write out_dir/tensorboard as well
