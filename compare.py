@@ -4,6 +4,7 @@
     python compare.py out/base-* out/mtp-* --baseline base --steps 500 1000
     python compare.py doc/runs/seeds4.jsonl --html out/report.html --plots out/plots --order difference
     python compare.py out/polynomials --until val/exact_in_1=0.24     # steps and seconds until a value is passed
+    python compare.py out/polynomials --judge val/exact_in_1  # the end by another metric, tested by signed ranks
     python compare.py wandb wandb:me/lookahead            # wandb's offline runs, and those of a project
     python compare.py out/little --along train_fraction --best    # lowest loss against a setting, each value by itself
 
@@ -25,7 +26,7 @@ import textwrap
 from pathlib import Path
 
 from study.comparison import csv_rows, summary, table_along, tables
-from study.figures import Figures, figures, known_goals, parse_goal
+from study.figures import Figures, check_known, figures, parse_goal
 from study.groups import Group, choose_baseline, families, group_runs, of_other_length, remarks_on
 from study.runs import Reader, Remark, Run, joined
 from study.seconds import find_step_seconds, read_step_seconds, remarks_on_clocks, step_ratios
@@ -91,7 +92,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--last", type=int, default=1, metavar="K", help="the end: mean of the last K evaluations")
     parser.add_argument("--best", action="store_true", help="the end is a run's lowest evaluation")
     parser.add_argument("--until", nargs="+", default=[], metavar="KEY=VALUE",
-                        help="steps and seconds until a metric passes a value, as in val/exact_in_1=0.24")
+                        help="steps and seconds until a metric passes a value, as in val/exact_in_1=0.24, or half of "
+                        "what the baseline ends with, as in val/acc_again=half")
+    parser.add_argument("--judge", nargs="+", default=[], metavar="KEY", help="compare the end by these as well, with "
+                        "Wilcoxon's signed-rank test, as in val/exact_in_1")
     parser.add_argument("--pool", action="store_true", help="pool the deviation of differences over all set-ups")
     parser.add_argument("--order", choices=("given", "difference"), default="given", help="of set-ups; default: given")
     parser.add_argument("--along", metavar="SETTING", help="compare at each value of a setting by itself; where each "
@@ -199,7 +203,8 @@ def main(argv: list[str]) -> int:
         for problem in [*unread, *problems]:
             print(f"compare.py: {shown_message(problem)}", file=sys.stderr)
     all_groups = [group for groups in by_value.values() for group in groups]
-    known_goals(args.until, all_groups)
+    check_known("--until", [goal.key for goal in args.until], all_groups)
+    check_known("--judge", args.judge, all_groups)
     if args.keep:
         keep([run for group in all_groups for run in group.runs.values()], args.keep)
 
@@ -207,7 +212,7 @@ def main(argv: list[str]) -> int:
     for value, groups in by_value.items():
         ratios = step_ratios(groups, measured)
         each = figures(groups, ratios, args.steps or quarters(groups[0].first), args.last, args.best, args.pool,
-                       args.until)
+                       args.until, args.judge)
         if args.order == "difference":
             each[1:] = sorted(each[1:], key=lambda f: (math.isnan(f.difference.mean), f.difference.mean))
         found[value] = each
@@ -237,7 +242,7 @@ def show(args: argparse.Namespace, argv: list[str], found: dict[float, list[Figu
                       table_along(found, shown(args.along, 40), remarks, notes)]
     else:
         in_short = summary(everything)
-        all_tables = tables(everything, args.until, remarks, notes)
+        all_tables = tables(everything, remarks, notes)
     if args.markdown != "-" and args.csv != "-":
         texts = [as_text(table, sys.stdout.isatty()) for table in all_tables]
         lines = [line for said in in_short for line in textwrap.wrap(said, WIDTH, subsequent_indent="    ")]

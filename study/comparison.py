@@ -5,7 +5,7 @@ What this leaves out on purpose: what the figures are (figures.py), how tables a
 
 import math
 
-from study.figures import Figures, Goal
+from study.figures import Figures, Goal, rises
 from study.intervals import (
     FEWEST,
     MANY,
@@ -69,12 +69,16 @@ def verdict(f: Figures, d: Interval) -> str:
     return d.verdict if f.comparable else "not comparable"
 
 
+def one_p(p: float) -> str:
+    return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def p_values(intervals: list[Interval]) -> list[list[str]]:
     """A column of cells with Holm's p, where more than one set-up is compared; else no column."""
     found = holm([d.p for d in intervals])
     if sum(not math.isnan(p) for p in found) < 2:
         return [[] for _ in found]
-    return [["–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"] for p in found]
+    return [[one_p(p)] for p in found]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def grave_remarks(remarks: list[Remark]) -> tuple[str, ...]:
     return tuple(str(remark) for remark in remarks if remark.grave)
 
 
-def tables(found: list[Figures], goals: list[Goal], remarks: list[Remark], notes: list[str]) -> list[Table]:
+def tables(found: list[Figures], remarks: list[Remark], notes: list[str]) -> list[Table]:
     """Everything that is reported of the baseline (the first) and the others. notes: how figures came about."""
     groups, base, others = [f.group for f in found], found[0], found[1:]
     made = [*tables_of_what_was_run(groups), table_of_ntp(found, notes)]
@@ -98,7 +102,8 @@ def tables(found: list[Figures], goals: list[Goal], remarks: list[Remark], notes
             made.append(table_on_the_way(base, others))
         made.append(table_at_equal_seconds(base, others, notes))
     made.append(table_of_the_way(found))
-    made += [table_until(found, goal) for goal in goals]
+    made += [table_judged(base, others, key) for key in base.judged if others]
+    made += [table_until(found, goal) for goal in base.passed]
     if any(key.startswith("exact_") for f in found for key in f.shares):
         made.append(table_of_answers(found))
     if any(not key.startswith("exact_") for f in found for key in f.shares):
@@ -165,6 +170,20 @@ def table_of_the_way(found: list[Figures]) -> Table:
                  "seeds, interpolated; seconds of training, without evaluations.")
 
 
+def table_judged(base: Figures, others: list[Figures], key: str) -> Table:
+    rows = [[base.group.label, number(base.judged[key].end), *["–"] * 5]]
+    for f in others:
+        j = f.judged[key]
+        rows.append([f.group.label, number(j.end), str(j.difference), str(j.difference.n), one_p(j.p),
+                     str(j.equal_seconds), one_p(j.equal_seconds_p)])
+    sign = "positive" if rises(key) else "negative"
+    return Table(f"Difference to {base.group.label} in {shown(key, 60)}",
+                 ["set-up", "at the end", "difference", "pairs", "p", "at equal seconds", "p, equal seconds"], rows,
+                 f"Differences as above; {sign} is better. p: Wilcoxon's signed-rank test, two-sided and exact; pairs "
+                 "without a difference are dropped. At equal seconds it is over the seeds that have a longer "
+                 f"{base.group.label}. It is not corrected for how many set-ups are compared.")
+
+
 def table_until(found: list[Figures], goal: Goal) -> Table:
     rows = []
     for f in found:
@@ -178,13 +197,15 @@ def table_until(found: list[Figures], goal: Goal) -> Table:
         if f is not found[0]:
             sooner = f"{p.sooner} of {p.pairs}"
         rows.append([f.group.label, f"{p.reached} of {len(f.group.runs)}", number(p.steps, 0), number(p.seconds, 0),
-                     ratio, sooner])
+                     ratio, sooner, one_p(p.p_steps), one_p(p.p_seconds)])
     return Table(f"Until {shown(str(goal), 60)}",
-                 ["set-up", "seeds that get there", "steps", "seconds", "seconds x", "sooner"], rows,
+                 ["set-up", "seeds that get there", "steps", "seconds", "seconds x", "sooner", "p, steps",
+                  "p, seconds"], rows,
                  "Until a run first passes it, interpolated between evaluations. Steps and seconds: medians over "
                  "seeds, where those that never get there count as last (–: most). Seconds x: the geometric mean of "
                  "the ratio to the baseline over pairs that both get there, with its 95% interval from three pairs "
-                 "on. Sooner: pairs in which it was there first, or the baseline never, of those in which one was.")
+                 "on. Sooner: pairs in which it was there first, or the baseline never, of those in which one was. p: "
+                 "Wilcoxon's signed-rank test over these, in which never is later than any time.")
 
 
 def table_of_answers(found: list[Figures]) -> Table:
@@ -208,7 +229,8 @@ def table_of_guesses(found: list[Figures]) -> Table:
     return Table("Top-1 guesses at the end", ["set-up", *keys],
                  [[f.group.label, *(number(f.shares.get(key)) for key in keys)] for f in found],
                  "acc_i: share of head i's guesses that equal the token i after the next; agree_i: that equal what the "
-                 "NTP head guesses i tokens later.")
+                 "NTP head guesses i tokens later; acc_again, acc_rest, acc_name: the NTP head's on tokens that the "
+                 "row gives away, on all others, and on names.")
 
 
 def table_of_noise(base: Figures, noisy: list[Figures]) -> Table:
@@ -278,6 +300,12 @@ def csv_rows(found: dict[float, list[Figures]], along: str | None) -> list[dict]
             for goal, p in f.passed.items():
                 row |= {f"until_{goal.key}={goal.value:g}_{name}": x for name, x in (
                     ("seeds", p.reached), ("steps", p.steps), ("seconds", p.seconds),
-                    ("log_ratio", p.ratio.mean), ("log_ratio_half_interval", p.ratio.half), ("sooner", p.sooner))}
+                    ("log_ratio", p.ratio.mean), ("log_ratio_half_interval", p.ratio.half), ("sooner", p.sooner),
+                    ("p_steps", p.p_steps), ("p_seconds", p.p_seconds))}
+            for key, j in f.judged.items():
+                row |= {f"{key}_{name}": x for name, x in (
+                    ("end", j.end), ("difference", j.difference.mean), ("half_interval", j.difference.half),
+                    ("p", j.p), ("equal_seconds", j.equal_seconds.mean),
+                    ("equal_seconds_half_interval", j.equal_seconds.half), ("equal_seconds_p", j.equal_seconds_p))}
             rows.append(row)
     return rows

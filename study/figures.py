@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from study.groups import Group, comparable
-from study.intervals import Interval, interval, pooled
+from study.intervals import Interval, interval, pooled, signed_rank
 from study.runs import Run
-from study.seconds import StepRatio, at_equal_seconds
+from study.seconds import StepRatio, at_equal_seconds, pairs_at_equal_seconds
 from system.shown import shown
 
 SHARES = r"val/(acc|agree|exact)_\w+"  # keys that rise as a model learns; all others fall
@@ -29,11 +29,11 @@ class Goal(NamedTuple):
     """A value that a metric has to pass."""
 
     key: str
-    value: float
+    value: float  # NaN: half of where the baseline ends
 
     @property
     def rises(self) -> bool:
-        return bool(re.fullmatch(SHARES, self.key))
+        return rises(self.key)
 
     def __str__(self) -> str:
         return f"{self.key} {'>=' if self.rises else '<='} {self.value:g}"
@@ -48,6 +48,18 @@ class Passed(NamedTuple):
     ratio: Interval  # of the logarithm of seconds to the baseline's, where both of a pair did
     sooner: int  # pairs in which it got there before the baseline did, or the baseline never did
     pairs: int  # of which at least one was
+    p_steps: float  # by signed ranks of the differences of pairs; who never gets there is behind all who do
+    p_seconds: float
+
+
+class Judged(NamedTuple):
+    """How a group compares with the baseline by a metric other than val NTP, at the end."""
+
+    end: float
+    difference: Interval
+    p: float  # by signed ranks
+    equal_seconds: Interval
+    equal_seconds_p: float
 
 
 @dataclass
@@ -74,24 +86,24 @@ class Figures:
     shares: dict[str, float]  # acc_0, agree_1, exact_again, ... at the end
     exact: dict[str, Interval]  # exact_again, ... -> difference to the baseline at the end
     passed: dict[Goal, Passed]
+    judged: dict[str, Judged]  # by key
 
 
 class Ends:
     """Where a run ends: the mean of the baseline's last evaluations, of others as many steps before their own end.
 
-    best: each run's lowest evaluation instead, wherever that is.
+    best: each run's evaluation of the lowest val NTP instead, wherever that is. key: the metric.
     Errors: ValueError if the baseline has fewer than `last` evaluations after its start.
     """
 
-    def __init__(self, base: Group, last: int, best: bool):
+    def __init__(self, base: Group, last: int, best: bool, key: str = "val/ntp"):
         evaluated = base.first.points("val/ntp")[0]
         if last > max((evaluated > 0).sum(), 1):
             raise ValueError(f"--last={last}: {base.label} has {(evaluated > 0).sum()} evaluations after its start")
-        self.back, self.best = base.first.length - evaluated[-last:], best
+        self.back, self.best, self.key = base.first.length - evaluated[-last:], best, key
 
     def __call__(self, run: Run) -> float:
-        values = run.points("val/ntp")[1] if self.best else run.at("val/ntp", run.length - self.back)
-        return float(values.min() if self.best else values.mean())
+        return float(np.mean(run.at(self.key, self.step(run) if self.best else run.length - self.back)))
 
     def step(self, run: Run) -> float:
         at, values = run.points("val/ntp")
@@ -99,16 +111,19 @@ class Ends:
 
 
 def figures(groups: list[Group], ratios: list[StepRatio], steps: list[int], last: int = 1, best: bool = False,
-            pool: bool = False, goals: Iterable[Goal] = ()) -> list[Figures]:
+            pool: bool = False, goals: Iterable[Goal] = (), judge: Iterable[str] = ()) -> list[Figures]:
     """Of each group; the first is the baseline.
 
     ratios: of each group's step time. steps: at which val NTP is reported. last, best: see Ends. pool: one deviation
-    of paired differences for all groups. goals: to which steps and seconds are counted.
+    of paired differences for all groups. goals: to which steps and seconds are counted. judge: metrics by which the
+    end is compared as well.
     """
     end = Ends(groups[0], last, best)
     found = [figures_of(group, groups, step, steps, end) for group, step in zip(groups, ratios, strict=True)]
-    for f in found:
+    goals = [half_of_the_end(goal, groups[0]) if math.isnan(goal.value) else goal for goal in goals]
+    for f, step in zip(found, ratios, strict=True):
         f.passed = {goal: passed(f.group, groups[0], goal) for goal in goals}
+        f.judged = {key: judged(f.group, groups, step, Ends(groups[0], last, best, key)) for key in judge}
     if pool:
         pool_deviations(found)
     return found
@@ -143,7 +158,8 @@ def figures_of(group: Group, groups: list[Group], step: StepRatio, steps: list[i
         peak_mib=group.mean(lambda run: max(run.points("peak_mib")[1], default=math.nan)),
         shares=shares(group),
         exact=exact_differences(group, base),
-        passed={})
+        passed={},
+        judged={})
 
 
 def pool_deviations(found: list[Figures]) -> None:
@@ -160,6 +176,10 @@ def pool_deviations(found: list[Figures]) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # parts of the above
+
+def rises(key: str) -> bool:
+    return bool(re.fullmatch(SHARES, key))
+
 
 def ntp_at(run: Run, step: float) -> float:
     return float(run.at("val/ntp", step))
@@ -232,29 +252,56 @@ def passed(group: Group, base: Group, goal: Goal) -> Passed:
         return math.nan if math.isinf(middle) else middle
 
     runs = list(group.runs.values())
-    times = [(seconds(a), seconds(b)) for a, b in group.partners(base).values()] if group is not base else []
+    partners = group.partners(base).values() if group is not base else []
+    times = [(seconds(a), seconds(b)) for a, b in partners]
+    steps = [(first_pass(a, goal), first_pass(b, goal)) for a, b in partners]
     return Passed(
         reached=sum(math.isfinite(first_pass(run, goal)) for run in runs),
         steps=median([first_pass(run, goal) for run in runs]),
         seconds=median([seconds(run) for run in runs]),
         ratio=interval([math.log(a / b) for a, b in times if 0.0 < a < math.inf and 0.0 < b < math.inf]),
         sooner=sum(a < b for a, b in times),
-        pairs=sum(math.isfinite(min(a, b)) for a, b in times))
+        pairs=len(behind(times)),
+        p_steps=signed_rank(behind(steps)),
+        p_seconds=signed_rank(behind(times)))
+
+
+def behind(pairs: list[tuple[float, float]]) -> list[float]:
+    """By how much the first of each pair is later; of pairs in which at least one gets there."""
+    return [a - b for a, b in pairs if math.isfinite(min(a, b))]
+
+
+def half_of_the_end(goal: Goal, base: Group) -> Goal:
+    """The goal that is half of the value with which the baseline ends, mean over seeds."""
+    return goal._replace(value=0.5 * base.mean(partial(Run.last, key=goal.key)))
+
+
+def judged(group: Group, groups: list[Group], step: StepRatio, end: Ends) -> Judged:
+    """The ends of all pairs by the metric of `end`."""
+    each = [end(a) - end(b) for a, b in group.pairs(groups[0])]
+    at_equal = at_equal_seconds(group, groups, step, end)
+    if math.isnan(at_equal.mean) and not at_equal.why:
+        at_equal = Interval(math.nan, 0)  # the baseline itself, or logs without this metric
+    pairs = pairs_at_equal_seconds(group, groups, step, end) if at_equal.n else []
+    return Judged(group.mean(end), interval(each), signed_rank(each), at_equal, signed_rank(pairs))
 
 
 def parse_goal(word: str) -> Goal:
-    """KEY=VALUE. Errors: ValueError."""
+    """KEY=VALUE or KEY=half. Errors: ValueError."""
     key, _, value = word.partition("=")
     try:
-        return Goal(key, float(value))
+        goal = Goal(key, math.nan if value == "half" else float(value))
     except ValueError:
-        raise ValueError(f"--until={shown(word)}: expected KEY=VALUE, as in val/exact_in_1=0.24") from None
+        raise ValueError(f"--until={shown(word)}: expected KEY=VALUE, as in val/exact_in_1=0.24, or KEY=half") from None
+    if math.isnan(goal.value) and not goal.rises:
+        raise ValueError(f"--until={shown(word)}: half of the end: expected a share, as in val/acc_0=half")
+    return goal
 
 
-def known_goals(goals: list[Goal], groups: Iterable[Group]) -> None:
-    """ValueError for a goal that no run has a value of."""
+def check_known(option: str, wanted: Iterable[str], groups: Iterable[Group]) -> None:
+    """ValueError for a key that no run has a value of."""
     keys = {key for group in groups for run in group.runs.values() for line in run.lines for key in line}
-    for goal in goals:
-        if goal.key not in keys:
+    for key in wanted:
+        if key not in keys:
             near = sorted(shown(key, 40) for key in keys if key.startswith("val/"))
-            raise ValueError(f"--until={shown(goal.key)}: no run has it; there are {', '.join(near)}")
+            raise ValueError(f"{option}={shown(key)}: no run has it; there are {', '.join(near)}")

@@ -150,12 +150,7 @@ def at_equal_seconds(group: Group, groups: list[Group], step: StepRatio, end: Ca
     if step.why:
         return Interval(math.nan, 0, why=step.why)
     wanted = group.length * step.ratio
-    gains, slopes = {}, []
-    for seed, run in base.runs.items():
-        known = sorted((g.runs[seed].length, end(g.runs[seed])) for g in lengths if seed in g.runs)
-        if len(known) > 1 and (1.0 - BEYOND) * known[0][0] <= wanted <= (1.0 + BEYOND) * known[-1][0]:
-            gains[seed] = end(run) - at_length(known, wanted)
-            slopes.append((at_length(known, 1.01 * wanted) - at_length(known, wanted)) / math.log(1.01))
+    gains, slopes = gains_of(lengths, wanted, end)
     if not gains:
         longer = any(len(g.runs) and g is not base for g in lengths)
         return Interval(math.nan, 0, why=f"needs {wanted:,.0f} steps" if longer else "no longer base")
@@ -165,6 +160,28 @@ def at_equal_seconds(group: Group, groups: list[Group], step: StepRatio, end: Ca
         parts.append(Part("clock", (statistics.fmean(slopes) * step.error) ** 2, step.freedom, 1.0))
     mean = statistics.fmean(differences.values()) + statistics.fmean(gains.values())
     return Interval(mean, len(differences), tuple(parts) if len(differences) > 1 else ())
+
+
+def pairs_at_equal_seconds(group: Group, groups: list[Group], step: StepRatio, end: Callable[[Run], float]
+                           ) -> list[float]:
+    """The difference of each pair by itself, of seeds that have a longer baseline."""
+    gains, _ = gains_of(of_other_length(groups), group.length * step.ratio, end)
+    return [end(a) - end(b) + gains[seed] for seed, (a, b) in group.partners(groups[0]).items() if seed in gains]
+
+
+def gains_of(lengths: list[Group], wanted: float, end: Callable[[Run], float]) -> tuple[dict[int, float], list[float]]:
+    """By how much the baseline of `wanted` steps ends lower than that of the usual length, by seed; and slopes there.
+
+    lengths: the baseline at several lengths, the usual one first. Seeds without a run as long are left out. A slope
+    is that of the loss over the logarithm of the length.
+    """
+    gains, slopes = {}, []
+    for seed, run in lengths[0].runs.items():
+        known = sorted((g.runs[seed].length, end(g.runs[seed])) for g in lengths if seed in g.runs)
+        if len(known) > 1 and (1.0 - BEYOND) * known[0][0] <= wanted <= (1.0 + BEYOND) * known[-1][0]:
+            gains[seed] = end(run) - at_length(known, wanted)
+            slopes.append((at_length(known, 1.01 * wanted) - at_length(known, wanted)) / math.log(1.01))
+    return gains, slopes
 
 
 def errors_of_a_gap(differences: dict[int, float], gains: dict[int, float]) -> list[Part]:

@@ -352,10 +352,54 @@ def test_steps_and_seconds_until_a_metric_passes_a_value(tmp_path, capsys):
     compare.main([str(tmp_path), "--until", "val/exact_in_1=0.25"])
     printed = capsys.readouterr().out
     assert "Until val/exact_in_1 >= 0.25" in printed and "2 of 2" in printed and "wholly right" in printed
+    assert float(mtp[goal + "p_seconds"]) == float(mtp[goal + "p_steps"]) == 0.5  # two pairs, both sooner
     for word, says in (("val/exact", "--until=val/exact: expected KEY=VALUE"),
+                       ("val/ntp=half", "--until=val/ntp=half: half of the end: expected a share"),
                        ("val/exact_in=1", "--until=val/exact_in: no run has it; there are .*val/exact_in_1")):
         with pytest.raises(ValueError, match=says):
             compare.main([str(tmp_path), "--until", word])
+
+
+def test_the_goal_may_be_half_of_where_the_baseline_ends(tmp_path, capsys):
+    for seed, end in ((1, 0.5), (2, 0.3)):  # half of the mean is 0.2
+        write_log(tmp_path / f"base-{seed}", BASE[seed], seed, val__acc_again=[0, 0.1, 0.1, 0.25, end])
+        write_log(tmp_path / f"mtp-{seed}", BASE[seed], seed, variant(), val__acc_again=[0, 0.3, 0.4, 0.8, 0.9])
+    found = rows(capsys, tmp_path, "--until", "val/acc_again=half")
+    assert float(found["base"]["until_val/acc_again=0.2_steps"]) == pytest.approx(200 + 100 * 0.1 / 0.15)
+    assert float(found["mtp"]["until_val/acc_again=0.2_steps"]) == pytest.approx(100 * 0.2 / 0.3)
+    compare.main([str(tmp_path), "--until", "val/acc_again=half"])
+    assert "Until val/acc_again >= 0.2" in capsys.readouterr().out
+
+
+def test_the_end_may_be_judged_by_another_metric(tmp_path, capsys):
+    """Eight pairs; the baseline's longer run has five of the seeds, and gains as much as the ratio of steps says."""
+    draw = np.random.default_rng(0)
+    ends, gaps, gains = {}, {}, {}
+    for seed in range(1, 9):
+        ends[seed], gaps[seed], gains[seed] = draw.random(3) * (0.5, 0.3, 0.1) - (0, 0.05, 0)
+        write_log(tmp_path / f"base-{seed}", BASE[1], seed, val__exact_in_1=[0, 0, 0, 0, ends[seed]])
+        write_log(tmp_path / f"mtp-{seed}", NITP[1], seed, variant(), step_seconds=0.6,
+                  val__exact_in_1=[0, 0, 0, 0, ends[seed] + gaps[seed]])
+        if seed <= 5:
+            write_log(tmp_path / f"base600-{seed}", [*BASE[1], 1.9, 1.8], seed,
+                      val__exact_in_1=[0, 0, 0, 0, 0, 0, ends[seed] + gains[seed]])
+    mtp = rows(capsys, tmp_path, "--baseline", "base", "--judge", "val/exact_in_1")["mtp"]
+    at_cost = math.log(1.2) / math.log(1.5)
+    at_equal = [gaps[seed] - at_cost * gains[seed] for seed in range(1, 6)]
+    key = "val/exact_in_1_"
+    assert float(mtp[key + "difference"]) == pytest.approx(np.mean(list(gaps.values())))
+    assert float(mtp[key + "half_interval"]) == pytest.approx(
+        stats.t.ppf(0.975, 7) * stats.sem(list(gaps.values())))
+    assert float(mtp[key + "p"]) == stats.wilcoxon(list(gaps.values())).pvalue
+    assert float(mtp[key + "equal_seconds"]) == pytest.approx(
+        np.mean(list(gaps.values())) - at_cost * np.mean(list(gains.values())[:5]))
+    assert float(mtp[key + "equal_seconds_p"]) == stats.wilcoxon(at_equal).pvalue
+    compare.main([str(tmp_path), "--baseline", "base", "--judge", "val/exact_in_1", "val/ntp"])
+    printed = capsys.readouterr().out
+    assert "Difference to base in val/exact_in_1" in printed and "positive is better" in printed
+    assert "Difference to base in val/ntp" in printed and "negative is better. p: Wil" in printed.replace("\n", " ")
+    with pytest.raises(ValueError, match="--judge=val/exact: no run has it; there are .*val/exact_in_1"):
+        compare.main([str(tmp_path), "--judge", "val/exact"])
 
 
 def test_runs_on_other_validation_tokens_are_not_compared_and_that_is_in_red(runs, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Intervals, corrections and powers against SciPy's own, and against draws."""
 
+import itertools
 import math
 
 import numpy as np
@@ -16,8 +17,23 @@ from study.intervals import (
     pooled,
     power,
     seeds_needed,
+    signed_rank,
     smallest_effect,
 )
+
+
+def test_signed_ranks_by_counting_all_signs():
+    """Ties share ranks, zeros are dropped, infinite differences are the largest."""
+    for each in ([1.0] * 8, [0.3, -0.1, 0.4, 0.5, 0.0, 0.9], [0.2, 0.2, -0.2, 0.4], [math.inf, math.inf, 3.0, -2.0],
+                 [-0.1, -0.2, 0.05, -0.4, -0.3, -0.7, math.nan]):
+        found = [d for d in each if d and not math.isnan(d)]
+        ranks = [sum(abs(e) < abs(d) for e in found) + (sum(abs(e) == abs(d) for e in found) + 1) / 2 for d in found]
+        sums = [sum(r for r, sign in zip(ranks, signs, strict=True) if sign)
+                for signs in itertools.product((False, True), repeat=len(found))]
+        mine = sum(r for r, d in zip(ranks, found, strict=True) if d > 0)
+        extreme = [s for s in sums if abs(s - sum(ranks) / 2) >= abs(mine - sum(ranks) / 2) - 1e-9]
+        assert signed_rank(each) == pytest.approx(len(extreme) / len(sums)), each
+    assert signed_rank([1.0] * 8) == 2**-7 and math.isnan(signed_rank([0.0, math.nan]))
 
 
 def test_intervals_are_scipys():
