@@ -140,10 +140,10 @@ static inline Floats exp2_roughly(Floats x) {
 
 INLINE Floats power_of(Floats x, int bf16) { return bf16 ? exp2_roughly(x) : exp2_of(x); }
 
-// log2 of x >= 1, within 3e-7, by three of Newton's steps from the line between powers of 2
+// log2 of x >= 1, within 3e-7, by two of Newton's steps from the line between powers of 2, raised to the middle of its error
 static inline Floats log2_of(Floats x) {
-    Floats log = __builtin_convertvector((Ints)x - 0x3f800000, Floats) * 0x1p-23f;
-    for (int i = 0; i < 3; i++) log += (x * exp2_of(-log) - 1.0f) * LOG2E;
+    Floats log = __builtin_convertvector((Ints)x - 0x3f800000, Floats) * 0x1p-23f + 0.043f;
+    for (int i = 0; i < 2; i++) log += (x * exp2_of(-log) - 1.0f) * LOG2E;
     return log;
 }
 
@@ -286,9 +286,15 @@ INLINE Bits same(Word x) { return (Bits){0} + x; }
 INLINE Floats first_of(Bits words) { return (Floats)(words << 16); }
 INLINE Floats second_of(Bits words) { return (Floats)(words & 0xffff0000u); }
 
-// To the nearest bfloat16, halves away from 0; a NaN of arithmetic stays one.
+// To the nearest bfloat16; without an instruction for it with halves away from 0, and a NaN of arithmetic stays one.
 INLINE Bits two_of(Floats first, Floats second) {
+#ifdef __AVX512BF16__
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (Bits)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
     return ((Bits)first + 0x8000u) >> 16 | (((Bits)second + 0x8000u) & 0xffff0000u);
+#endif
 }
 
 INLINE Floats add_products(Floats sum, Bits a, Bits b, Head is) {
@@ -309,14 +315,58 @@ INLINE void read_rows(Word *rows, const Word *from, int64_t stride, int n, Head 
     memset(rows + n * is.words, 0, (size_t)((LANES - n) * is.words) * 4);
 }
 
-INLINE void to_columns(Bits *columns, const Word *rows, Head is) {
-    for (int64_t w = 0; w < is.words; w++)
-        for (int r = 0; r < LANES; r++) ((Word *)(columns + w))[r] = rows[r * is.words + w];
+#ifdef __AVX512F__
+// Four words from each of four places.
+INLINE __m512i fours(const Word *a, const Word *b, const Word *c, const Word *d) {
+    const __m512i first = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a));
+    const __m512i two = _mm512_inserti32x4(first, _mm_loadu_si128((const void *)b), 1);
+    const __m512i three = _mm512_inserti32x4(two, _mm_loadu_si128((const void *)c), 2);
+    return _mm512_inserti32x4(three, _mm_loadu_si128((const void *)d), 3);
+}
+
+// 16 rows of 4 words, four in a register, become 4 columns of 16. This moves each word's place, six bits, two bits round:
+// so it is its own inverse when done twice.
+INLINE void transpose(__m512i t[4]) {
+    const __m512i low = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);  // words 0 and 1
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(2));                               // words 2 and 3
+    const __m512i a = _mm512_permutex2var_epi32(t[0], low, t[1]), b = _mm512_permutex2var_epi32(t[2], low, t[3]);
+    const __m512i c = _mm512_permutex2var_epi32(t[0], high, t[1]), d = _mm512_permutex2var_epi32(t[2], high, t[3]);
+    t[0] = _mm512_shuffle_i64x2(a, b, 0x44), t[1] = _mm512_shuffle_i64x2(a, b, 0xee);
+    t[2] = _mm512_shuffle_i64x2(c, d, 0x44), t[3] = _mm512_shuffle_i64x2(c, d, 0xee);
+}
+#endif
+
+// Of LANES rows, `stride` words apart, the first `words`, a multiple of 4.
+INLINE void to_columns(Bits *columns, const Word *rows, int64_t stride, int64_t words) {
+#ifdef __AVX512F__
+    for (int64_t w = 0; w < words; w += 4) {
+        __m512i t[4];
+        for (int i = 0; i < 4; i++) {
+            const Word *from = rows + 4 * i * stride + w;
+            t[i] = fours(from, from + stride, from + 2 * stride, from + 3 * stride);
+        }
+        transpose(t);
+        for (int i = 0; i < 4; i++) columns[w + i] = (Bits)t[i];
+    }
+#else
+    for (int64_t w = 0; w < words; w++)
+        for (int r = 0; r < LANES; r++) ((Word *)(columns + w))[r] = rows[r * stride + w];
+#endif
 }
 
 INLINE void to_rows(Word *rows, const Bits *columns, int64_t stride, int n, Head is) {
+#ifdef __AVX512F__
+    for (int64_t w = 0; w < is.used; w += 4) {
+        __m512i t[4];
+        for (int i = 0; i < 4; i++) t[i] = (__m512i)columns[w + i];
+        transpose(t);
+        transpose(t);
+        for (int r = 0; r < n; r++) memcpy(rows + r * stride + w, (Word *)t + 4 * r, is.used - w < 4 ? (size_t)(is.used - w) * 4 : 16);
+    }
+#else
     for (int r = 0; r < n; r++)
         for (int64_t w = 0; w < is.used; w++) rows[r * stride + w] = ((const Word *)(columns + w))[r];
+#endif
 }
 
 // Numbers 2 i and 2 i + 1 of columns.
@@ -335,25 +385,25 @@ INLINE void turn(const Attention *a, Bits *columns, int64_t i, Floats x, Floats 
     put(columns, i, x * cos - y * sin, x * sin + y * cos, is);
 }
 
-// LANES rows of a head from t0 on, turned: as rows and as columns.
-static void read_turned(const Attention *a, Word *rows, Bits *columns, int64_t b, int64_t t0, int64_t head, Head is) {
+// LANES rows of a head from t0 on, times `scale` and turned, as columns; `rows` are what they are read to.
+INLINE void read_turned(const Attention *a, Word *rows, Bits *columns, int64_t b, int64_t t0, int64_t head, float scale,
+                        Head is) {
     const int64_t n = a->T - t0 < LANES ? a->T - t0 : LANES;
     read_rows(rows, a->qkv + word_of(a, b, t0, head, is), (a->H + 2 * a->G) * is.used, (int)n, is);
-    to_columns(columns, rows, is);
+    to_columns(columns, rows, is.words, is.words);
     for (int64_t i = 0; i < is.half; i++) {
-        if (is.bf16)
-            turn(a, columns, i, first_of(columns[i]), second_of(columns[i]), t0, 1.0f, is);
-        else
-            turn(a, columns, i, (Floats)columns[2 * i], (Floats)columns[2 * i + 1], t0, 1.0f, is);
+        const Floats even = is.bf16 ? first_of(columns[i]) : (Floats)columns[2 * i];
+        const Floats odd = is.bf16 ? second_of(columns[i]) : (Floats)columns[2 * i + 1];
+        turn(a, columns, i, even * scale, odd * scale, t0, 1.0f, is);
     }
-    to_rows(rows, columns, is.words, (int)n, is);
 }
 
 // Keys, turned, and values of head g, as rows.
 static void read_keys(const Attention *a, Word *K, Word *V, Bits *columns, int64_t b, int64_t g, Head is) {
     for (int64_t t = 0; t < a->T; t += LANES) {
         const int64_t n = a->T - t < LANES ? a->T - t : LANES;
-        read_turned(a, K + t * is.words, columns, b, t, a->H + g, is);
+        read_turned(a, K + t * is.words, columns, b, t, a->H + g, 1.0f, is);
+        to_rows(K + t * is.words, columns, is.words, (int)n, is);
         read_rows(V + t * is.words, a->qkv + word_of(a, b, t, a->H + a->G + g, is), (a->H + 2 * a->G) * is.used, (int)n, is);
     }
 }
@@ -376,15 +426,34 @@ INLINE void products(Floats out[KEYS], const Bits *columns, const Word *rows, He
         for (int j = 0; j < KEYS; j++) out[j] = add_products(out[j], columns[w], same(rows[j * is.words + w]), is);
 }
 
+// In pairs, since in a row each would wait for the one before.
+INLINE Floats largest_key(const Floats p[KEYS]) {
+    Floats most[KEYS / 2];
+    for (int j = 0; j < KEYS / 2; j++) most[j] = larger(p[j], p[j + KEYS / 2]);
+    for (int n = KEYS / 4; n; n /= 2)
+        for (int j = 0; j < n; j++) most[j] = larger(most[j], most[j + n]);
+    return most[0];
+}
+
+INLINE Floats sum_of_keys(const Floats p[KEYS]) {
+    Floats sum[KEYS / 2];
+    for (int j = 0; j < KEYS / 2; j++) sum[j] = p[j] + p[j + KEYS / 2];
+    for (int n = KEYS / 4; n; n /= 2)
+        for (int j = 0; j < n; j++) sum[j] += sum[j + n];
+    return sum[0];
+}
+
 // out[d] += the sum over keys j of weight[j] times number d of row j.
 INLINE void add_weighted(Floats *out, const Floats weight[KEYS], const Word *pairs, Head is) {
     const int n = is.bf16 ? KEYS / 2 : KEYS;
     Bits weights[KEYS];
     for (int j = 0; j < n; j++) weights[j] = is.bf16 ? two_of(weight[2 * j], weight[2 * j + 1]) : (Bits)weight[j];
-    for (int64_t d = 0; d < is.width; d++) {
-        Floats sum = out[d];
-        for (int j = 0; j < n; j++) sum = add_products(sum, weights[j], same(pairs[j * is.width + d]), is);
-        out[d] = sum;
+    for (int64_t d = 0; d < is.width; d += 8) {
+        Floats sum[8];
+        for (int i = 0; i < 8; i++) sum[i] = out[d + i];
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < 8; i++) sum[i] = add_products(sum[i], weights[j], same(pairs[j * is.width + d + i]), is);
+        for (int i = 0; i < 8; i++) out[d + i] = sum[i];
     }
 }
 
@@ -397,12 +466,11 @@ INLINE void side_by_side(Word *to, Floats p, Floats ds, Head is) {
         }
         return;
     }
-    const Bits a = (Bits)p + 0x8000u, b = (Bits)ds + 0x8000u;  // as in two_of
-#ifdef __AVX512BW__
-    const __m512i order = _mm512_set_epi16(63, 61, 31, 29, 59, 57, 27, 25, 55, 53, 23, 21, 51, 49, 19, 17,
-                                           47, 45, 15, 13, 43, 41, 11, 9, 39, 37, 7, 5, 35, 33, 3, 1);
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b));
+#ifdef __AVX512BF16__
+    const __m512i order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)ds, (__m512)p)));
 #else
+    const Bits a = (Bits)p + 0x8000u, b = (Bits)ds + 0x8000u;  // as in two_of
     for (int r = 0; r < LANES; r += 2) {
         to[r] = a[r] >> 16 | (a[r + 1] & 0xffff0000u);
         to[r + 1] = b[r] >> 16 | (b[r + 1] & 0xffff0000u);
@@ -412,6 +480,16 @@ INLINE void side_by_side(Word *to, Floats p, Floats ds, Head is) {
 
 // Queries' q and dy so that a sum over them fills registers: (dy[0], q[0], dy[1], q[1], ..) of each, or of each two.
 static void interleave(Word *to, const Word *q, const Word *dy, Head is) {
+#ifdef __AVX512BF16__
+    const __m512i order = _mm512_set_epi16(31, 23, 15, 7, 30, 22, 14, 6, 29, 21, 13, 5, 28, 20, 12, 4,
+                                           27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+    for (int r = 0; r < LANES && is.bf16; r += 2)
+        for (int64_t w = 0; w < is.words; w += 4, to += 16) {
+            const int64_t i = r * is.words + w, next = i + is.words;
+            _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, fours(dy + i, dy + next, q + i, q + next)));
+        }
+    if (is.bf16) return;
+#endif
     for (int r = 0; r < LANES; r += is.bf16 ? 2 : 1)
         for (int64_t w = 0; w < is.words; w++, to += is.bf16 ? 4 : 2) {
             const Word one = dy[r * is.words + w], three = q[r * is.words + w];
@@ -461,7 +539,8 @@ static inline Bits hashed(Bits x) {
 
 // The hash of query t0 + r of head h, for all r.
 static inline Bits hash_of_queries(const Attention *a, int64_t b, int64_t h, int64_t t0) {
-    Bits row;
+    Bits row = {0};
+    if (!a->dropped) return row;  // nobody asks
     for (int r = 0; r < LANES; r++) row[r] = (uint32_t)((b * a->H + h) * a->T + t0 + r);
     return hashed(row + (uint32_t)a->seed) ^ (uint32_t)(a->seed >> 32);
 }
@@ -486,35 +565,37 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
     Floats in_registers[8], *Y = is.width == 8 ? in_registers : (Floats *)(Q + is.width);
     read_keys(a, K, V, Q, b, g, is);
     const Word *Vp = pairs_of(V + size, V, T, is);
-    const float slack = SLACK / a->scale;
     for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
         for (int64_t t0 = 0; t0 < T; t0 += LANES) {
             const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
-            read_turned(a, rows, Q, b, t0, h, is);
-            Floats max = all(LOWEST), sum = all(0.0f);
+            read_turned(a, rows, Q, b, t0, h, a->scale, is);
+            Floats max = all(0.0f), sum = all(0.0f);
             for (int64_t d = 0; d < is.width; d++) Y[d] = sum;
             const Bits queries = hash_of_queries(a, b, h, t0);
             for (int64_t k = 0; k < t0 + n; k += KEYS) {
-                Floats p[KEYS] = {{0}}, new_max = max;
+                Floats p[KEYS];
+                for (int j = 0; j < KEYS; j++) p[j] = -max;
                 products(p, Q, K + k * is.words, is);
                 if (k + KEYS > t0 + 1)
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(LOWEST));
-                for (int j = 0; j < KEYS; j++) new_max = larger(p[j], new_max);
-                if (any_larger(new_max, max + slack)) {  // seldom: powers up to 2^SLACK are as good as up to 1
-                    const Floats shrink = exp2_of((max - new_max) * a->scale);  // what was summed, under the new maximum
-                    max = new_max;
+                const Floats most = largest_key(p);
+                if (k == 0 || any_larger(most, all(SLACK))) {  // seldom: powers up to 2^SLACK are as good as up to 1
+                    const Floats rise = k == 0 ? most : larger(most, all(0.0f));
+                    const Floats shrink = exp2_of(k == 0 ? all(0.0f) : -rise);  // what was summed, under the new maximum
+                    max += rise;
                     sum *= shrink;
                     for (int64_t d = 0; d < is.width; d++) Y[d] *= shrink;
+                    for (int j = 0; j < KEYS; j++) p[j] -= rise;
                 }
-                for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j] * a->scale - max * a->scale, is.bf16);
+                for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j], is.bf16);
                 if (k + KEYS > t0 + 1)  // nothing, where 2^LOWEST is next to nothing
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
-                for (int j = 0; j < KEYS; j++) sum += p[j];
+                sum += sum_of_keys(p);
                 if (a->dropped)  // after the sum: what is left of the probabilities need not add up to 1
                     for (int j = 0; j < KEYS; j++) p[j] *= dropout_of(a, queries, k + j);
                 add_weighted(Y, p, Vp + k * is.words, is);
             }
-            const Floats share = 1.0f / sum, log = max * a->scale + log2_of(sum);
+            const Floats share = 1.0f / sum, log = max + log2_of(sum);
             for (int64_t i = 0; i < is.half; i++) put(Q, i, Y[2 * i] * share, Y[2 * i + 1] * share, is);
             to_rows(y + ((b * T + t0) * H + h) * is.used, Q, H * is.used, n, is);
             memcpy(log_sum + (b * H + h) * T + t0, &log, (size_t)n * 4);
@@ -526,10 +607,10 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
 //     K, V         (keys, words)          rows of the keys' head        Kp  (keys, words)        K as pairs
 //     dVK          (keys, 2 width)        dv and dk: dv[0], dk[0], dv[1], dk[1], .. (add_over_queries)
 //     q, dy, y     (LANES, words)         rows of one head
-//     Q, O         columns of q and dy                                  QO  (LANES, 2 words)     dy and q (interleave)
+//     Q, O         columns of q and dy; Y: of y, and of dVK             QO  (LANES, 2 words)     dy and q (interleave)
 //     dQ           (width, LANES)         sums of ds k                  W   (KEYS, 2 LANES)      p and ds (side_by_side)
 static int64_t backward_words(int64_t T, int64_t width) {
-    return (5 * keys_of(T) + 9 * LANES) * width + 2 * KEYS * LANES;
+    return (5 * keys_of(T) + 10 * LANES) * width + 2 * KEYS * LANES;
 }
 
 INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, const float *log_sum, const Word *dy, Word *dqkv,
@@ -539,7 +620,7 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
     Word *K = scratch_ + 2 * keys_of(T) * is.width, *V = K + size, *q_rows = V + 2 * size;
     Word *dy_rows = q_rows + block, *y_rows = dy_rows + block, *QO = y_rows + block, *W = QO + 2 * block;
     Bits *Q = (Bits *)(W + 2 * KEYS * LANES), *O = Q + is.width, *Y = O + is.width;
-    Floats in_registers[8], *dQ = is.width == 8 ? in_registers : (Floats *)(Y + is.width);
+    Floats in_registers[8], *dQ = is.width == 8 ? in_registers : (Floats *)(Y + 2 * is.width);
     const int64_t registers = 2 * is.width / LANES;
     const float scale = a->scale / LOG2E;
     memset(dVK, 0, (size_t)(2 * keys_of(T) * is.width) * 4);
@@ -549,11 +630,12 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
         for (int64_t t0 = 0; t0 < T; t0 += LANES) {
             const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
             const int64_t i0 = ((b * T + t0) * H + h) * is.used;
-            read_turned(a, q_rows, Q, b, t0, h, is);
+            read_turned(a, q_rows, Q, b, t0, h, a->scale, is);
             read_rows(dy_rows, dy + i0, H * is.used, n, is);
             read_rows(y_rows, y + i0, H * is.used, n, is);
-            to_columns(O, dy_rows, is);
-            to_columns(Y, y_rows, is);
+            to_columns(O, dy_rows, is.words, is.words);
+            to_columns(Y, y_rows, is.words, is.words);
+            to_rows(q_rows, Q, is.words, n, is);
             interleave(QO, q_rows, dy_rows, is);
             Floats delta = all(0.0f), lse = all(0.0f);  // delta: of dy with y, what softmax takes off each score
             for (int64_t w = 0; w < is.words; w++) delta = add_products(delta, O[w], Y[w], is);
@@ -561,13 +643,14 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
             for (int64_t d = 0; d < is.width; d++) dQ[d] = all(0.0f);
             const Bits queries = hash_of_queries(a, b, h, t0);
             for (int64_t k = 0; k < t0 + n; k += KEYS) {
-                Floats p[KEYS] = {{0}}, ds[KEYS] = {{0}};
+                Floats p[KEYS], ds[KEYS];
+                for (int j = 0; j < KEYS; j++) p[j] = -lse, ds[j] = a->dropped ? all(0.0f) : -delta;
                 products(p, Q, K + k * is.words, is);
                 products(ds, O, V + k * is.words, is);
-                for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j] * a->scale - lse, is.bf16);
+                for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j], is.bf16);
                 if (k + KEYS > t0 + 1)
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
-                for (int j = 0; j < KEYS && !a->dropped; j++) ds[j] = p[j] * (ds[j] - delta);
+                for (int j = 0; j < KEYS && !a->dropped; j++) ds[j] *= p[j];
                 for (int j = 0; j < KEYS && a->dropped; j++) {
                     const Floats factor = dropout_of(a, queries, k + j);
                     ds[j] = p[j] * (ds[j] * factor - delta);
@@ -575,6 +658,7 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
                 }
                 for (int j = 0; j < KEYS; j++) side_by_side(W + j * (is.bf16 ? LANES : 2 * LANES), p[j], ds[j], is);
                 add_weighted(dQ, ds, Kp + k * is.words, is);
+                __asm__ volatile("" : : : "memory");  // or compilers take W's words out of registers, which is slower
                 add_over_queries(dVK + k * registers, W, (Bits *)QO, is);
             }
             for (int64_t i = 0; i < is.half; i++) turn(a, Q, i, dQ[2 * i] * scale, dQ[2 * i + 1] * scale, t0, -1.0f, is);
@@ -582,12 +666,11 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
         }
     for (int64_t t0 = 0; t0 < T; t0 += LANES) {
         const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
+        to_columns(Y, (const Word *)(dVK + t0 * registers), 2 * is.width, 2 * is.width);
         for (int64_t i = 0; i < is.half; i++) {
-            Floats part[4];  // numbers 2 i and 2 i + 1 of dv and dk
-            for (int r = 0; r < LANES; r++)
-                for (int c = 0; c < 4; c++) ((float *)(part + c))[r] = ((const float *)(dVK + (t0 + r) * registers))[4 * i + c];
+            const Floats *part = (const Floats *)Y + 4 * i;  // numbers 2 i and 2 i + 1 of dv and dk
             put(O, i, part[0], part[2], is);
-            turn(a, Q, i, part[1] * scale, part[3] * scale, t0, -1.0f, is);
+            turn(a, Q, i, part[1] / LOG2E, part[3] / LOG2E, t0, -1.0f, is);
         }
         to_rows(dqkv + word_of(a, b, t0, H + g, is), Q, (H + 2 * a->G) * is.used, n, is);
         to_rows(dqkv + word_of(a, b, t0, H + a->G + g, is), O, (H + 2 * a->G) * is.used, n, is);
