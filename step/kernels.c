@@ -13,6 +13,7 @@
 //
 // What this leaves out on purpose: matrix products, dropout but that of attention, devices that are not CPUs.
 
+#define _DEFAULT_SOURCE  // madvise
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -22,6 +23,7 @@
 #endif
 #ifdef __GLIBC__
 #include <malloc.h>
+#include <sys/mman.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -178,10 +180,15 @@ INLINE Halves narrowed(Floats x) {
 INLINE Floats load(const void *x, int64_t i, int64_t n, int bf16) {
     const char *from = (const char *)x + i * (bf16 ? 2 : 4);
     if (n >= LANES) return bf16 ? widened(*(const Halves *)(const void *)from) : *(const Floats *)(const void *)from;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 first = (__mmask16)((1 << n) - 1);
+    return bf16 ? widened((Halves)_mm256_maskz_loadu_epi16(first, from)) : (Floats)_mm512_maskz_loadu_ps(first, from);
+#else
     Halves halves = {0};
     Floats floats = all(0.0f);
     memcpy(bf16 ? (void *)&halves : (void *)&floats, from, (size_t)n * (bf16 ? 2 : 4));
     return bf16 ? widened(halves) : floats;
+#endif
 }
 
 // And back.
@@ -191,6 +198,13 @@ INLINE void store(void *x, int64_t i, Floats floats, int64_t n, int bf16) {
         *(Halves *)to = narrowed(floats);
     } else if (n >= LANES) {
         *(Floats *)to = floats;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    } else if (bf16) {
+        _mm256_mask_storeu_epi16(to, (__mmask16)((1 << n) - 1), (__m256i)narrowed(floats));
+    } else {
+        _mm512_mask_storeu_ps(to, (__mmask16)((1 << n) - 1), (__m512)floats);
+    }
+#else
     } else if (bf16) {
         const Halves part = narrowed(floats);
         memcpy(to, &part, (size_t)n * 2);
@@ -198,6 +212,7 @@ INLINE void store(void *x, int64_t i, Floats floats, int64_t n, int bf16) {
         const Floats part = floats;
         memcpy(to, &part, (size_t)n * 4);
     }
+#endif
 }
 
 // Rows of n activations, from index i on.
@@ -222,12 +237,20 @@ static float *mine(float *all_threads, int64_t rows, int64_t n) {
 }
 
 // Keeps freed memory for the next step, which needs as much again, instead of giving it back to the system: having each
-// page cleared anew takes a tenth of a step. Only glibc gives it back so eagerly.
+// page cleared anew takes a tenth of a step. Only glibc gives it back so eagerly. And has the next half GB of the heap
+// made of pages of 2 MB once it is used: products that read columns of large matrices look up fewer pages.
 void keep_freed_memory(void) {
 #ifdef __GLIBC__
     mallopt(M_MMAP_THRESHOLD, 1 << 30);
     mallopt(M_TRIM_THRESHOLD, INT32_MAX);
     mallopt(M_TOP_PAD, 1 << 26);
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21;
+    const size_t bytes = 1 << 29;
+    void *heap = malloc(bytes);
+    if (heap) madvise((void *)(((uintptr_t)heap + page - 1) / page * page), bytes - page, MADV_HUGEPAGE);
+    free(heap);  // to the top of the heap, where the next large pieces come from
+#endif
 #endif
 }
 
