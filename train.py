@@ -42,7 +42,7 @@ from settings import Settings, check, shape_of
 from step import kernels
 from step.machine import Machine, StepPath, choose_path, find_machine, is_first, lost_a_process, note, out_of_memory
 from step.memory import check_memory
-from step.optimizer import make_optimizer
+from step.optimizer import clip_gradients, make_optimizer
 from study.log import Log, wandb_settings
 from study.terminal import show_evaluation, show_step, show_story
 from system.lock import hold
@@ -253,7 +253,7 @@ def training_step(run: Training, it: int, weights: dict[str, float], micro_batch
 
     # clip and update
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    grad_norm = clip_gradients(run.optimizer, s.grad_clip or math.inf)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)

@@ -930,6 +930,35 @@ int head_losses(const void *logits, const int64_t *classes, const float *scales,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Clipping (torch.nn.utils.clip_grad_norm_), of `count` gradients of n numbers each: *norm is that of all together, and
+// becomes at most `most`
+
+int clip(float *const *gradient, const int64_t *n, int64_t count, double most, float *norm) {
+    const int64_t block = 4096;  // numbers whose squares are summed in float32
+    double squares = 0.0, *of_each = calloc((size_t)count + 1, sizeof(double));
+    if (!of_each) return -1;
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t start = 0; start < n[i]; start += block) {
+            Floats sum = all(0.0f);
+            for (int64_t j = start; j < n[i] && j < start + block; j += LANES) {
+                const Floats g = load(gradient[i], j, n[i] - j, 0);
+                sum += g * g;
+            }
+            of_each[i] += sum_of(sum);
+        }
+    for (int64_t i = 0; i < count; i++) squares += of_each[i];
+    free(of_each);
+    *norm = (float)sqrt(squares);
+    const float factor = (float)(most / (sqrt(squares) + 1e-6));
+    if (factor >= 1.0f) return 0;  // a NaN is not, and comes through
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < n[i]; j++) gradient[i][j] *= factor;
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // AdamW (torch.optim.AdamW), of all tensors in one call
 //
 // Of each of `count` tensors: n numbers x, their gradient, both moments, and the steps taken so far, which are counted here.

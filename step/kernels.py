@@ -43,7 +43,7 @@ MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["
 SIGNATURES = {  # p: pointer, i: int64, f: float, d: double
     "attention_forward": "pppppiiiiiiid", "attention_backward": "pppppppiiiiiiid", "norm_forward": "pppppiifi",
     "norm_backward": "pppppppiifi", "swiglu_forward": "ppiii", "swiglu_backward": "pppiii",
-    "head_losses": "ppppppp" "f" "pppp" "iiii", "adamw": "ppppppi" "ddddd"}
+    "head_losses": "ppppppp" "f" "pppp" "iiii", "clip": "ppidp", "adamw": "ppppppi" "ddddd"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
@@ -134,10 +134,12 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 def _call(name: str, *args: Tensor | ctypes.Array | int | float | None) -> None:
     """Call a function of kernels.c. Tensors must be contiguous; None is NULL. Errors: MemoryError, IndexError."""
-    for arg in args:
+    values = list(args)
+    for k, arg in enumerate(args):
         if isinstance(arg, Tensor):
-            assert arg.is_contiguous() and arg.device.type == "cpu", f"{name}: {arg.shape}, {arg.device}"
-    failure = getattr(library(), name)(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args))
+            assert arg.is_contiguous() and arg.is_cpu, f"{name}: {arg.shape}, {arg.device}"
+            values[k] = arg.data_ptr()
+    failure = getattr(library(), name)(*values)
     if failure == -2:
         raise IndexError(f"kernels.c: {name}: a class is outside of the vocabulary")
     if failure:
@@ -145,8 +147,12 @@ def _call(name: str, *args: Tensor | ctypes.Array | int | float | None) -> None:
 
 
 def _pointers(tensors: list[Tensor]) -> ctypes.Array:
-    assert all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu" for t in tensors)
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+    assert all(t.dtype == torch.float32 and t.is_contiguous() and t.is_cpu for t in tensors)
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _sizes(tensors: list[Tensor]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(tensors))(*[t.numel() for t in tensors])
 
 
 def _is_bf16(x: Tensor) -> int:
@@ -495,10 +501,20 @@ def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str
 # ---------------------------------------------------------------------------------------------
 # the update
 
+def clip_gradients(parameters: list[Tensor], most: float) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ of float32 parameters: the norm of all gradients, before it is at most `most`."""
+    gradients, norm = [], torch.empty(())
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = p.grad.contiguous()
+            gradients.append(p.grad)
+    _call("clip", _pointers(gradients), _sizes(gradients), len(gradients), most, norm)
+    return norm
+
+
 def adamw(parameters: list[Tensor], means: list[Tensor], squares: list[Tensor], steps: list[Tensor], *, lr: float,
           betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """One step of torch.optim.AdamW, in place; steps: how many there were, by parameter, which are counted here."""
-    sizes = (ctypes.c_int64 * len(parameters))(*(p.numel() for p in parameters))
     gradients = [p.grad.contiguous() for p in parameters]
-    _call("adamw", *map(_pointers, (parameters, gradients, means, squares, steps)), sizes, len(parameters), lr, *betas,
-          eps, weight_decay)
+    _call("adamw", *map(_pointers, (parameters, gradients, means, squares, steps)), _sizes(parameters), len(parameters),
+          lr, *betas, eps, weight_decay)

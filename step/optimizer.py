@@ -60,8 +60,16 @@ class KernelAdamW(torch.optim.AdamW):
                 if not self.state[p]:
                     self.state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
                                       "exp_avg_sq": torch.zeros_like(p)}
-            moments = ([self.state[p][name] for p in learning] for name in ("exp_avg", "exp_avg_sq", "step"))
+            states = [self.state[p] for p in learning]
+            moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
             kernels.adamw(learning, *moments, **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")})
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer | Together, most: float) -> torch.Tensor:
+    """The norm of all gradients, a scalar; they are scaled in place so that it is at most `most`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    clip = kernels.clip_gradients if isinstance(optimizer, KernelAdamW) else torch.nn.utils.clip_grad_norm_
+    return clip(parameters, most)
 
 
 def adamw(s, parameters: list[nn.Parameter], by_kernels: bool) -> torch.optim.AdamW:

@@ -11,7 +11,7 @@ import torch
 
 from model import ModelArgs, Transformer
 from step.kernels import KernelTransformer
-from step.optimizer import KernelAdamW, make_optimizer
+from step.optimizer import KernelAdamW, clip_gradients, make_optimizer
 
 SETTINGS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
 
@@ -107,3 +107,27 @@ def test_a_run_by_kernels_starts_without_torchs_compiler():
             "step.optimizer.make_optimizer(Settings(), small).state_dict(); sys.exit('torch._dynamo' in sys.modules)")
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("most", [0.5, 1e3, float("inf")])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_clipping_agrees_with_torchs(name, most):
+    """In kernels.c and not; a parameter without a gradient, and one whose gradient is no whole block in memory."""
+    model = with_gradients(tiny_model(KernelTransformer))
+    first, second, *_ = (p for p in model.parameters() if p.dim() == 2)
+    first.grad, second.grad = None, torch.randn(second.shape[::-1]).T
+    by_torch = [p.grad.clone().requires_grad_() for p in model.parameters() if p.grad is not None]
+    for p in by_torch:
+        p.grad = p.detach().clone()
+    norm = clip_gradients(make_optimizer(SimpleNamespace(optimizer=name, **SETTINGS), model), most)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(by_torch, most))
+    for got, want in zip((p.grad for p in model.parameters() if p.grad is not None), by_torch, strict=True):
+        torch.testing.assert_close(got, want.grad)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_seen(bad):
+    model = with_gradients(tiny_model(KernelTransformer))
+    model.norm.weight.grad[3] = bad
+    norm = clip_gradients(make_optimizer(SimpleNamespace(optimizer="adamw", **SETTINGS), model), 1.0)
+    assert not torch.isfinite(norm)
