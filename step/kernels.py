@@ -390,14 +390,16 @@ class HeadLosses(Function):
     head's logits, from the features at u - i, and one teacher for all, the NTP logits: each head's are
     formed once, whatever losses they have, and their gradients, weighted, are ready when the chunk is done.
 
-    tensors: features (N, D), weight (V, D) of each head in turn. Returns the total, which has gradients,
-    and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
+    tensors: features (N, D), weight (V, D) of each head in turn. graph: backward may be called. Returns the total,
+    which has gradients, and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
     """
 
     @staticmethod
-    def forward(ctx, heads: list[Packed], rows: int, guess: bool, *tensors):
+    def forward(ctx, heads: list[Packed], rows: int, guess: bool, graph: bool, *tensors):
         features, weights = tensors[0::2], tensors[1::2]
-        N, learns = len(features[0]), [any(ctx.needs_input_grad[k : k + 2]) for k in range(3, 3 + len(tensors), 2)]
+        # without a graph needs_input_grad still says which tensors are parameters
+        learns = [graph and any(ctx.needs_input_grad[k : k + 2]) for k in range(4, 4 + len(tensors), 2)]
+        N = len(features[0])
         rounded = [w.to(f.dtype) for f, w in zip(features, weights, strict=True)]
         to_features = [torch.zeros_like(f) if wanted else None for f, wanted in zip(features, learns, strict=True)]
         to_weights = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, learns, strict=True)]
@@ -438,7 +440,7 @@ class HeadLosses(Function):
     @staticmethod
     def backward(ctx, gradient, *_):
         # in place: backward runs once
-        return None, None, None, *(t if t is None else t.mul_(gradient) for t in ctx.saved_tensors)
+        return None, None, None, None, *(t if t is None else t.mul_(gradient) for t in ctx.saved_tensors)
 
 
 def pack(head: Head, in_c: set[str], position_weights: dict[str, float], N: int) -> Packed:
@@ -484,7 +486,7 @@ def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str
     packed = [pack(head, in_c, weights, N) for head in heads]
     tensors = [t for f, head in zip(features, heads, strict=True) for t in (f, head.readout.weight)]
     with torch.autocast("cpu", enabled=False):
-        total, *results = HeadLosses.apply(packed, rows, guess, *tensors)
+        total, *results = HeadLosses.apply(packed, rows, guess, torch.is_grad_enabled(), *tensors)
     losses = {}
     for k, head in enumerate(heads):
         losses |= unpack(head, in_c, *results[3 * k : 3 * k + 2])

@@ -437,6 +437,24 @@ def test_blocks_and_norms_are_told_apart_from_the_plain_ones():
     assert type(fast.layers[0].feed_forward) is FeedForward
 
 
+def test_an_evaluation_forms_no_gradients(monkeypatch):
+    """Neither the losses' nor the products that follow from them."""
+    head_losses, gradients = kernels.head_losses, []
+
+    def watched(logits, classes, scales, gradient, *more):
+        gradients.append(gradient)
+        head_losses(logits, classes, scales, gradient, *more)
+
+    monkeypatch.setattr(kernels, "head_losses", watched)
+    objective = Objective(twins()[1], None, kernels)
+    x, y = torch.randint(100, (2, 3, 40))
+    names = ("ntp", "nitp_1", "consistency_2")
+    objective.evaluate(x, y, names, 2)
+    assert len(gradients) == 3 and not any(g is not None for g in gradients)
+    total_of(objective, x, y, dict.fromkeys(names, 1.0))
+    assert all(g is not None for g in gradients[3:])
+
+
 def test_what_does_not_learn_gets_no_gradient():
     _, fast = twins()
     block = fast.layers[0]
