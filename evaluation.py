@@ -9,6 +9,7 @@ run: a train.Training. Several processes share the rows.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -55,14 +56,18 @@ def losses_of(s: Settings) -> tuple[str, ...]:
 
 
 def evaluate(run, validation: Validation) -> dict[str, float]:
-    """{name: mean over all validation rows}, of losses, the heads' guesses, a task's answers and groups of tokens."""
-    objective, machine, names = run.objective, run.machine, losses_of(run.s)
-    n, answers = objective.model.args.n_future_heads, validation.answers
-    guesses = [f"acc_{i}" for i in range(n + 1)] + [f"{kind}_{i}" for kind in ("agree", "kl") for i in range(1, n + 1)]
-    exact = [f"exact_{group}" for group in answers.names.values()] if answers else []
-    of_groups = [f"{kind}_{group}" for group in validation.groups[0] for kind in ("ntp", "acc")]
-    every_name = (*names, *guesses, *exact, *of_groups)
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in every_name}  # of values, of positions
+    """{name: mean over all validation rows}, of losses, the heads' guesses, a task's answers and groups of tokens.
+
+    Waits for the device when all batches are done, not between them.
+    """
+    objective, machine, answers, of_run = run.objective, run.machine, validation.answers, losses_of(run.s)
+    n = objective.model.args.n_future_heads
+    names = of_run  # of all figures
+    names += tuple(f"acc_{i}" for i in range(n + 1))
+    names += tuple(f"{kind}_{i}" for kind in ("agree", "kl") for i in range(1, n + 1))
+    names += tuple(f"{kind}_{group}" for group in validation.groups[0] for kind in ("ntp", "acc"))
+    figures = [torch.zeros(2, len(names), device=machine.device)]  # of each batch: means and counts
+    scored = []  # of each batch: its rows' numbers, most likely tokens, next tokens
     objective.eval()
     every = list(zip(validation.windows, validation.batches, validation.groups, strict=True))
     bar = tqdm(every[machine.rank :: machine.world], "validation", leave=False,
@@ -71,20 +76,32 @@ def evaluate(run, validation: Validation) -> dict[str, float]:
         x, y, *mask = machine.put(*batch)
         groups = dict(zip(of_batch, machine.put(*of_batch.values()), strict=True))
         with run.path.autocast():
-            losses, best = objective.evaluate(x, y, names, n, mask[0] if mask else None, groups)
-        for name, loss in losses.items():
-            count = loss.count.item()
-            sums[name] += torch.tensor([loss.mean.item() * count, count])
+            losses, best = objective.evaluate(x, y, of_run, n, mask[0] if mask else None, groups)
+        figures.append(torch.stack([torch.stack([losses[name].mean for name in names]),
+                                    torch.stack([losses[name].count for name in names]).float()]))
         if answers:
-            for group, counts in answers.score(windows, y.shape[1], best, y).items():
-                sums[f"exact_{group}"] += torch.tensor(counts)
+            scored.append((windows, best, y))
     objective.train()
-    totals = dict(zip(sums, machine.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+    means, counts = torch.tensor(machine.read(torch.stack(figures)), dtype=torch.float64).unbind(1)  # (batches, names)
+    totals = torch.stack([(means * counts).sum(0), counts.sum(0)], dim=1)  # (names, 2)
+    if answers:
+        totals = torch.cat([totals, score(answers, scored)])
+        names += tuple(f"exact_{group}" for group in answers.names.values())
+    totals = dict(zip(names, machine.sum(totals).tolist(), strict=True))
     means = {name: value / max(count, 1.0) for name, (value, count) in totals.items()}
     means |= {f"count_{group}": totals[f"acc_{group}"][1] for group in validation.groups[0]}
     if validation.tokens_per_byte:
         means["bits_per_byte"] = means["ntp"] / math.log(2.0) * validation.tokens_per_byte
     return means
+
+
+def score(answers: Answers, batches: list[tuple[np.ndarray, Tensor, Tensor]]) -> Tensor:
+    """(groups, 2) float64: how many answers of each group are right as a whole, and how many there are."""
+    if not batches:  # more processes than batches
+        return torch.zeros(len(answers.names), 2, dtype=torch.float64)
+    windows, best, y = zip(*batches, strict=True)
+    found = answers.score(np.concatenate(windows), y[0].shape[1], torch.cat(best), torch.cat(y))
+    return torch.tensor(list(found.values()), dtype=torch.float64)
 
 
 @torch.no_grad()

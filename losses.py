@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from step.chunks import PLAIN_KL, Head, Target, chunk_rows, per_position_losses
+from step.chunks import PLAIN_KL, Head, Limits, Target, chunk_rows, per_position_losses
 
 
 class Loss(NamedTuple):
@@ -177,7 +177,10 @@ class Objective(nn.Module):
     neighbours: how many tokens share a soft target, and the temperature of their shares; or None.
         refresh_neighbours fills the table.
     prefixes: letters.Prefixes, which knows what token each token begins with; or None.
+    limits: how many logits are formed at once (chunks.limits_of); None: a CPU's.
     """
+
+    limits: Limits | None = None
 
     def __init__(self, model: nn.Module, bos: int | None = None, kernels=None, *,
                  consistency: tuple[str, float] = PLAIN_KL, teacher: str = "later",
@@ -234,6 +237,12 @@ class Objective(nn.Module):
                 targets[name] = next_bag(y, self.bag, answers)
         return targets
 
+    def counted_targets(self, y: Tensor, names: tuple[str, ...], answers: Tensor | None = None
+                        ) -> tuple[dict[str, Target], Tensor]:
+        """`targets`, and how many positions of each are valid, (losses,) int64."""
+        targets = self.targets(y, names, answers)
+        return targets, torch.stack([target.valid.sum() for target in targets.values()])
+
     def head_of(self, name: str) -> tuple[int | str, int]:
         """(head, shift): which head a loss reads, and how many positions its target rows are ahead of the features."""
         kind, i = parse_name(name)
@@ -255,13 +264,15 @@ class Objective(nn.Module):
                 or (args.spelling_letters > 0 and "spelling" not in kinds)
                 or (args.order_window > 0 and "order" not in kinds))
 
-    def forward(self, x: Tensor, targets: dict[str, Target], position_weights: dict[str, Tensor]
+    def forward(self, x: Tensor, targets: dict[str, Target], position_weights: Tensor
                 ) -> tuple[Tensor, dict[str, Loss]]:
         """What tokens x (B, T) int64 add to the total loss, and the losses themselves. Only the total has gradients.
 
-        Losses without a target are not computed, and heads without a loss are not run.
+        position_weights: of each target, (losses,). Losses without a target are not computed, and heads without a
+        loss are not run.
         """
-        total, per_position, _ = self._compute(x, targets, position_weights)
+        of_losses = dict(zip(targets, position_weights.unbind(), strict=True))
+        total, per_position, _ = self._compute(x, targets, of_losses)
         losses = means_of(per_position, targets)
         return total, {name: Loss(loss.mean.detach(), loss.count) for name, loss in losses.items()}
 
@@ -315,7 +326,7 @@ class Objective(nn.Module):
         """(total, {loss: (B * T,)}, {head: its most likely tokens (B, T - head), of the heads `guessing`})."""
         heads = self._heads(x, targets, guessing)
         ntp = heads[0, 0].readout
-        rows = chunk_rows(ntp.features.shape[:2].numel(), len(ntp.weight), self.kernels is not None)
+        rows = chunk_rows(ntp.features.shape[:2].numel(), len(ntp.weight), self.kernels is not None, self.limits)
         through = self.kernels.per_position_losses if self.kernels else per_position_losses
         total, per_position, best = through(list(heads.values()), rows, position_weights, len(guessing) > 0)
         guesses = {head: tokens.view(x.shape)[:, head:] for (head, shift), tokens in zip(heads, best, strict=True)
@@ -328,14 +339,14 @@ def means_of(per_position: dict[str, Tensor], targets: dict[str, Target]) -> dic
     return {name: masked_mean(per_position[name], target.valid.flatten()) for name, target in targets.items()}
 
 
-def position_weights(weights: dict[str, float], counts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{loss: weight / count}: what each valid position adds to the total loss of an iteration.
+def position_weights(weights: Tensor, counts: Tensor) -> Tensor:
+    """weight / count of each loss, (losses,): what each valid position adds to the total loss of an iteration.
 
     counts: valid positions of each loss in the whole iteration. So the total, summed over micro-batches, is the
-    loss of one big batch, also where masks leave micro-batches unequal numbers of positions. Tensors, since
-    torch.compile would compile anew for every other number.
+    loss of one big batch, also where masks leave micro-batches unequal numbers of positions. A tensor, since
+    torch.compile would compile anew for every other number, and a device is not to wait for numbers of the host.
     """
-    return {name: weight / counts[name].clamp(min=1) for name, weight in weights.items()}
+    return weights / counts.clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -525,13 +525,17 @@ class Windows:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.T if self.examples is None else len(self.examples)
 
+    def spans(self, indices: Iterable[int]) -> np.ndarray:
+        """(len(indices), 2) int64: where the tokens of each of these windows begin and end in the file."""
+        j = np.fromiter(indices, dtype=np.int64)
+        return np.stack([j * self.T, j * self.T + self.T + 1], axis=1) if self.examples is None else self.examples[j]
+
     def rows(self, indices: Iterable[int]) -> tuple[torch.Tensor, ...]:
         """Inputs x and next tokens y of the windows `indices`, both (len(indices), T) int64.
 
         Where there is a mask, also which of y are tokens of answers, (len(indices), T) bool.
         """
-        T = self.T
-        spans = [(j * T, j * T + T + 1) if self.examples is None else self.examples[j] for j in indices]
+        T, spans = self.T, self.spans(indices).tolist()
         tokens = np.full((len(spans), T + 1), EOS, dtype=np.int64)
         answers = np.zeros((len(spans), T + 1), dtype=bool)
         for k, (begin, end) in enumerate(spans):
@@ -542,6 +546,49 @@ class Windows:
         return (x, y) if self.mask is None else (x, y, torch.from_numpy(answers[:, 1:].copy()))
 
 
+class Resident:
+    """A copy of a file's tokens, and of its mask, in the memory of a device, which gathers rows there.
+
+    machine: has the device and puts small tensors there (step.machine.Machine).
+    """
+
+    PIECE = 1 << 24  # tokens that are copied at a time: the host need not hold the whole file
+
+    def __init__(self, windows: Windows, machine):
+        self.machine = machine
+        self.tokens = self._copy(windows.tokens)
+        self.mask = None if windows.mask is None else self._copy(windows.mask)
+
+    @staticmethod
+    def size(windows: Windows) -> int:
+        """Bytes that a copy takes."""
+        per_token = windows.tokens[:1].itemsize + (windows.mask is not None)
+        return len(windows.tokens) * per_token
+
+    def _copy(self, values: "np.ndarray | Joined") -> torch.Tensor:
+        """Of as many bytes a number; tokens as signed numbers, which devices index faster or at all."""
+        signed = {1: np.uint8, 2: np.int16, 4: np.int32}[values[:1].itemsize]
+        copy = torch.empty(len(values), dtype=torch.from_numpy(np.empty(0, signed)).dtype, device=self.machine.device)
+        for begin in range(0, len(values), self.PIECE):
+            piece = np.array(values[begin : begin + self.PIECE]).view(signed)
+            copy[begin : begin + self.PIECE] = torch.from_numpy(piece)
+        return copy
+
+    def rows(self, windows: Windows, indices: Iterable[int]) -> tuple[torch.Tensor, ...]:
+        """windows.rows(indices), the same numbers, on the device."""
+        spans, = self.machine.put(torch.from_numpy(windows.spans(indices)))
+        place = spans[:, :1] + torch.arange(windows.T + 1, device=spans.device)  # (rows, T + 1)
+        inside = place < spans[:, 1:]
+        place = place.clamp(max=len(self.tokens) - 1)
+        unsigned = (1 << 8 * self.tokens.element_size()) - 1
+        tokens = torch.where(inside, self.tokens[place].long() & unsigned, EOS)
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if self.mask is None:
+            return x, y
+        answers = (self.mask[place] & ANSWER).bool() & inside
+        return x, y, answers[:, 1:].contiguous()
+
+
 class TrainBatches:
     """Every window once per epoch, in an order that depends only on (seed, epoch); each rank takes its share.
 
@@ -549,8 +596,11 @@ class TrainBatches:
     iteration does not depend on how many there are.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(self, windows: Windows, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+                 resident: Resident | None = None):
+        """resident: where rows are gathered, a copy of the windows' file on a device; None: from the file."""
         self.windows, self.batch_size, self.seed, self.rank, self.world = windows, batch_size, seed, rank, world
+        self.rows = windows.rows if resident is None else partial(resident.rows, windows)
         self._order = lru_cache(maxsize=2)(self._shuffle)  # a batch may straddle two epochs
 
     def _shuffle(self, epoch: int) -> np.ndarray:
@@ -560,7 +610,7 @@ class TrainBatches:
         """Micro-batch k of this rank: x, y, both (batch_size, T) int64, and answers where there is a mask."""
         first = (k * self.world + self.rank) * self.batch_size
         n = len(self.windows)
-        return self.windows.rows(self._order(s // n)[s % n] for s in range(first, first + self.batch_size))
+        return self.rows(self._order(s // n)[s % n] for s in range(first, first + self.batch_size))
 
 
 EVAL_BATCH = 32  # windows; fixed, so that all runs are evaluated on the same ones, whatever their batch_size

@@ -40,6 +40,7 @@ from losses import Objective, loss_weights, position_weights
 from model import Transformer
 from settings import Settings, check, shape_of
 from step import kernels
+from step.chunks import chunk_rows, limits_of
 from step.machine import Machine, StepPath, choose_path, find_machine, is_first, lost_a_process, note, out_of_memory
 from step.memory import check_memory
 from step.optimizer import clip_gradients, make_optimizer
@@ -53,7 +54,7 @@ from system.streams import tell
 from text.letters import Letters, Prefixes, token_texts
 from text.tokenizer import BOS, BYTE_VOCAB_SIZE, load_tokenizer, vocab_folder
 from text.tokenizer_json import TOKENIZER
-from tinystories import TrainBatches, Windows
+from tinystories import Resident, TrainBatches, Windows
 
 # ---------------------------------------------------------------------------------------------
 # settings and data
@@ -76,6 +77,7 @@ class Data(NamedTuple):
     """What a run reads."""
 
     train: Windows  # the rows of train.bin
+    resident: Resident | None  # its tokens in the device's memory, if there is room
     batches: TrainBatches  # of those rows
     bags: TrainBatches  # while tokens are in superposition: each row has max_seq_len bags instead of tokens
     validation: Validation
@@ -87,21 +89,23 @@ def load_data(s: Settings, machine: Machine) -> Data:
     """Errors: ValueError naming the file."""
     folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
 
-    def rows_and_batches(length: int) -> tuple[Windows, TrainBatches]:
-        rows = Windows(folder / "train.bin", s.vocab_size, length, s.train_fraction, s.pack)
-        return rows, TrainBatches(rows, s.batch_size, s.seed, machine.rank, machine.world)
+    def rows_of(length: int) -> Windows:
+        return Windows(folder / "train.bin", s.vocab_size, length, s.train_fraction, s.pack)
 
-    rows, batches = rows_and_batches(s.max_seq_len)
-    bags = batches
+    rows = rows_of(s.max_seq_len)
+    free = machine.free_bytes()
+    resident = Resident(rows, machine) if free and Resident.size(rows) <= free // 4 else None
+    batches = bags = TrainBatches(rows, s.batch_size, s.seed, machine.rank, machine.world, resident)
     if s.superposition > 1:
-        _, bags = rows_and_batches(s.max_seq_len * s.superposition)
+        rows_of_bags = rows_of(s.max_seq_len * s.superposition)
+        bags = TrainBatches(rows_of_bags, s.batch_size, s.seed, machine.rank, machine.world, resident)
     texts, bos = None, BOS
     is_text = (folder / "tokenizer.model").exists() or s.vocab_size == BYTE_VOCAB_SIZE
     if is_text and (folder / "tokenizer.bin").exists() or (folder / TOKENIZER).exists():
         tokenizer = load_tokenizer(folder, s.vocab_size)
         texts, bos = token_texts(tokenizer), tokenizer.bos
     validation_rows = Windows(folder / "val.bin", s.vocab_size, s.max_seq_len, pack=s.pack)
-    return Data(rows, batches, bags, load_validation(s, validation_rows, texts), texts, bos)
+    return Data(rows, resident, batches, bags, load_validation(s, validation_rows, texts), texts, bos)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,17 +121,27 @@ class Training:
     objective: Objective  # the model and its losses
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    wrapped: nn.Module | None = None  # the objective under DDP and torch.compile, once `wrap` has been called
-    losses: tuple[str, ...] = ()  # that it is wrapped for
+    # once `wrap` has been called
+    wrapped: nn.Module | None = None  # the objective under DDP and torch.compile
+    counted_targets: Callable | None = None  # the objective's
+    losses: tuple[str, ...] = ()  # that they are wrapped for
 
     @property
     def model(self) -> Transformer:
         return self.objective.model
 
+    @property
+    def logit_rows(self) -> int | None:
+        """How many rows of a micro-batch have their logits at the same time; None: all."""
+        return chunk_rows(self.s.batch_size * self.s.max_seq_len, self.s.vocab_size, self.path.fast,
+                          self.objective.limits)
+
     def wrap(self, losses: tuple[str, ...]) -> None:
         """Call again when losses or trainable parameters change: DDP and torch.compile inspect them only once."""
         self.losses = losses
-        self.wrapped = torch.compile(self.objective) if self.path.kind == "compiled" else self.objective
+        self.wrapped, self.counted_targets = self.objective, self.objective.counted_targets
+        if self.path.kind == "compiled":
+            self.wrapped, self.counted_targets = torch.compile(self.wrapped), torch.compile(self.counted_targets)
         if self.machine.world > 1:
             idle = self.objective.has_idle_heads(losses)  # parameters without a gradient, which DDP is to look for
             self.wrapped = DistributedDataParallel(self.wrapped, find_unused_parameters=idle)
@@ -165,6 +179,8 @@ def build(s: Settings, machine: Machine, texts: list[bytes] | None = None, check
         model.start_as_last_block(i for i in range(1, s.n_future_heads + 1)
                                   if any(name.startswith(f"future_heads.{i - 1}.") for name in fresh))
     objective.to(machine.device)
+    if free := machine.free_bytes():
+        objective.limits = limits_of(free, 1 + s.n_future_heads + (s.order_window > 0))
     if s.soft_weight:
         objective.refresh_neighbours()
     torch.manual_seed(s.seed + 1 + machine.rank)  # dropout: a stream of its own, whatever the weights drew
@@ -233,23 +249,21 @@ def training_step(run: Training, it: int, weights: dict[str, float], micro_batch
         note("compiling, about a minute")
 
     # targets, counted over the whole iteration: micro-batches and processes add up to one big batch
-    targets = [run.objective.targets(y, tuple(weights), *answers) for _, y, *answers in micro_batches]
-    counts = [sum(t[name].valid.sum() for t in targets) for name in weights]
-    stops = torch.full((), stop, dtype=torch.long, device=machine.device)
-    *counts, stops = machine.sum(torch.stack([*counts, stops]))  # one collective for all of them
-    counts, stopping = dict(zip(weights, counts, strict=True)), machine.read_later(stops)
+    counted = [run.counted_targets(y, tuple(weights), *answers) for _, y, *answers in micro_batches]
+    counts, stopping = machine.sum_and_ask(sum(of_micro for _, of_micro in counted), stop)  # (losses,)
+    of_position = position_weights(*machine.put(torch.tensor(list(weights.values()))), counts)
 
     # forward and backward
-    means = dict.fromkeys(weights, 0.0)
+    means = torch.zeros_like(of_position)
     for m, (x, *_) in enumerate(micro_batches):
+        targets, of_micro = counted[m]
         last = m == len(micro_batches) - 1
         with nullcontext() if last or machine.world == 1 else run.wrapped.no_sync():
             with run.path.autocast():
-                total, losses = run.wrapped(x, targets[m], position_weights(weights, counts))
+                total, losses = run.wrapped(x, targets, of_position)
             # DDP averages gradients over processes; positions are counted over all of them
             run.scaler.scale(total * machine.world).backward()
-        for name, loss in losses.items():
-            means[name] += loss.mean * (loss.count / counts[name].clamp(min=1))
+        means += torch.stack([loss.mean for loss in losses.values()]) * (of_micro / counts.clamp(min=1))
 
     # clip and update
     run.scaler.unscale_(run.optimizer)
@@ -257,7 +271,7 @@ def training_step(run: Training, it: int, weights: dict[str, float], micro_batch
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return Step(means, grad_norm, compiles, stopping)
+    return Step(dict(zip(losses, means.unbind(), strict=True)), grad_norm, compiles, stopping)
 
 
 def step_on_random_tokens(s: Settings, texts: list[bytes] | None = None) -> Callable[[float], None]:
@@ -313,14 +327,19 @@ def announce(run: Training, data: Data) -> None:
          f"tokens: {per_step:,} a step, {total:,} in {s.max_iters:,} steps: "
          f"{epochs:.2f} epochs of {len(train):,} rows in {train.path}\n"
          f"machine: {machine.world} x {machine.device}, {torch.get_num_threads()} threads; path: {run.path}")
+    if run.objective.limits:  # free memory has decided
+        at_a_time = f"{run.logit_rows:,} rows at a time" if run.logit_rows else "of all rows at once"
+        tell(f"{machine.device}: logits {at_a_time}; tokens {'copied there' if data.resident else 'on the host'}")
 
 
 def step_figures(run: Training, weights: dict[str, float], step: Step) -> dict:
-    """What the log says of a step. Waits for the device."""
-    s, norm = run.s, step.grad_norm.item()  # not finite where float16 overflows, and the scaler skips the step
+    """What the log says of a step. Waits for the device, once."""
+    s, machine = run.s, run.machine
+    means = machine.sum(torch.stack(list(step.means.values())))  # over processes
+    norm, *means = machine.read(torch.cat([step.grad_norm[None], means]))
+    losses = dict(zip(step.means, means, strict=True))
+    # the norm is not finite where float16 overflows, and the scaler skips the step
     line = {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None}
-    sums = run.machine.sum(torch.stack(list(step.means.values()))).tolist()  # over processes
-    losses = dict(zip(step.means, sums, strict=True))
     losses["total"] = sum(weights[name] * loss for name, loss in losses.items())
     line |= {f"train/{name}": loss for name, loss in losses.items()}
     weighted = [*losses_of(s)[1:], "superposition"] if s.superposition > 1 else losses_of(s)[1:]
@@ -334,8 +353,9 @@ def facts(run: Training, data: Data) -> dict:
         vocabulary = data.train.path.parent / "tokenizer.bin"
     targets = target_tokens(data.validation.batches)
     return run.machine.facts(run.path) | origin() | {
-        "parameters": run.model.parameter_counts()["trunk"], "train_tokens": len(data.train.tokens),
-        "val_tokens": len(targets), "val_crc32": f"{zlib.crc32(targets.numpy().tobytes()):08x}",
+        "parameters": run.model.parameter_counts()["trunk"], "logit_rows": run.logit_rows,
+        "train_tokens": len(data.train.tokens), "val_tokens": len(targets),
+        "val_crc32": f"{zlib.crc32(targets.numpy().tobytes()):08x}",
         "vocabulary_crc32": f"{zlib.crc32(vocabulary.read_bytes()):08x}" if vocabulary.exists() else None}
 
 
@@ -350,7 +370,7 @@ def check_finite(what: str, value: float | torch.Tensor, it: int, s: Settings) -
 # one run
 
 def next_batches(run: Training, data: Data, it: int, weights: dict[str, float]) -> list[tuple[Tensor, ...]]:
-    """The micro-batches of iteration `it`, on the device."""
+    """The micro-batches of iteration `it`, on the device, which still works on the step before while they are made."""
     s, rows = run.s, data.batches
     if "superposition" in weights:
         rows = data.bags
@@ -460,13 +480,14 @@ def train(s: Settings) -> int:
             run.objective.refresh_neighbours()
         step = training_step(run, it, weights, next_batches(run, data, it, weights), stop.signal > 0)
         logs = evaluates or it % s.log_interval == 0
-        if logs or step.compiled or stop.signal or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
+        if logs:
+            line |= step_figures(run, weights, step)
+        elif step.compiled or stop.signal or (it + 1) % s.eval_interval == 0 or it + 1 == s.max_iters:
             machine.synchronize()
         count(progress, last_shown, step, time.perf_counter() - began, tokens_per_step(s, machine, it))
 
         # log
         if logs:
-            line |= step_figures(run, weights, step)
             seconds, tokens = progress.seconds - last_shown.seconds, progress.tokens - last_shown.tokens
             line["tok_per_s"] = tokens / seconds if tokens else None  # None: nothing but a step that compiled
             check_finite("training loss", line["train/total"], it, s)

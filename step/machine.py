@@ -50,24 +50,44 @@ class Machine:
             dist.all_reduce(x)
         return x
 
-    def read_later(self, x: torch.Tensor) -> Callable[[], int]:
-        """A function that gives the number in x. Called a step later, it does not wait for the work queued since."""
+    def sum_and_ask(self, x: torch.Tensor, stop: bool) -> tuple[torch.Tensor, Callable[[], int]]:
+        """x (k,) int64 summed over all processes, and how many of them say `stop`: both in one collective.
+
+        The second is a function. Called a step later, it does not wait for the work queued since.
+        """
+        if self.world == 1:
+            return x, lambda: int(stop)
+        *_, stops = x = self.sum(torch.cat([x, x.new_full((1,), stop)]))
         if self.device.type != "cuda":
-            return x.item
-        copy, copied = x.to("cpu", non_blocking=True), torch.Event(self.device)
+            return x[:-1], stops.item
+        copy, copied = stops.to("cpu", non_blocking=True), torch.Event(self.device)
         copied.record()
 
         def read() -> int:
             copied.synchronize()  # so long ago that it is done
             return copy.item()
 
-        return read
+        return x[:-1], read
+
+    def read(self, x: torch.Tensor) -> list:
+        """The numbers in x. Waits for the device and all that it was given: a training step does so only to be logged.
+        """
+        return x.tolist()
 
     def memory_bytes(self) -> int | None:
         """Memory of the device; None where that is not known."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         return machine_bytes()  # mps shares it with the processor
+
+    def free_bytes(self) -> int | None:
+        """Free memory, the least that any process has; None where none is set aside for the device."""
+        if self.device.type != "cuda":
+            return None
+        free = torch.tensor(torch.cuda.mem_get_info(self.device)[0], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(free, dist.ReduceOp.MIN)
+        return free.item()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next counts its work."""
@@ -89,9 +109,9 @@ class Machine:
                 "dtype": str(path.dtype).removeprefix("torch."), "torch": torch.__version__}
 
     def put(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Copies on the device; from pinned memory and without waiting where that helps."""
+        """Copies on the device, unless they are there; from pinned memory and without waiting where that helps."""
         if self.device.type == "cuda":
-            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+            return [t if t.is_cuda else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [t.to(self.device) for t in tensors]
 
 

@@ -37,7 +37,9 @@ def total_of(objective, x, y, weights: dict[str, float], counts: dict | None = N
              ) -> tuple[torch.Tensor, dict]:
     """What a step's forward returns; counts: of the whole iteration, where x and y are a part of it."""
     targets = objective.targets(y, tuple(weights), answers)
-    return objective(x, targets, position_weights(weights, counts or valid_counts(targets)))
+    counts = counts or valid_counts(targets)
+    counts = torch.stack([counts[name] for name in weights])
+    return objective(x, targets, position_weights(torch.tensor(list(weights.values())), counts))
 
 
 def valid_counts(targets) -> dict[str, torch.Tensor]:

@@ -596,7 +596,8 @@ def test_compiled_step_learns_the_same(words, tmp_path):
     torch.compiler.reset()
     counters.clear()
     run(words(out_dir=tmp_path / "compiled", compile=True, **common))
-    assert counters["stats"]["unique_graphs"] == 2  # with the auxiliary losses, and without
+    assert counters["stats"]["unique_graphs"] == 4  # targets and step, with the auxiliary losses, and without
+    assert not counters["graph_break"]
     lines = log_lines(tmp_path / "compiled")
     assert [line["compile_seconds"] > before["compile_seconds"] for before, line in zip(lines, lines[1:])] == [
         step in (0, 4) for step in range(6)]  # of the step before the line
