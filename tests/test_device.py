@@ -104,7 +104,8 @@ def test_a_run_waits_once_for_each_line_and_once_for_each_evaluation(words, rows
     monkeypatch.setattr(train, "evaluate", marks("evaluate", train.evaluate, lambda *_: 6 * next(evaluations)))
     monkeypatch.setattr(Machine, "synchronize", lambda self: place[0].append("synchronize"))
     with noting(lambda name: place[0].append(name)):
-        run(words(path="plain", max_iters=12, eval_interval=6, eval_iters=2, log_interval=3, sample_tokens=0, **changes))
+        run(words(path="plain", max_iters=12, eval_interval=6, eval_iters=2, log_interval=3, sample_tokens=0,
+                  **changes))
     # synchronize: before an evaluation, so that seconds of training are not counted as its own. An evaluation's second
     # tolist is of what several processes add up; one process has that on the host
     assert during == {("evaluate", it): ["tolist", "tolist"] for it in (0, 6, 12)} | {
@@ -185,9 +186,9 @@ def test_whole_logits_fit_into_a_quarter_of_the_memory(heads):
 @pytest.mark.parametrize("rows,graphs,changes", [
     (16, 8, {"dtype": "bfloat16"}), (20, 10, {"consistency_direction": "js", "head": "shared"})])
 def test_chunks_are_compiled_once_for_all_heads_and_learn_the_same(rows, graphs, changes, monkeypatch):
-    """The graph breaks for the loop over chunks. Of a chunk's rows there is one graph for the NTP head, one for all others.
+    """The graph breaks for the loop over chunks. A chunk has one graph for the NTP head and one for all others.
 
-    Where rows do not divide into such chunks, another two for the last.
+    Where rows do not divide into such chunks, the last has another two.
     """
     from torch._dynamo.utils import counters
 
