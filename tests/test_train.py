@@ -199,7 +199,7 @@ def test_a_schedule_that_ends_is_logged_and_then_free(words, tmp_path, monkeypat
     asked = []
     forward = Objective.forward
     monkeypatch.setattr(Objective, "forward", lambda self, x, targets, weights: (
-        asked.append(tuple(weights)), forward(self, x, targets, weights))[1])
+        asked.append(tuple(targets)), forward(self, x, targets, weights))[1])
     run(words(**HEADS | {"consistency_weight": 0}, aux_schedule="linear", aux_end=0.5))
     assert [line["weight/nitp_1"] for line in log_lines(tmp_path / "out")[:-1]] == pytest.approx(
         [0.3, 0.225, 0.15, 0.075, 0, 0, 0, 0])
