@@ -22,8 +22,9 @@ its next token; z are the NTP head's logits and a_i those of future head i, all 
 
 Each loss is a mean over its own valid positions: row ends have no target i tokens further on,
 with mask_document_ends future targets never cross a document boundary, and in data with prompts and
-answers only tokens of answers are targets (`answers`, a mask beside y). Only validation NTP judges a
-run; the others are means to that end. Formulas, sources and costs: doc/objectives.md.
+answers only tokens of answers are targets (`answers`, a mask beside y). In training, losses of heads
+besides the NTP head may be means over a sample of positions, the first rows of a batch (`sample`). Only
+validation NTP judges a run; the others are means to that end. Formulas, sources and costs: doc/objectives.md.
 """
 
 import math
@@ -202,17 +203,21 @@ class Objective(nn.Module):
         self.soft_classes.copy_(classes)
         self.soft_shares.copy_(shares)
 
-    def targets(self, y: Tensor, names: tuple[str, ...], answers: Tensor | None = None) -> dict[str, Target]:
+    def targets(self, y: Tensor, names: tuple[str, ...], answers: Tensor | None = None, sample: int | None = None
+                ) -> dict[str, Target]:
         """{loss: its target}, from the next tokens y (B, T) alone; rows as `head_of` the loss has them.
 
         answers: (B, T) bool, which tokens of y are targets; None: all.
+        sample: losses of heads besides the NTP head have targets (sample, T), of the first rows of y; None: of all.
         """
-        T, targets = y.shape[1], {}
+        T, targets, whole = y.shape[1], {}, (y, answers)
+        part = y[:sample], None if answers is None else answers[:sample]
         if any(name.startswith("spelling") for name in names):
-            letters, known = self.letters.ahead(y, self.n_letters, self.bos, answers)
+            letters, known = self.letters.ahead(part[0], self.n_letters, self.bos, part[1])
         for name in names:
             kind, i = parse_name(name)
-            _, shift = self.head_of(name)
+            head, shift = self.head_of(name)
+            y, answers = whole if head == 0 else part
             if kind in ("ntp", "nitp", "soft", "prefix", "consistency", "kl"):
                 valid = valid_positions(y, i, self.bos, answers)
             if kind == "ntp":
@@ -237,10 +242,10 @@ class Objective(nn.Module):
                 targets[name] = next_bag(y, self.bag, answers)
         return targets
 
-    def counted_targets(self, y: Tensor, names: tuple[str, ...], answers: Tensor | None = None
-                        ) -> tuple[dict[str, Target], Tensor]:
+    def counted_targets(self, y: Tensor, names: tuple[str, ...], answers: Tensor | None = None,
+                        sample: int | None = None) -> tuple[dict[str, Target], Tensor]:
         """`targets`, and how many positions of each are valid, (losses,) int64."""
-        targets = self.targets(y, names, answers)
+        targets = self.targets(y, names, answers, sample)
         return targets, torch.stack([target.valid.sum() for target in targets.values()])
 
     def head_of(self, name: str) -> tuple[int | str, int]:
@@ -269,7 +274,7 @@ class Objective(nn.Module):
         """What tokens x (B, T) int64 add to the total loss, and the losses themselves. Only the total has gradients.
 
         position_weights: of each target, (losses,). Losses without a target are not computed, and heads without a
-        loss are not run.
+        loss are not run. Where targets have fewer rows than x, heads besides the NTP head run on the first rows only.
         """
         of_losses = dict(zip(targets, position_weights.unbind(), strict=True))
         total, per_position, _ = self._compute(x, targets, of_losses)
@@ -310,7 +315,8 @@ class Objective(nn.Module):
             wanted.setdefault((i, i), {})
         tokens = x.unflatten(1, (-1, self.bag)) if "superposition" in targets else x
         names = {head.partition("_")[0] if isinstance(head, str) else head for head, _ in wanted}
-        readouts = self.model.readouts(tokens, self.model.trunk(tokens), sorted(names, key=str))
+        rows = min((len(target.valid) for target in targets.values()), default=len(x))
+        readouts = self.model.readouts(tokens, self.model.trunk(tokens), sorted(names, key=str), rows=rows)
         heads = {}
         for (head, shift), of_head in wanted.items():
             if isinstance(head, str) and head.startswith("spelling"):  # one matrix for the classes of all letters

@@ -490,15 +490,19 @@ class Transformer(nn.Module):
             before, h = h, layer(h, *places)
         return States(h, before)
 
-    def readouts(self, tokens: Tensor, states: States, heads: Iterable[int | str], cache: KVCache | None = None
-                 ) -> dict[int | str, Readout]:
+    def readouts(self, tokens: Tensor, states: States, heads: Iterable[int | str], cache: KVCache | None = None,
+                 rows: int | None = None) -> dict[int | str, Readout]:
         """{head: its readout of the trunk's states}: 0 is the NTP head, i = 1..n_future_heads looks i tokens further.
 
         "spelling" is that of the letters, its weight (spelling_letters * alphabet_size, D); "order" that
-        of the order of tokens. tokens (B, T) are those of the states. A cache is that of the heads' blocks.
+        of the order of tokens. tokens (B, T) are those of the states. A cache is that of the heads' blocks. rows: heads
+        other than the NTP head read only the first rows of the batch, and have as many; None: all.
         """
         ntp = Readout(self.norm(states.last), self.output.weight)  # normed once, for all heads that read it
         found, state = {0: ntp}, None
+        if rows is not None and rows < len(tokens):
+            tokens, states = tokens[:rows], States(*(h[:rows] for h in states))
+            ntp = ntp._replace(features=ntp.features[:rows])
         part, power = self.args.aux_grad_scale, self.args.aux_grad_power
         views = {}
         for i in range(1, 1 + max(i for i in (0, *heads) if isinstance(i, int))):

@@ -7,6 +7,7 @@ differ in Heads and Looking, and so on. `names_of` gives a section's settings to
 not import torch, so that compare.py starts in a second; what a setting does is in model.py, losses.py and train.py.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -125,6 +126,7 @@ class Looking:
     head_decay: FractionAbove0 = 1.0  # head i's weights are those above times head_decay^(i-1)
     head_weights: str = ""  # "1,0.5,0.25": a factor for each head instead, head 1's first
     head_init: Literal["random", "last_block"] = "random"  # last_block: blocks of heads copy the trunk's last
+    aux_positions: FractionAbove0 = 1.0  # share of a micro-batch's rows, the first ones, on which further heads learn
     aux_grad_scale: Fraction = 1.0  # the part of each further head's gradient that reaches the trunk
     aux_grad_power: bool = False  # head i's part is that to the power of i
     freeze_trunk_iters: Annotated[int, Range(-1, 10**9)] = 0  # iterations in which only heads learn; -1: all
@@ -207,6 +209,10 @@ class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  #
                              "for each of n_future_heads, with commas between them")
         return factors[i - 1]
 
+    def aux_rows(self) -> int:
+        """The rows of a micro-batch on which heads besides the NTP head learn."""
+        return max(1, math.ceil(round(self.aux_positions * self.batch_size, 6)))  # 0.07 * 100 is a little above 7
+
 
 def names_of(*sections: type) -> set[str]:
     """The settings of these sections: names_of(Shape, Heads)."""
@@ -230,6 +236,9 @@ def check(s: Settings) -> None:
             raise ValueError(f"{weight}={getattr(s, weight)}: needs a head for it, found {needed}=0")
     if s.n_future_heads >= s.max_seq_len:
         raise ValueError(f"n_future_heads={s.n_future_heads}: expected less than max_seq_len={s.max_seq_len}")
+    if s.aux_positions < 1.0 and s.aux_rows() == s.batch_size:
+        raise ValueError(f"aux_positions={s.aux_positions}: these are all rows of a batch_size={s.batch_size}; "
+                         f"expected at most {(s.batch_size - 1) / s.batch_size:g}, or a larger batch_size")
     if s.aux_start >= s.aux_end:
         raise ValueError(f"aux_start={s.aux_start}: expected less than aux_end={s.aux_end}")
     if s.min_lr > s.learning_rate:

@@ -84,7 +84,10 @@ class Target(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head and the targets of its losses. The first head of a list is the NTP head, with shift 0: the teacher."""
+    """A head and the targets of its losses. The first head of a list is the NTP head, with shift 0: the teacher.
+
+    Other heads may have fewer rows than the NTP head: its first ones, as many as their features have.
+    """
 
     readout: NamedTuple  # .features (B, T, D), .weight (V, D)
     shift: int  # the row of target token u is predicted from the features at u - shift
@@ -178,16 +181,19 @@ class InChunks(torch.autograd.Function):
         for k, head in enumerate(heads):  # row u holds the features at u - shift, so that all chunks are of one shape
             rounded[2 * k] = F.pad(rounded[2 * k], (0, 0, head.shift, 0))
         for start in range(0, N, rows):
-            chunk = slice(start, min(start + rows, N))
             for k, head in enumerate(heads):
+                chunk = slice(start, min(start + rows, len(tensors[2 * k])))
+                if chunk.stop <= start:
+                    continue
                 targets = [target.of_rows(chunk) for target in head.targets.values()]
                 weights = [position_weights.get(name) for name in head.targets]
                 wanted = learns[2 * k : 2 * k + 2]
                 with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(any(wanted)):
                     features = rounded[2 * k][chunk].detach().requires_grad_(wanted[0])
                     weight = rounded[2 * k + 1].detach().requires_grad_(wanted[1])
+                    teacher = None if k == 0 else log_p[: len(features)]
                     teaches = k == 0 and len(heads) > 1
-                    found = of_rows(targets, weights, features, weight, log_p, teaches, best[k] is not None)
+                    found = of_rows(targets, weights, features, weight, teacher, teaches, best[k] is not None)
                     leaves = [leaf for leaf in (features, weight) if leaf.requires_grad]
                     of_leaves = []
                     if found.total.requires_grad:  # else no loss of this head has a weight
@@ -216,18 +222,19 @@ class InChunks(torch.autograd.Function):
 @torch._disable_dynamo  # a loop over chunks would be unrolled; torch.compiler.disable takes 1.5 s to import
 def in_chunks(heads: list[Head], rows: int, position_weights: dict[str, Tensor], guess: bool, tensors: list[Tensor],
               compiled: bool) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
-    N, device = len(tensors[0]), tensors[0].device
-    losses = {name: torch.zeros(N, device=device) for head in heads for name in head.targets}
-    best = [torch.zeros(N, dtype=torch.long, device=device) if guess else None for _ in heads]
+    device = tensors[0].device
+    losses = {name: torch.zeros(len(target.valid), device=device)
+              for head in heads for name, target in head.targets.items()}
+    best = [torch.zeros(len(features), dtype=torch.long, device=device) if guess else None for features in tensors[::2]]
     of_rows = compiled_losses_of_rows() if compiled else losses_of_rows
     return InChunks.apply(of_rows, heads, rows, position_weights, losses, best, *tensors), losses, best
 
 
 def at_once(heads: list[Head], position_weights: dict[str, Tensor], guess: bool, tensors: list[Tensor]
             ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
-    N, total, losses, best, log_p = len(tensors[0]), torch.zeros((), device=tensors[0].device), {}, [], None
+    total, losses, best, log_p = torch.zeros((), device=tensors[0].device), {}, [], None
     for k, head in enumerate(heads):
-        inputs, rows = rows_of(head.shift, 0, N)
+        inputs, rows = rows_of(head.shift, 0, len(tensors[2 * k]))
         teacher = None if k == 0 else log_p[rows]
         found = losses_of_rows([target.of_rows(rows) for target in head.targets.values()],
                                [position_weights.get(name) for name in head.targets],

@@ -405,21 +405,22 @@ class HeadLosses(Function):
         to_weights = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, learns, strict=True)]
         teaches = any(head.taught is not None for head in heads)
         entropies = [torch.zeros(head.classes.shape) for head in heads]
-        divergences, log_sums, bests = torch.zeros(3, len(heads), N)
+        divergences, log_sums, bests = ([torch.zeros(len(f)) for f in features] for _ in range(3))
         for start in range(0, N, rows):
-            end, z = min(start + rows, N), None
+            z = None
             for k, head in enumerate(heads):
-                inputs, part = rows_of(head.shift, start, end)
-                if part.start == end:
+                inputs, part = rows_of(head.shift, start, min(start + rows, len(features[k])))
+                if part.start == part.stop:
                     continue
                 logits = F.linear(features[k][inputs], rounded[k])
                 teacher, taught = None, None
                 if head.taught is not None:
-                    teacher, taught = (z[part.start - start :], log_sums[0, part]), head.taught[part]
+                    teacher = z[part.start - start : part.stop - start], log_sums[0][part]
+                    taught = head.taught[part]
                 gradient = None if not learns[k] else torch.empty_like(logits) if k == 0 and teaches else logits
-                best = bests[k, part] if guess else None
+                best = bests[k][part] if guess else None
                 head_losses(logits, head.classes[part], head.weights[part], gradient, teacher, taught,
-                            head.teacher_weight, (entropies[k][part], divergences[k, part], log_sums[k, part], best))
+                            head.teacher_weight, (entropies[k][part], divergences[k][part], log_sums[k][part], best))
                 z = logits if k == 0 else z
                 if learns[k]:
                     torch.mm(gradient, rounded[k], out=to_features[k][inputs])
@@ -483,7 +484,7 @@ def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str
     in_c = {name for name, kind in divergences.items() if kind == PLAIN_KL}
     features = [head.readout.features.flatten(0, 1) for head in heads]
     N = len(features[0])
-    packed = [pack(head, in_c, weights, N) for head in heads]
+    packed = [pack(head, in_c, weights, len(f)) for head, f in zip(heads, features, strict=True)]
     tensors = [t for f, head in zip(features, heads, strict=True) for t in (f, head.readout.weight)]
     with torch.autocast("cpu", enabled=False):
         total, *results = HeadLosses.apply(packed, rows, guess, torch.is_grad_enabled(), *tensors)

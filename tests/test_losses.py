@@ -67,9 +67,10 @@ class Table(torch.nn.Module):
     def trunk(self, x):
         return x
 
-    def readouts(self, x, h, heads):
+    def readouts(self, x, h, heads, rows):
         self.read.update(heads)
         logits = {i: self.others[i] if isinstance(i, str) else self.tables[0 if self.shared_head else i] for i in heads}
+        logits = {i: t if i == 0 else t[:rows] for i, t in logits.items()}
         return {i: Readout(t, torch.eye(t.shape[-1], dtype=t.dtype)) for i, t in logits.items()}
 
 
@@ -681,8 +682,9 @@ class SimpleRows(torch.nn.Module):
     def trunk(self, x):
         return x
 
-    def readouts(self, x, h, heads):
-        return {i: Readout(r.features[self.rows], r.weight) for i, r in self.table.readouts(x, h, heads).items()}
+    def readouts(self, x, h, heads, rows):
+        whole = self.table.readouts(x, h, heads, None)
+        return {i: Readout(r.features[self.rows][: None if i == 0 else rows], r.weight) for i, r in whole.items()}
 
 
 # ---------------------------------------------------------------------------------------------
