@@ -381,6 +381,7 @@ class Packed(NamedTuple):
     weights: Tensor  # (N, K), what each adds to the total
     taught: Tensor | None  # (N,) bool, where the divergence from the first head counts
     teacher_weight: float  # what it adds to the total
+    matrix: int  # which of HeadLosses' weights is the head's: several may read one
 
 
 class HeadLosses(Function):
@@ -390,45 +391,50 @@ class HeadLosses(Function):
     head's logits, from the features at u - i, and one teacher for all, the NTP logits: each head's are
     formed once, whatever losses they have, and their gradients, weighted, are ready when the chunk is done.
 
-    tensors: features (N, D), weight (V, D) of each head in turn. graph: backward may be called. Returns the total,
-    which has gradients, and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
+    tensors: features (N, D) of each head, then the weights (V, D), each once. graph: backward may be called. Returns
+    the total, which has gradients, and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
     """
 
     @staticmethod
     def forward(ctx, heads: list[Packed], rows: int, guess: bool, graph: bool, *tensors):
-        features, weights = tensors[0::2], tensors[1::2]
+        features, weights, wanted = tensors[: len(heads)], tensors[len(heads) :], ctx.needs_input_grad[4:]
         # without a graph needs_input_grad still says which tensors are parameters
-        learns = [graph and any(ctx.needs_input_grad[k : k + 2]) for k in range(4, 4 + len(tensors), 2)]
+        learns = [graph and (wanted[k] or wanted[len(heads) + head.matrix]) for k, head in enumerate(heads)]
+        learnt = {head.matrix for k, head in enumerate(heads) if learns[k]}
         N = len(features[0])
-        rounded = [w.to(f.dtype) for f, w in zip(features, weights, strict=True)]
-        to_features = [torch.zeros_like(f) if wanted else None for f, wanted in zip(features, learns, strict=True)]
-        to_weights = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, learns, strict=True)]
+        rounded = [w.to(features[0].dtype) for w in weights]
+        to_features = [torch.zeros_like(f) if learns[k] else None for k, f in enumerate(features)]
+        to_weights = [torch.zeros_like(w) if j in learnt else None for j, w in enumerate(weights)]
+        # One place for each head's logits and gradient in turn; where the NTP head teaches, its logits have their own.
         teaches = any(head.taught is not None for head in heads)
+        places = rounded[0].new_empty(1 + teaches, min(rows, N) * max(map(len, weights)))
         entropies = [torch.zeros(head.classes.shape) for head in heads]
         divergences, log_sums, bests = ([torch.zeros(len(f)) for f in features] for _ in range(3))
         for start in range(0, N, rows):
-            z = None
             for k, head in enumerate(heads):
                 inputs, part = rows_of(head.shift, start, min(start + rows, len(features[k])))
                 if part.start == part.stop:
                     continue
-                logits = F.linear(features[k][inputs], rounded[k])
+                weight, to_weight = rounded[head.matrix], to_weights[head.matrix]
+                V, first, last = len(weight), part.start - start, part.stop - start
+                gradient = places[0, : (last - first) * V].view(-1, V)
+                logits = places[-1, : last * V].view(-1, V) if k == 0 else gradient
+                torch.mm(features[k][inputs], weight.T, out=logits)
                 teacher, taught = None, None
                 if head.taught is not None:
-                    teacher = z[part.start - start : part.stop - start], log_sums[0][part]
+                    teacher = places[-1, first * V : last * V].view(-1, V), log_sums[0][part]
                     taught = head.taught[part]
-                gradient = None if not learns[k] else torch.empty_like(logits) if k == 0 and teaches else logits
                 best = bests[k][part] if guess else None
-                head_losses(logits, head.classes[part], head.weights[part], gradient, teacher, taught,
-                            head.teacher_weight, (entropies[k][part], divergences[k][part], log_sums[k][part], best))
-                z = logits if k == 0 else z
+                head_losses(logits, head.classes[part], head.weights[part], gradient if learns[k] else None, teacher,
+                            taught, head.teacher_weight,
+                            (entropies[k][part], divergences[k][part], log_sums[k][part], best))
                 if learns[k]:
-                    torch.mm(gradient, rounded[k], out=to_features[k][inputs])
-                    if weights[k].dtype == gradient.dtype:
-                        to_weights[k].addmm_(gradient.T, features[k][inputs])
+                    torch.mm(gradient, weight, out=to_features[k][inputs])
+                    if to_weight.dtype == gradient.dtype:
+                        to_weight.addmm_(gradient.T, features[k][inputs])
                     else:
-                        to_weights[k] += gradient.T @ features[k][inputs]
-        ctx.save_for_backward(*(t for pair in zip(to_features, to_weights, strict=True) for t in pair))
+                        to_weight += gradient.T @ features[k][inputs]
+        ctx.save_for_backward(*to_features, *to_weights)
         total = torch.zeros(())
         for head, entropy, divergence in zip(heads, entropies, divergences, strict=True):
             total += torch.where(head.weights > 0.0, head.weights * entropy, 0.0).sum()
@@ -444,8 +450,9 @@ class HeadLosses(Function):
         return None, None, None, None, *(t if t is None else t.mul_(gradient) for t in ctx.saved_tensors)
 
 
-def pack(head: Head, in_c: set[str], position_weights: dict[str, float], N: int) -> Packed:
-    """A head's targets for C; in_c: those of its divergences that C computes."""
+def pack(head: Head, in_c: set[str], position_weights: dict[str, float], matrices: list[int]) -> Packed:
+    """A head's targets for C; in_c: those of its divergences that C computes; matrices: ids of the weights."""
+    N = head.readout.features.shape[:2].numel()
     classes, weights = [torch.zeros(N, 0, dtype=torch.long)], [torch.zeros(N, 0)]
     for name, target in head.targets.items():
         if target.classes is not None:
@@ -455,7 +462,7 @@ def pack(head: Head, in_c: set[str], position_weights: dict[str, float], N: int)
     taught = [name for name in head.targets if name in in_c]  # consistency and kl: one mask, one divergence
     return Packed(head.shift, torch.cat(classes, 1), torch.cat(weights, 1),
                   head.targets[taught[0]].valid if taught else None,
-                  sum(position_weights.get(name, 0.0) for name in taught))
+                  sum(position_weights.get(name, 0.0) for name in taught), matrices.index(id(head.readout.weight)))
 
 
 def unpack(head: Head, in_c: set[str], entropy: Tensor, divergence: Tensor) -> dict[str, Tensor]:
@@ -484,10 +491,10 @@ def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str
     in_c = {name for name, kind in divergences.items() if kind == PLAIN_KL}
     features = [head.readout.features.flatten(0, 1) for head in heads]
     N = len(features[0])
-    packed = [pack(head, in_c, weights, len(f)) for head, f in zip(heads, features, strict=True)]
-    tensors = [t for f, head in zip(features, heads, strict=True) for t in (f, head.readout.weight)]
+    matrices = {id(head.readout.weight): head.readout.weight for head in heads}
+    packed = [pack(head, in_c, weights, list(matrices)) for head in heads]
     with torch.autocast("cpu", enabled=False):
-        total, *results = HeadLosses.apply(packed, rows, guess, torch.is_grad_enabled(), *tensors)
+        total, *results = HeadLosses.apply(packed, rows, guess, torch.is_grad_enabled(), *features, *matrices.values())
     losses = {}
     for k, head in enumerate(heads):
         losses |= unpack(head, in_c, *results[3 * k : 3 * k + 2])
