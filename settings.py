@@ -237,8 +237,8 @@ def check(s: Settings) -> None:
     if s.n_future_heads >= s.max_seq_len:
         raise ValueError(f"n_future_heads={s.n_future_heads}: expected less than max_seq_len={s.max_seq_len}")
     if s.aux_positions < 1.0 and s.aux_rows() == s.batch_size:
-        raise ValueError(f"aux_positions={s.aux_positions}: these are all rows of a batch_size={s.batch_size}; "
-                         f"expected at most {(s.batch_size - 1) / s.batch_size:g}, or a larger batch_size")
+        raise ValueError(f"aux_positions={s.aux_positions}: in whole rows, rounded up, this is all of batch_size="
+                         f"{s.batch_size}; expected a smaller share, a larger batch_size, or 1")
     if s.aux_start >= s.aux_end:
         raise ValueError(f"aux_start={s.aux_start}: expected less than aux_end={s.aux_end}")
     if s.min_lr > s.learning_rate:

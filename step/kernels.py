@@ -391,8 +391,9 @@ class HeadLosses(Function):
     head's logits, from the features at u - i, and one teacher for all, the NTP logits: each head's are
     formed once, whatever losses they have, and their gradients, weighted, are ready when the chunk is done.
 
-    tensors: features (N, D) of each head, then the weights (V, D), each once. graph: backward may be called. Returns
-    the total, which has gradients, and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
+    tensors: features (N, D) of each head, then the weights (V, D), each once. graph: backward may be called.
+    Returns the total, which has gradients, and of each head cross-entropies (N, K), divergence (N,) and best
+    class (N,) or None.
     """
 
     @staticmethod

@@ -9,7 +9,7 @@ from conftest import ROOT
 import losses
 from configurator import configure
 from losses import Objective, all_losses, heads_in_curriculum, loss_weights, position_weights, schedule, valid_positions
-from model import ModelArgs, Readout, Transformer
+from model import FUTURE_HEADS, ModelArgs, Readout, Transformer
 from settings import Settings, check
 from step import chunks, kernels
 from text.letters import ALPHABETS, Letters, Prefixes, alphabet_size
@@ -33,10 +33,10 @@ def objective_of(request, monkeypatch):
     return make
 
 
-def total_of(objective, x, y, weights: dict[str, float], counts: dict | None = None, answers=None
+def total_of(objective, x, y, weights: dict[str, float], counts: dict | None = None, answers=None, sample=None
              ) -> tuple[torch.Tensor, dict]:
     """What a step's forward returns; counts: of the whole iteration, where x and y are a part of it."""
-    targets = objective.targets(y, tuple(weights), answers)
+    targets = objective.targets(y, tuple(weights), answers, sample)
     counts = counts or valid_counts(targets)
     counts = torch.stack([counts[name] for name in weights])
     return objective(x, targets, position_weights(torch.tensor(list(weights.values())), counts))
@@ -46,9 +46,9 @@ def valid_counts(targets) -> dict[str, torch.Tensor]:
     return {name: target.valid.sum() for name, target in targets.items()}
 
 
-def learn(objective, x, y, weights: dict[str, float], answers=None) -> dict:
+def learn(objective, x, y, weights: dict[str, float], answers=None, sample=None) -> dict:
     """One step's gradients and losses."""
-    total, found = total_of(objective, x, y, weights, answers=answers)
+    total, found = total_of(objective, x, y, weights, answers=answers, sample=sample)
     total.backward()
     assert total.item() == pytest.approx(sum(weights[name] * loss.mean.item() for name, loss in found.items()))
     return found
@@ -83,8 +83,11 @@ def random_case(n: int, boundaries: bool, B=3, T=9, V=7, seed=0):
     return x[:, :-1], x[:, 1:], logits
 
 
-def slow_losses(x, y, tables, n: int, masked: bool) -> dict:
-    """Straight from the definitions, one position and one token at a time; {name: (mean, count)}."""
+def slow_losses(x, y, tables, n: int, masked: bool, sample: int | None = None) -> dict:
+    """Straight from the definitions, one position and one token at a time; {name: (mean, count)}.
+
+    sample: the rows on which future heads have losses; None: all.
+    """
     B, T = x.shape
 
     def log_softmax(v):
@@ -97,7 +100,7 @@ def slow_losses(x, y, tables, n: int, masked: bool) -> dict:
     for b in range(B):
         for t in range(T):
             terms["ntp"].append(-log_softmax(tables[0][b, t])[y[b, t]])
-            for i in range(1, n + 1):
+            for i in range(1, n + 1 if b in range(B)[:sample] else 1):
                 if t + i >= T or (masked and not target_in_same_document(b, t, i)):
                     continue
                 log_q = log_softmax(tables[i][b, t])
@@ -109,16 +112,16 @@ def slow_losses(x, y, tables, n: int, masked: bool) -> dict:
 
 
 @pytest.mark.parametrize("boundaries,masked", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_losses_and_gradients_equal_the_slow_reference(n, boundaries, masked, objective_of):
+@pytest.mark.parametrize("n,sample", [(1, None), (2, None), (3, None), (4, None), (1, 2), (4, 1)])
+def test_losses_and_gradients_equal_the_slow_reference(n, sample, boundaries, masked, objective_of):
     x, y, logits = random_case(n, boundaries, seed=n)
     weights = {name: 0.3 + 0.1 * k for k, name in enumerate(all_losses(n))}  # all different: a swap shows
 
     fast = objective_of(logits, bos=BOS if masked else None)
-    got = learn(fast, x, y, weights)
+    got = learn(fast, x, y, weights, sample=sample)
 
     slow = [t.clone().requires_grad_() for t in logits]
-    want = slow_losses(x, y, slow, n, masked)
+    want = slow_losses(x, y, slow, n, masked, sample)
     sum(weights[name] * mean for name, (mean, _) in want.items()).backward()
 
     assert list(got) == list(all_losses(n)) == list(fast.evaluate(x, y, all_losses(n))[0])[: 2 * n + 1]
@@ -138,12 +141,12 @@ BEGIN_WITH = {4: 2, 5: 6, 6: 3, 7: 4}  # the longest token that each of them beg
 
 
 def agrees(objective, x, y, weights: dict[str, float], slow: list[torch.Tensor], want: dict[str, list],
-           answers=None) -> None:
+           answers=None, sample=None) -> None:
     """Losses and gradients of `objective` are those of the terms `want`, {loss: [a scalar for each valid position]}.
 
     slow: copies of the objective's parameters, of which the terms are made.
     """
-    got = learn(objective, x, y, weights, answers)
+    got = learn(objective, x, y, weights, answers, sample)
     sum(weights[name] * sum(terms) / len(terms) for name, terms in want.items()).backward()
     for name, terms in want.items():
         assert got[name].count.item() == len(terms), name
@@ -381,9 +384,12 @@ def test_superposition_asks_for_the_next_bag(s, objective_of):
 
 
 @pytest.mark.parametrize("kind", ["own heads", "same teacher", "shared head"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_only_tokens_of_answers_are_targets(masked, kind, objective_of):
-    """Every loss, by a slow mask: a term is left out, or a share of it, where its target is no token of an answer."""
+@pytest.mark.parametrize("masked,sample", [(False, None), (True, None), (True, 2)])
+def test_only_tokens_of_answers_are_targets(masked, sample, kind, objective_of):
+    """Every loss, by a slow mask: a term is left out, or a share of it, where its target is no token of an answer.
+
+    With a sample only losses on the NTP head's own logits have terms outside of it.
+    """
     x, y, logits = random_case(2, True, B=4, V=8, seed=9)
     answers = torch.rand(4, 9, generator=torch.Generator().manual_seed(9)) < 0.5
     answers[2], answers[3] = False, True  # a row without an answer, and one that is nothing else
@@ -401,6 +407,7 @@ def test_only_tokens_of_answers_are_targets(masked, kind, objective_of):
     heads = [slow[0]] * 3 if shared else slow[:3]
     want = {name: [] for name in all_losses(2, m, order=True, soft=True, prefix=True)}
     for b in range(4):
+        sampled = b in range(4)[:sample]
         for t in range(9):
             log_q = slow[0][b, t].log_softmax(0)
             if is_answer[b][t]:
@@ -413,8 +420,12 @@ def test_only_tokens_of_answers_are_targets(masked, kind, objective_of):
                 if t + i < 9 and is_answer[b][t + i] and not (masked and BOS in y[b, t : t + i].tolist()):
                     log_q = heads[i][b, t].log_softmax(0)
                     teacher = slow[0][b, t if kind == "same teacher" else t + i].detach().log_softmax(0)
-                    want[f"nitp_{i}"].append(-log_q[y[b, t + i]])
-                    want[f"consistency_{i}"].append((teacher.exp() * (teacher - log_q)).sum())
+                    if sampled or shared:
+                        want[f"nitp_{i}"].append(-log_q[y[b, t + i]])
+                    if sampled:
+                        want[f"consistency_{i}"].append((teacher.exp() * (teacher - log_q)).sum())
+            if not sampled:
+                continue
             nearest, text = {}, []  # token: distance; (letter, is it of an answer?)
             for d, token in enumerate(y[b, t : t + window].tolist()):
                 if is_answer[b][t + d]:
@@ -432,10 +443,11 @@ def test_only_tokens_of_answers_are_targets(masked, kind, objective_of):
                     target = 1 if letter == "\0" else known + 2 if known >= 0 else 0
                     want[f"spelling_{j + 1}"].append(-slow[-1][b, t, j * size : (j + 1) * size].log_softmax(0)[target])
     weights = {name: 0.3 + 0.1 * k for k, name in enumerate(want)}
-    agrees(objective, x, y, weights, slow, want, answers)
+    agrees(objective, x, y, weights, slow, want, answers, sample)
     got = objective.evaluate(x, y, ("ntp",), 2, answers)[0]
     assert got["ntp"].count == got["acc_0"].count == len(want["ntp"])
-    assert got["kl_2"].count == got["agree_2"].count == len(want["nitp_2"])
+    if sample is None:
+        assert got["kl_2"].count == got["agree_2"].count == len(want["nitp_2"])
 
 
 def test_a_bag_is_shared_by_its_tokens_of_answers(objective_of):
@@ -624,6 +636,42 @@ def test_micro_batches_add_up_to_the_whole_batch(objective_of):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("with_kernels", [None, kernels])
+@pytest.mark.parametrize("head", FUTURE_HEADS)
+def test_a_sample_of_rows_is_unbiased(head, with_kernels, monkeypatch):
+    """The mean gradient over all samples of one row is that of all rows, of which each has as many targets."""
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=50, n_future_heads=2,
+                                  head=head, order_window=3))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() < 2 else 0.0, 0.2)
+    monkeypatch.setattr(losses, "chunk_rows", lambda *_: 13 if with_kernels else None)
+    objective = Objective(model, None, with_kernels, order_window=3)
+    x, y = torch.randint(0, 50, (2, 4, 10))
+    weights = {name: 0.5 + 0.3 * k for k, name in enumerate(all_losses(2, order=True))}
+
+    def gradients(x, y, sample) -> torch.Tensor:
+        model.zero_grad()
+        learn(objective, x, y, weights, sample=sample)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole = gradients(x, y, None)
+    sampled = torch.stack([gradients(x.roll(r, 0), y.roll(r, 0), 1) for r in range(4)])
+    assert ((sampled - whole).norm(dim=1) > 0.02 * whole.norm()).all()  # each is of other positions
+    torch.testing.assert_close(sampled.mean(0), whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    assert torch.equal(gradients(x, y, 4), whole)
+
+
+def test_heads_run_on_the_sample_only():
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=50, n_future_heads=1,
+                                  head="residual"))
+    seen = []
+    model.future_heads[0].residual.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    x, y = torch.randint(0, 50, (2, 4, 10))
+    found = learn(Objective(model), x, y, {"ntp": 1.0, "nitp_1": 0.1}, sample=3)
+    assert seen == [3] and found["nitp_1"].count == 27 and found["ntp"].count == 40
+
+
 @pytest.mark.parametrize("name", all_losses(2))
 def test_chunks_equal_the_whole_with_a_real_model(name, monkeypatch):
     """Gradients of trunk and heads, through unembeddings that are tied and shared by several losses."""
@@ -713,6 +761,16 @@ def test_each_head_may_have_a_weight_of_its_own():
     for wrong in ("1", "1,0.5,0.25", "1,x", "1,-1", "1,nan", "1,inf", "0,0", ",", "1;2"):
         with pytest.raises(ValueError, match="head_weights=.*: expected 2 numbers >= 0"):
             check(settings(head_decay=1.0, head_weights=wrong))
+
+
+def test_a_sample_is_whole_rows_and_fewer_than_all():
+    for share, batch, rows in ((1.0, 5, 5), (0.25, 16, 4), (0.07, 100, 7), (0.01, 8, 1), (0.3, 8, 3)):
+        s = settings(aux_positions=share, batch_size=batch)
+        check(s)
+        assert s.aux_rows() == rows
+    for share, batch in ((0.5, 1), (0.9, 8)):
+        with pytest.raises(ValueError, match=f"aux_positions={share}: .*all of batch_size={batch}"):
+            check(settings(aux_positions=share, batch_size=batch))
 
 
 def test_a_loss_whose_schedule_has_ended_or_not_begun_is_left_out():

@@ -49,6 +49,28 @@ def test_accumulation_is_a_mean_over_all_positions_not_of_micro_means(path, monk
         torch.testing.assert_close(many[1][name], gradient, rtol=1e-6, atol=1e-6 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_accumulation_samples_rows_of_each_micro_batch(path, monkeypatch):
+    """The first row of each of two micro-batches is a sample of two; the counts, unequal, are of the sample."""
+    x, y = rows(4, bos_rows=2)
+    parts = new_run(**HEADS, path=path, aux_positions=0.5, batch_size=2)
+    whole = new_run(**HEADS, path=path, aux_positions=0.5, batch_size=4)
+    many = gradients(parts, [(x[:2], y[:2]), (x[2:], y[2:])], monkeypatch)
+    order = [0, 2, 1, 3]
+    one = gradients(whole, [(x[order], y[order])], monkeypatch)
+    for name, mean in one[0].items():
+        assert many[0][name].item() == pytest.approx(mean.item(), rel=1e-6), name
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(many[1][name], gradient, rtol=1e-6, atol=1e-6 * gradient.abs().max().item())
+
+
+def test_evaluation_is_of_all_positions():
+    x, y = rows(4)
+    found = [new_run(**HEADS, aux_positions=share, batch_size=4).objective.evaluate(x, y, ("ntp", "nitp_2"), 2)[0]
+             for share in (1.0, 0.25)]
+    assert found[0] == found[1] and found[0]["nitp_2"].count == found[0]["acc_2"].count > 32
+
+
 def test_a_grad_clip_of_0_is_off(monkeypatch):
     off, high = (gradients(new_run(grad_clip=clip), [rows(4)], monkeypatch)[1] for clip in (0.0, 1e9))
     assert all(torch.equal(off[name], high[name]) and off[name].abs().sum() > 0 for name in off)
