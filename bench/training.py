@@ -40,6 +40,7 @@ MODELS = {  # as in config/
     "15M, T 256": {"max_seq_len": 256, "batch_size": 16, "vocab_size": 4096, "dim": 288, "n_layers": 6, "n_heads": 6,
                    "n_kv_heads": 6, "multiple_of": 32}}
 HEADS, VOCABULARIES, LENGTHS = (0, 1, 2, 4, 8), (512, 4096, 32000), (128, 256, 512, 1024)
+SAMPLES = (0.5, 0.25, 0.125)  # aux_positions
 LOOKING = {"n_future_heads": 4, "nitp_weight": 0.1, "consistency_weight": 0.1}
 
 
@@ -172,8 +173,19 @@ def cases_by_vocabulary(n_threads: int) -> dict[str, Case]:
         cases |= plain_and_fast(name, shape, n_threads)
         cases[f"{name}, n = 4, both losses"] = Case(Settings(**shape, **LOOKING), n_threads, name)
         if V == 32000:
+            cases |= cases_by_sample(shape, n_threads, name)
             whole = Case(Settings(**shape, **PATHS["plain"]), n_threads, name, whole=True)
             cases |= {f"{name}, plain, whole logits": whole}
+    return cases
+
+
+def cases_by_sample(shape: dict, n_threads: int, base: str) -> dict[str, Case]:
+    """Four heads of both types, the residual ones on all positions too, compared with none."""
+    cases = {}
+    for head, samples in (("linear", SAMPLES), ("residual", (1.0, *SAMPLES))):
+        for share in samples:
+            s = Settings(**shape, **LOOKING, head=head, aux_positions=share)
+            cases[f"{base}, n = 4, both losses, {head}, aux_positions = {share:g}"] = Case(s, n_threads, base)
     return cases
 
 
@@ -252,7 +264,8 @@ optimizer state, activations. GFLOP/s are those of matrix products and attention
 
 ## By vocabulary
 
-260K's trunk, T 256, 4,096 tokens a step, fast unless said otherwise, {most} threads.
+260K's trunk, T 256, 4,096 tokens a step, fast unless said otherwise, {most} threads. Heads are linear and learn on all
+positions unless said otherwise (`aux_positions`, objectives.md).
 
 {table_of("vocabulary", vocabularies, by_vocabulary)}
 

@@ -56,6 +56,7 @@ def test_accumulation_samples_rows_of_each_micro_batch(path, monkeypatch):
     parts = new_run(**HEADS, path=path, aux_positions=0.5, batch_size=2)
     whole = new_run(**HEADS, path=path, aux_positions=0.5, batch_size=4)
     many = gradients(parts, [(x[:2], y[:2]), (x[2:], y[2:])], monkeypatch)
+    assert many[0]["nitp_1"] != gradients(new_run(**HEADS, path=path), [(x, y)], monkeypatch)[0]["nitp_1"]
     order = [0, 2, 1, 3]
     one = gradients(whole, [(x[order], y[order])], monkeypatch)
     for name, mean in one[0].items():
