@@ -315,7 +315,7 @@ class Objective(nn.Module):
             wanted.setdefault((i, i), {})
         tokens = x.unflatten(1, (-1, self.bag)) if "superposition" in targets else x
         names = {head.partition("_")[0] if isinstance(head, str) else head for head, _ in wanted}
-        rows = min((len(target.valid) for target in targets.values()), default=len(x))
+        rows = min([len(x), *(len(target.valid) for target in targets.values())])
         readouts = self.model.readouts(tokens, self.model.trunk(tokens), sorted(names, key=str), rows=rows)
         heads = {}
         for (head, shift), of_head in wanted.items():

@@ -184,7 +184,8 @@ def test_whole_logits_fit_into_a_quarter_of_the_memory(heads):
 
 
 @pytest.mark.parametrize("rows,graphs,changes", [
-    (16, 2, {"dtype": "bfloat16"}), (20, 4, {"consistency_direction": "js", "head": "shared"})])
+    (16, 2, {"dtype": "bfloat16"}), (20, 4, {"consistency_direction": "js", "head": "shared"}),
+    (16, 2, {"aux_positions": 0.5, "batch_size": 4})])
 def test_chunks_are_compiled_once_for_all_heads_and_learn_the_same(rows, graphs, changes, monkeypatch):
     """The graph breaks for the loop over chunks. A chunk has one graph for the NTP head and one for all others.
 

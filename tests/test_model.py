@@ -175,7 +175,7 @@ def test_what_a_head_may_see(head):
 
 def total(objective, x, y, names) -> torch.Tensor:
     """The sum of these losses, each position weighing 0.1."""
-    return objective(x, objective.targets(y, tuple(names)), dict.fromkeys(names, torch.tensor(0.1)))[0]
+    return objective(x, objective.targets(y, tuple(names)), torch.full((len(names),), 0.1))[0]
 
 
 def gradients(model, names, x=None, **options) -> dict[str, torch.Tensor]:
