@@ -285,7 +285,8 @@ positions unless said otherwise (`aux_positions`, objectives.md).
 """
     with atomic_write(folder / "training.md", "w") as f:
         f.write(text)
-    plot(speeds, {"heads": by_heads, "vocabulary": by_vocabulary, "length": by_length}, folder / "training.svg")
+    drawn = {name: figures for name, figures in by_vocabulary.items() if "aux_positions" not in name}  # too many bars
+    plot(speeds, {"heads": by_heads, "vocabulary": drawn, "length": by_length}, folder / "training.svg")
     print(text)
 
 
