@@ -209,9 +209,9 @@ class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  #
                              "for each of n_future_heads, with commas between them")
         return factors[i - 1]
 
-    def aux_rows(self) -> int:
-        """The rows of a micro-batch on which heads besides the NTP head learn."""
-        return max(1, math.ceil(round(self.aux_positions * self.batch_size, 6)))  # 0.07 * 100 is a little above 7
+    def aux_rows(self, rows: int) -> int:
+        """On how many rows of a micro-batch of `rows` heads besides the NTP head learn."""
+        return max(1, math.ceil(round(self.aux_positions * rows, 6)))  # 0.07 * 100 is a little above 7
 
 
 def names_of(*sections: type) -> set[str]:
@@ -236,7 +236,7 @@ def check(s: Settings) -> None:
             raise ValueError(f"{weight}={getattr(s, weight)}: needs a head for it, found {needed}=0")
     if s.n_future_heads >= s.max_seq_len:
         raise ValueError(f"n_future_heads={s.n_future_heads}: expected less than max_seq_len={s.max_seq_len}")
-    if s.aux_positions < 1.0 and s.aux_rows() == s.batch_size:
+    if s.aux_positions < 1.0 and s.aux_rows(s.batch_size) == s.batch_size:
         raise ValueError(f"aux_positions={s.aux_positions}: in whole rows, rounded up, this is all of batch_size="
                          f"{s.batch_size}; expected a smaller share, a larger batch_size, or 1")
     if s.aux_start >= s.aux_end:

@@ -249,7 +249,7 @@ def training_step(run: Training, it: int, weights: dict[str, float], micro_batch
         note("compiling, about a minute")
 
     # targets, counted over the whole iteration: micro-batches and processes add up to one big batch
-    counted = [run.counted_targets(y, tuple(weights), *answers, sample=s.aux_rows())
+    counted = [run.counted_targets(y, tuple(weights), *answers, sample=s.aux_rows(len(y)))
                for _, y, *answers in micro_batches]
     counts, stopping = machine.sum_and_ask(sum(of_micro for _, of_micro in counted), stop)  # (losses,)
     of_position = position_weights(*machine.put(torch.tensor(list(weights.values()))), counts)

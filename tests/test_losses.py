@@ -767,7 +767,7 @@ def test_a_sample_is_whole_rows_and_fewer_than_all():
     for share, batch, rows in ((1.0, 5, 5), (0.25, 16, 4), (0.07, 100, 7), (0.01, 8, 1), (0.3, 8, 3)):
         s = settings(aux_positions=share, batch_size=batch)
         check(s)
-        assert s.aux_rows() == rows
+        assert s.aux_rows(s.batch_size) == rows
     for share, batch in ((0.5, 1), (0.9, 8)):
         with pytest.raises(ValueError, match=f"aux_positions={share}: .*all of batch_size={batch}"):
             check(settings(aux_positions=share, batch_size=batch))
