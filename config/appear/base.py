@@ -1,7 +1,9 @@
-"""When does the first study's effect appear? The baseline; one micro-batch a step.
+"""When does the first study's effect appear? The baseline; one micro-batch a step; with eight:
+
+python ablate.py appear --gradient_accumulation_steps=8 --max_iters=400 --out=out/appear8
 
 Its rate, betas and decay at 260K. The rate is held, so each evaluation is the end of a shorter run. Equal steps:
-appear and appear8 at step 400; equal tokens: appear at step 1,500, appear8 at 187.
+both at step 400; equal tokens: one at step 1,500, eight at 187.
 """
 out_dir = "out/appear/base"
 # data

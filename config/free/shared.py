@@ -1,8 +1,11 @@
-"""No head: the token after next weighs 0.1, 0 from a third of the run, over the sum of weights; V 4,096."""
-out_dir = "out/free4096/shared01"
+"""No head: the token after next weighs 0.1, 0 from a third of the run, over the sum of weights; base: fair/base.
+
+python ablate.py config/free/shared.py --vary nitp_weight=0.05,0.1,0.2 --vary vocab_size=512,4096 --out=out/free
+"""
+out_dir = "out/free/shared"
 # data
 dataset = "tinystories"
-vocab_size = 4096
+vocab_size = 512
 max_seq_len = 256
 batch_size = 32  # 8,192 tokens a step
 # model

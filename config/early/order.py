@@ -1,5 +1,8 @@
-"""Early, then gone: the order of 16 tokens weighs 1.0 at first, 0 from a quarter of the run on; base: fair/base."""
-out_dir = "out/early/order1"
+"""Early, then gone: the order of 16 tokens weighs 0.1 at first, 0 from a quarter of the run on; base: fair/base.
+
+python ablate.py config/early/order.py --vary order_weight=0.1,0.3,1 --out=out/early
+"""
+out_dir = "out/early/order"
 # data
 dataset = "tinystories"
 vocab_size = 512
@@ -12,7 +15,7 @@ n_heads = 8
 n_kv_heads = 4
 # objective
 order_window = 16
-order_weight = 1.0
+order_weight = 0.1
 aux_schedule = "linear"
 aux_end = 0.25
 # optimisation

@@ -1,5 +1,8 @@
-"""Superposition as its authors train it (arXiv 2605.06546): bags of four tokens in the first 20% of the run."""
-out_dir = "out/bags/four_20"
+"""Superposition as its authors train it (arXiv 2605.06546): bags of two tokens in the first 10% of the run.
+
+python ablate.py config/bags/bags.py --vary superposition=2,4 --vary superposition_end=0.1,0.2 --out=out/bags
+"""
+out_dir = "out/bags/bags"
 # data
 dataset = "tinystories"
 vocab_size = 512
@@ -12,8 +15,8 @@ n_heads = 8
 n_kv_heads = 4
 tie_embeddings = False  # as the authors of superposition have it
 # objective
-superposition = 4
-superposition_end = 0.2
+superposition = 2
+superposition_end = 0.1
 # optimisation
 learning_rate = 3e-3
 lr_schedule = "wsd"
