@@ -43,7 +43,7 @@ from tqdm import tqdm
 import compare
 from configurator import configure
 from formats.checkpoint import read_checkpoint
-from settings import Output, Settings, check, names_of, renamed
+from settings import NEED_TEXT, Output, Settings, check, names_of
 from step.machine import describe, find_machine
 from study.processes import POLL, complaint, evaluations, free_cores, how_to_begin, settings_in, start, stop
 from system.files import atomic_write
@@ -171,7 +171,7 @@ def run_of(s: SetUp, seed: int, words: list[str], out: Path, source: SetUp | Non
 def check_same(s: Settings) -> None:
     """ValueError if the run in the out_dir of `s` was trained with other settings."""
     path = Path(s.out_dir) / "last.pt"
-    config = renamed(read_checkpoint(path).get("config", {}) if path.exists() else settings_in(path.parent))
+    config = read_checkpoint(path).get("config", {}) if path.exists() else settings_in(path.parent)
     for field in fields(Settings):
         then, now = config.get(field.name, field.default), getattr(s, field.name)
         if config and field.name not in names_of(Output) | {"init_from"} and then != now:
@@ -251,7 +251,8 @@ def step_seconds(setups: dict[str, Settings], rounds: int) -> dict[str, list[flo
     steps, found = {}, {name: [] for name in setups}
     for name, s in setups.items():
         folder = vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size)
-        texts = token_texts(load_tokenizer(folder, s.vocab_size)) if s.spelling_letters or s.prefix_weight else None
+        with_texts = any(getattr(s, setting) for setting in NEED_TEXT)
+        texts = token_texts(load_tokenizer(folder, s.vocab_size)) if with_texts else None
         steps[name] = step_on_random_tokens(s, texts)
     points = [k / 10 + 0.05 for k in range(10)]
     for turn in tqdm(range(rounds + 1), "step times", leave=False, file=sys.stderr):  # the first one warms up

@@ -214,12 +214,15 @@ class Settings(Computing, Optimisation, Looking, Heads, Shape, Data, Output):  #
         return max(1, math.ceil(round(self.aux_positions * rows, 6)))  # 0.07 * 100 is a little above 7
 
 
+NEED_TEXT = ("spelling_letters", "prefix_weight")  # settings for which a run must know what its tokens spell
+
+
 def names_of(*sections: type) -> set[str]:
     """The settings of these sections: names_of(Shape, Heads)."""
     return {f.name for section in sections for f in fields(section)}
 
 
-def renamed(config: dict) -> dict:
+def with_names_of_today(config: dict) -> dict:
     """The settings of an older log or checkpoint, under the names that they have now."""
     if "decay_lr" not in config:
         return config

@@ -38,7 +38,7 @@ from formats.checkpoint import load_weights
 from formats.resume import Progress, fingerprints, load_start, restore, save, saved_settings
 from losses import Objective, loss_weights, position_weights
 from model import Transformer
-from settings import Settings, check, shape_of
+from settings import NEED_TEXT, Settings, check, shape_of
 from step import kernels
 from step.chunks import chunk_rows, limits_of
 from step.machine import Machine, StepPath, choose_path, find_machine, is_first, lost_a_process, note, out_of_memory
@@ -152,7 +152,7 @@ def make_objective(s: Settings, path: StepPath, texts: list[bytes] | None = None
     if s.param_dtype == "bfloat16" != str(path.dtype).removeprefix("torch."):
         raise ValueError(f"param_dtype=bfloat16: needs products in bfloat16 (--dtype=bfloat16), found {path}")
     model = (kernels.KernelTransformer if path.fast else Transformer)(shape_of(s))
-    for name in ("spelling_letters", "prefix_weight"):
+    for name in NEED_TEXT:
         if getattr(s, name) and texts is None:
             raise ValueError(f"{name}={getattr(s, name)}: dataset={s.dataset} has no tokenizer.model, so no letters")
     return Objective(model, bos if s.mask_document_ends else None, kernels if path.fast else None,

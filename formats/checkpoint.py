@@ -25,6 +25,7 @@ from torch import Tensor
 from formats import huggingface, llama2c
 from formats.torch_file import read_torch
 from model import HEADS, ModelArgs, Transformer
+from settings import with_names_of_today
 from system.files import refuse_irregular
 from system.shown import shown
 from text.tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, open_tokenizer, vocab_folder
@@ -57,7 +58,10 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> dict:
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: tensors without the model's sizes; give the folder that has its config.json, too")
     if start[:2] == b"PK" or start[:1] == b"\x80":  # a zip file, or an old bare pickle
-        return read_torch(path, mapped)
+        checkpoint = read_torch(path, mapped)
+        if isinstance(checkpoint.get("config"), dict):
+            checkpoint["config"] = with_names_of_today(checkpoint["config"])
+        return checkpoint
     return llama2c.read_trunk(path)
 
 

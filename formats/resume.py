@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from formats.checkpoint import has_another_vocabulary, model_args_of, read_checkpoint
 from model import ModelArgs
-from settings import Heads, Settings, Shape, names_of, renamed, shape_of
+from settings import Heads, Settings, Shape, names_of, shape_of
 from step.machine import Machine, note
 from system.files import atomic_write, fingerprint
 from system.shown import shown
@@ -72,7 +72,7 @@ def saved_settings(path: Path) -> dict:
     config = read_checkpoint(path, mapped=True).get("config")  # only this; the tensors stay on the disk
     if not isinstance(config, dict):
         return {}
-    return {name: value for name, value in renamed(config).items() if name not in ("out_dir", "allow_other_data")}
+    return {name: value for name, value in config.items() if name not in ("out_dir", "allow_other_data")}
 
 
 def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
@@ -83,7 +83,7 @@ def check_resumable(checkpoint: dict, path: Path, s: Settings) -> None:
     if missing := [k for k, kind in RESUMED.items() if not isinstance(checkpoint.get(k), kind)]:
         raise ValueError(f"{path}: cannot be resumed, it has no {', '.join(missing)}; "
                          f"--init_from={path} with another --out_dir starts a new run from it")
-    config = renamed(checkpoint["config"])
+    config = checkpoint["config"]
     if s.max_epochs:  # the data decides, as it did then
         s.max_iters = config.get("max_iters", s.max_iters)
     for f in fields(Settings):

@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from settings import with_names_of_today
 from system.files import open_regular, parse_json, read_text
 from system.lock import holder, sign, take
 from system.shown import shown_message
@@ -81,7 +82,7 @@ def settings_in(folder: Path) -> dict:
     """The settings in the first line of a run's log; none where it has none."""
     with suppress(ValueError, KeyError, TypeError):
         with open_regular(folder / "log.jsonl", "r", errors="replace") as f:
-            return dict(parse_json(f.readline())["config"])
+            return with_names_of_today(dict(parse_json(f.readline())["config"]))
     return {}
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from settings import Computing, Output, names_of, renamed
+from settings import Computing, Output, names_of, with_names_of_today
 from system.files import parse_json, read_bytes
 from system.shown import shown
 
@@ -281,7 +281,7 @@ class Reader:
                 if type(found[key]) is not KINDS[key]:
                     complaints.append(f"{where}: {name}: {key} is {shown(found[key], 20)}; left out")
             sound.append({k: v for k, v in found.items() if type(v) is KINDS.get(k, type(v))})
-        config, facts = renamed(sound[0]), sound[1]
+        config, facts = with_names_of_today(sound[0]), sound[1]
         if run.config:  # a run that goes on: where it started from is in its first header
             config["init_from"] = run.config.get("init_from", "scratch")
             differ = [f"{shown(key, 40)}={shown(new[key], 40)}, was {shown(old[key], 40)}" for old, new, ignored in (
