@@ -15,7 +15,7 @@ B batch, T positions, N = B T rows, D model dim, V classes of a head.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -219,6 +219,14 @@ class InChunks(torch.autograd.Function):
         return *[None] * 6, *(t if t is None else gradient * t for t in ctx.saved_tensors)
 
 
+def that_may_learn(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """For an autograd.Function that forms gradients in its forward pass: as they are, but none learns without a graph.
+
+    Its needs_input_grad is True of every parameter, under no_grad as well.
+    """
+    return list(tensors) if torch.is_grad_enabled() else [t.detach() for t in tensors]
+
+
 @torch._disable_dynamo  # a loop over chunks would be unrolled; torch.compiler.disable takes 1.5 s to import
 def in_chunks(heads: list[Head], rows: int, position_weights: dict[str, Tensor], guess: bool, tensors: list[Tensor],
               compiled: bool) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
@@ -227,7 +235,7 @@ def in_chunks(heads: list[Head], rows: int, position_weights: dict[str, Tensor],
               for head in heads for name, target in head.targets.items()}
     best = [torch.zeros(len(features), dtype=torch.long, device=device) if guess else None for features in tensors[::2]]
     of_rows = compiled_losses_of_rows() if compiled else losses_of_rows
-    return InChunks.apply(of_rows, heads, rows, position_weights, losses, best, *tensors), losses, best
+    return InChunks.apply(of_rows, heads, rows, position_weights, losses, best, *that_may_learn(tensors)), losses, best
 
 
 def at_once(heads: list[Head], position_weights: dict[str, Tensor], guess: bool, tensors: list[Tensor]

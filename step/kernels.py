@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from model import RMSNorm, Transformer, TransformerBlock
-from step.chunks import PLAIN_KL, Head, chunk_rows, rows_of
+from step.chunks import PLAIN_KL, Head, chunk_rows, rows_of, that_may_learn
 from step.chunks import per_position_losses as in_pytorch
 from system.files import read_bytes
 from system.shown import shown
@@ -391,16 +391,14 @@ class HeadLosses(Function):
     head's logits, from the features at u - i, and one teacher for all, the NTP logits: each head's are
     formed once, whatever losses they have, and their gradients, weighted, are ready when the chunk is done.
 
-    tensors: features (N, D) of each head, then the weights (V, D), each once. graph: backward may be called.
-    Returns the total, which has gradients, and of each head cross-entropies (N, K), divergence (N,) and best
-    class (N,) or None.
+    tensors: features (N, D) of each head, then the weights (V, D), each once. Returns the total,
+    which has gradients, and of each head cross-entropies (N, K), divergence (N,) and best class (N,) or None.
     """
 
     @staticmethod
-    def forward(ctx, heads: list[Packed], rows: int, guess: bool, graph: bool, *tensors):
-        features, weights, wanted = tensors[: len(heads)], tensors[len(heads) :], ctx.needs_input_grad[4:]
-        # without a graph needs_input_grad still says which tensors are parameters
-        learns = [graph and (wanted[k] or wanted[len(heads) + head.matrix]) for k, head in enumerate(heads)]
+    def forward(ctx, heads: list[Packed], rows: int, guess: bool, *tensors):
+        features, weights, wanted = tensors[: len(heads)], tensors[len(heads) :], ctx.needs_input_grad[3:]
+        learns = [wanted[k] or wanted[len(heads) + head.matrix] for k, head in enumerate(heads)]
         learnt = {head.matrix for k, head in enumerate(heads) if learns[k]}
         N = len(features[0])
         rounded = [w.to(features[0].dtype) for w in weights]
@@ -448,7 +446,7 @@ class HeadLosses(Function):
     @staticmethod
     def backward(ctx, gradient, *_):
         # in place: backward runs once
-        return None, None, None, None, *(t if t is None else t.mul_(gradient) for t in ctx.saved_tensors)
+        return None, None, None, *(t if t is None else t.mul_(gradient) for t in ctx.saved_tensors)
 
 
 def pack(head: Head, in_c: set[str], position_weights: dict[str, float], matrices: list[int]) -> Packed:
@@ -495,7 +493,7 @@ def per_position_losses(heads: list[Head], rows: int, position_weights: dict[str
     matrices = {id(head.readout.weight): head.readout.weight for head in heads}
     packed = [pack(head, in_c, weights, list(matrices)) for head in heads]
     with torch.autocast("cpu", enabled=False):
-        total, *results = HeadLosses.apply(packed, rows, guess, torch.is_grad_enabled(), *features, *matrices.values())
+        total, *results = HeadLosses.apply(packed, rows, guess, *that_may_learn([*features, *matrices.values()]))
     losses = {}
     for k, head in enumerate(heads):
         losses |= unpack(head, in_c, *results[3 * k : 3 * k + 2])

@@ -589,6 +589,25 @@ def test_statistics_are_float32_under_half_precision():
         assert loss.mean.item() == pytest.approx(0.0 if name == "consistency_1" else math.log(V), abs=1e-5)
 
 
+def test_chunks_of_an_evaluation_keep_no_graph(monkeypatch):
+    """A parameter's gradient needs no place there, and no chunk's logits are kept for it."""
+    monkeypatch.setattr(losses, "chunk_rows", lambda *_: 7)
+    kept, of_rows = [], chunks.losses_of_rows
+
+    def watched(targets, weights, features, weight, *more):
+        kept.append(torch.is_grad_enabled() or features.requires_grad or weight.requires_grad)
+        return of_rows(targets, weights, features, weight, *more)
+
+    monkeypatch.setattr(chunks, "losses_of_rows", watched)
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=30, n_future_heads=2))
+    objective = Objective(model)
+    x, y = torch.randint(30, (2, 3, 8), generator=torch.Generator().manual_seed(0))
+    objective.evaluate(x, y, ("ntp", "nitp_1", "consistency_2"), 2)
+    assert len(kept) > 3 and not any(kept)
+    total_of = objective(x, objective.targets(y, ("ntp", "nitp_1")), torch.ones(2))[0]
+    assert total_of.requires_grad and kept[-1]
+
+
 def test_chunks_keep_gradients_that_float16_would_lose(monkeypatch):
     """A GradScaler's factor comes after the chunks have made theirs."""
     torch.manual_seed(0)
