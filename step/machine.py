@@ -7,6 +7,7 @@ kernels.py on a CPU.
 What this leaves out on purpose: settings of what is learned; none here changes it beyond rounding.
 """
 
+import importlib
 import os
 import platform
 import re
@@ -153,6 +154,9 @@ def find_machine(wanted: str) -> Machine:
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"device={wanted}: not on this machine: {reason}") from error
     if world > 1:
+        # DDP imports it, and if there is a group by then it keeps the group, with gloo's threads, past
+        # destroy_process_group. One that wants the interpreter's lock while the interpreter ends aborts the process.
+        importlib.import_module("torch._dynamo")
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # machines of several count their restarts apart
             # torchrun keeps its store over restarts: without this, processes would find addresses of ones that are gone

@@ -872,6 +872,27 @@ def test_two_processes_learn_what_one_learns(words, tmp_path, accumulate, change
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-3 if guess else 1e-5), key
 
 
+NAMES_OF_THREADS = """
+import glob, pathlib, sys
+sys.path.insert(0, ".")
+import train
+assert train.main(sys.argv[1:]) == 0
+print("threads", *(pathlib.Path(name).read_text().strip() for name in glob.glob("/proc/self/task/*/comm")))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads' names are read from /proc")
+def test_a_finished_process_has_no_thread_of_gloo(words, tmp_path):
+    """One that outlives destroy_process_group can abort its process while the interpreter ends, one run in 20."""
+    (tmp_path / "program.py").write_text(NAMES_OF_THREADS)
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "program.py",
+                    *words(batch_size=2, head="block", n_future_heads=1, nitp_weight=0.3, freeze_trunk_iters=4))
+    output, error = process.communicate(timeout=180)
+    assert process.returncode == 0, error
+    threads = [line for line in output.splitlines() if line.startswith("threads ")]
+    assert len(threads) == 2 and not any("gloo" in line for line in threads), threads
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(words, tmp_path, victim):
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
