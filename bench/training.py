@@ -5,7 +5,7 @@
 
 Times are medians over rounds in which all variants take turns, so that a machine that slows down slows
 all of them; ratios are taken within a round. Each variant has a process of its own, so that memory can
-be told apart. Close other programs first.
+be told apart. Close other programs first. LLAMA2C=FOLDER, a checkout of llama2.c, has its train.py take part.
 
 What this leaves out on purpose: what is learned (compare runs of train.py for that), run.c (decoding.py).
 """
@@ -13,10 +13,13 @@ What this leaves out on purpose: what is learned (compare runs of train.py for t
 from system.program import positive, program
 
 import argparse
+import importlib.util
 import multiprocessing
+import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +44,7 @@ MODELS = {  # as in config/
                    "n_kv_heads": 6, "multiple_of": 32}}
 HEADS, VOCABULARIES, LENGTHS = (0, 1, 2, 4, 8), (512, 4096, 32000), (128, 256, 512, 1024)
 SAMPLES = (0.5, 0.25, 0.125)  # aux_positions
+PEERS = {"llama2.c": PATHS["plain"], "llama2.c, compiled": PATHS["plain"] | {"compile": True}}
 LOOKING = {"n_future_heads": 4, "nitp_weight": 0.1, "consistency_weight": 0.1}
 
 
@@ -51,6 +55,7 @@ class Case(NamedTuple):
     threads: int
     base: str
     whole: bool = False  # all logits at once, as most programs have them
+    llama2c: str = ""  # a folder: the step of the train.py there
 
 
 class Figures(NamedTuple):
@@ -65,6 +70,27 @@ class Figures(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 # measuring
 
+def step_of_llama2c(folder: str, s: Settings) -> Callable[[], None]:
+    """What llama2.c's train.py does in a step on a CPU, which is in float32 whatever its dtype says."""
+    spec = importlib.util.spec_from_file_location("llama2c_model", Path(folder) / "model.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    same = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
+    model = theirs.Transformer(theirs.ModelArgs(**{name: getattr(s, name) for name in same}))
+    optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), "cpu")
+    forward = torch.compile(model) if s.compile else model
+    x, y = torch.randint(s.vocab_size, (2, s.batch_size, s.max_seq_len))
+
+    def step() -> None:
+        forward(x, y)
+        model.last_loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def work(pipe, case: Case) -> None:
     """In a process of its own: a step, its seconds and the memory it needed, each time the pipe asks for one."""
     torch.set_num_threads(case.threads)
@@ -72,7 +98,7 @@ def work(pipe, case: Case) -> None:
         chunks.WHOLE = 1 << 62
     torch.zeros(8).sum()
     before = memory("VmRSS")
-    step = step_on_random_tokens(case.settings)
+    step = step_of_llama2c(case.llama2c, case.settings) if case.llama2c else step_on_random_tokens(case.settings)
     for _ in range(2):  # compiles, and has all memory that it needs
         step()
     pipe.send(None)
@@ -147,8 +173,15 @@ def flops(s: Settings) -> float:
 # what is compared
 
 def cases_by_path(model: str, threads: list[int]) -> dict[str, Case]:
-    return {f"{path}; {n}": Case(Settings(**MODELS[model], **PATHS[path]), n, f"plain; {n}")
-            for n in threads for path in PATHS}
+    folder, cases = os.environ.get("LLAMA2C", ""), {}
+    if folder and not (Path(folder) / "model.py").exists():
+        raise ValueError(f"LLAMA2C: expected a folder with llama2.c's model.py, found {folder}")
+    for n in threads:
+        ours = {path: Case(Settings(**MODELS[model], **more), n, f"plain; {n}") for path, more in PATHS.items()}
+        theirs = {path: Case(Settings(**MODELS[model], **more), n, f"plain; {n}", llama2c=folder)
+                  for path, more in PEERS.items() if folder}
+        cases |= {f"{path}; {n}": case for path, case in (ours | theirs).items()}
+    return cases
 
 
 def cases_by_heads(n_threads: int) -> dict[str, Case]:
@@ -250,7 +283,7 @@ tokens; medians of {rounds} rounds in which the variants take turns, each in a p
 within a round. *plain* is PyTorch as it comes, in float32; *fast* is kernels.c with the products' type that
 `dtype=auto` finds here. Memory is the most that the process held beyond what it held with PyTorch loaded: weights,
 optimizer state, activations. GFLOP/s are those of matrix products and attention, next to the rate of a product of two
-2,048 x 2,048 matrices of the same type with as many threads.
+2,048 x 2,048 matrices of the same type with as many threads. *llama2.c*: its train.py, if LLAMA2C names its folder.
 
 ## By path
 
@@ -295,7 +328,7 @@ def plot(speeds: dict, series: dict[str, dict[str, Figures]], path: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
     colours = {"plain": "#999999", "plain, bfloat16": "#bbbbbb", "compiled, bfloat16": "#ccbb44",
-               "fast, float32": "#66ccee", "fast": "#4477aa"}
+               "fast, float32": "#66ccee", "fast": "#4477aa", "llama2.c": "#eeaa99", "llama2.c, compiled": "#ee6677"}
     models = list(dict.fromkeys(model for model, _, _ in speeds))
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 8.5), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=False):

@@ -41,6 +41,58 @@ def test_a_table_and_a_plot(tiny, tmp_path, capsys):
     assert "<svg" in (tmp_path / "training.svg").read_text()
 
 
+THEIR_MODEL = """
+import torch
+from dataclasses import dataclass
+
+@dataclass
+class ModelArgs:
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    multiple_of: int
+    max_seq_len: int
+    dropout: float
+
+class Transformer(torch.nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(args.vocab_size, args.dim)
+        self.last_loss = None
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def forward(self, tokens, targets):
+        logits = self.embedding(tokens) @ self.embedding.weight.T
+        self.last_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_llama2c_takes_part_where_it_is_named(tiny, tmp_path, monkeypatch):
+    (tmp_path / "model.py").write_text(THEIR_MODEL)
+    monkeypatch.setenv("LLAMA2C", str(tmp_path))
+    cases = training.cases_by_path("260K, T 256", [1])
+    assert list(cases) == ["plain; 1", "fast; 1", "llama2.c; 1", "llama2.c, compiled; 1"]
+    found = training.measure({name: cases[name] for name in ("plain; 1", "llama2.c; 1")}, 1)
+    assert found["llama2.c; 1"].seconds > 0
+    monkeypatch.setenv("LLAMA2C", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="LLAMA2C: expected a folder with llama2.c's model.py, found .*nowhere"):
+        training.cases_by_path("260K, T 256", [1])
+
+
+def test_the_step_of_llama2c_learns(tmp_path):
+    note = '        with open(__file__ + ".losses", "a") as f: print(self.last_loss.item(), file=f)\n'
+    (tmp_path / "model.py").write_text(THEIR_MODEL + note)
+    step = training.step_of_llama2c(str(tmp_path), Settings(vocab_size=16, max_seq_len=8, dim=16, learning_rate=0.1))
+    for _ in range(20):
+        step()
+    losses = [float(line) for line in (tmp_path / "model.py.losses").read_text().split()]
+    assert len(losses) == 20 and losses[-1] < 0.5 * losses[0]
+
+
 def test_a_step_that_cannot_be_taken_is_told(tmp_path):
     case = training.Case(Settings(path="fast", dtype="float16"), 1, "x")
     with pytest.raises(ValueError, match="x: its process ended with exit code 1"):
