@@ -685,8 +685,8 @@ static void parallel(Work *work, void *context, int pieces, double cost);
 static void start_threads(int threads);
 static int n_threads(void);
 
-// Float32 tensors may become bfloat16, or int8 with a scale per row, as heads do (load_heads). The file's pages are released as they are
-// packed, so that memory never holds the weights twice.
+// Float32 tensors may become bfloat16, or int8 with a scale per row, as heads do (load_heads). The file's pages are released
+// as they are packed, so that memory never holds the weights twice.
 static void pack_panel(void *packing, int p, int thread) {
     const Packing *a = packing;
     const Matrix *m = a->to;
@@ -1639,7 +1639,7 @@ static void parallel(Work *work, void *context, int pieces, double cost) {
 // are computed once per token. A row may hold the best logit if rough + bound reaches the best rough - bound.
 // Exact panels come from the same kernel as a full product, so the best token is the same to the last bit.
 
-// Makes room for a screen where one pays: a large classifier that is not int8. It is filled after the first token, see classify.
+// Makes room for a screen where one pays: a large classifier that is not int8. classify fills it after the first token.
 static void new_screen(Model *m) {
     int V = m->config.vocab_size, D = m->config.dim;
     if (m->config.group || !whole_row(D) || (double)V * D < SCREEN_FROM) return;
@@ -2106,7 +2106,8 @@ static Options parse_options(int argc, char **argv) {
     Options o = {.mode = "generate", .temperature = 1.0f, .top_p = 0.9f, .threads = 0};
     long wanted = omp ? strtol(omp, NULL, 10) : 0;
     if (wanted > 0) o.threads = wanted < MAX_THREADS ? (uint64_t)wanted : MAX_THREADS;
-    for (int i = 1; i < argc; i += i == 1 || !strcmp(argv[i], "--bf16") ? 1 : 2)  // only where a flag stands: "-i -h" is a prompt
+    // only where a flag stands: "-i -h" is a prompt
+    for (int i = 1; i < argc; i += i == 1 || !strcmp(argv[i], "--bf16") ? 1 : 2)
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
             fputs(USAGE, stdout);
             flush_output();

@@ -114,11 +114,6 @@ def write_stories(folder: Path, stories: Iterable[tuple[str, Story]]) -> None:
     tqdm.write(f"{folder}: {train:,} stories for training, {val:,} for validation", file=sys.stderr)
 
 
-def write_texts(folder: Path, train: Iterable[str], val: Iterable[str]) -> None:
-    """Write the stories of both splits."""
-    write_stories(folder, chain((("train", s) for s in train), (("val", s) for s in val)))
-
-
 def text_of(folder: Path, split: str) -> Path:
     """The file with the stories or examples of a split: .jsonl if it exists, else .txt."""
     examples = folder / f"{split}.jsonl"

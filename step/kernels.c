@@ -384,7 +384,8 @@ INLINE void to_rows(Word *rows, const Bits *columns, int64_t stride, int n, Head
         for (int i = 0; i < 4; i++) t[i] = (__m512i)columns[w + i];
         transpose(t);
         transpose(t);
-        for (int r = 0; r < n; r++) memcpy(rows + r * stride + w, (Word *)t + 4 * r, is.used - w < 4 ? (size_t)(is.used - w) * 4 : 16);
+        const size_t bytes = is.used - w < 4 ? (size_t)(is.used - w) * 4 : 16;
+        for (int r = 0; r < n; r++) memcpy(rows + r * stride + w, (Word *)t + 4 * r, bytes);
     }
 #else
     for (int r = 0; r < n; r++)
@@ -865,7 +866,8 @@ static float exponentials(float *x, int64_t V, float *max) {
     return sum_of(sum);
 }
 
-// logits, teacher: (N, V) activations; classes, scales: (N, K); taught: (N,) bool, or NULL for nowhere; results: (N, K) and (N,)
+// logits, teacher: (N, V) activations; classes, scales: (N, K); taught: (N,) bool, or NULL for nowhere.
+// Results: (N, K) and (N,)
 //
 //     entropy[k] = -log softmax(logits)[classes[k]]             divergence = KL(softmax(teacher) || softmax(logits))
 //     gradient = sum of scales[k] * that of entropy[k] + teacher_scale * that of divergence, by the logits
@@ -961,7 +963,7 @@ int clip(float *const *gradient, const int64_t *n, int64_t count, double most, f
 // ---------------------------------------------------------------------------------------------------------------------
 // AdamW (torch.optim.AdamW), of all tensors in one call
 //
-// Of each of `count` tensors: n numbers x, their gradient, both moments, and the steps taken so far, which are counted here.
+// Of each of `count` tensors: n numbers x, their gradient, both moments, and the steps so far, which are counted here.
 
 int adamw(float *const *x, const float *const *gradient, float *const *mean, float *const *square, float *const *steps,
           const int64_t *n, int64_t count, double rate, double beta1, double beta2, double eps, double decay) {

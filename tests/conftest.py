@@ -33,7 +33,9 @@ torch.set_num_threads(1)  # tiny models: a second thread would only wait for the
 def data_dir(tmp_path_factory) -> Path:
     """data/toy with 300 + 60 stories, tok512 and tok259."""
     folder = tmp_path_factory.mktemp("data")
-    tinystories.write_texts(folder / "toy", toystories.stories("train", 300), toystories.stories("val", 60))
+    numbers = {"train": 300, "val": 60}
+    stories = ((split, story) for split, n in numbers.items() for story in toystories.stories(split, n))
+    tinystories.write_stories(folder / "toy", stories)
     for vocab_size in (512, 259):
         tinystories.train_vocab(folder / "toy", vocab_size)
         tinystories.pretokenize(folder / "toy", vocab_size, workers=1)

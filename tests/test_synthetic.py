@@ -238,7 +238,7 @@ def test_without_stories_or_names(tmp_path):
         make(tmp_path, "induction", "--from_dataset=nothing")
     command = f"python tinystories.py local FILE --dataset=nothing --vocab_size=512 --data_dir={tmp_path}"
     assert command in str(caught.value)
-    tinystories.write_texts(tmp_path / "nameless", ["a cat.", "a dog."], ["a bird."])
+    tinystories.write_stories(tmp_path / "nameless", [("train", "a cat."), ("train", "a dog."), ("val", "a bird.")])
     with pytest.raises(ValueError, match="nameless.*tokenizer.model: no such tokenizer; .* train_vocab"):
         make(tmp_path, "induction", "--from_dataset=nameless")
     tinystories.pretokenize(tmp_path / "nameless", 259, workers=1)
