@@ -7,7 +7,7 @@ from conftest import ROOT
 
 FOLDERS = ("step", "text", "formats", "study", "bench", "system")
 PROGRAMS = ("train", "tinystories", "synthetic", "export", "sample", "compare", "ablate", "sweep")
-MAY_IMPORT = {  # a place -> the places it may import besides itself; the README states the same
+MAY_IMPORT = {  # a place -> the places it may import besides itself; CONTRIBUTING.md states the same
     "model": set(), "configurator": set(), "system": set(), "text": {"system"}, "step": {"model", "system"},
     "settings": {"configurator", "model", "text"}, "losses": {"step"},
     "formats": {"model", "settings", "step", "text", "system"}, "study": {"settings", "system"}}
