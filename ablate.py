@@ -151,7 +151,7 @@ def run_of(s: SetUp, seed: int, words: list[str], out: Path, source: SetUp | Non
     name = s.name
     if longer != 1.0:
         length = round(length * longer)
-        name += str(length)
+        name += f",max_iters={length}" if "=" in name else f"_{length}" if name[-1].isdigit() else str(length)
         own.append(f"--max_iters={length}")
     own.append(f"--out_dir={out / s.folder / f'{name}-{seed}'}")
     if s.settings(words).wandb_log:  # from these wandb draws mean and band

@@ -12,6 +12,7 @@ from study.intervals import (
     Interval,
     deviation_interval,
     holm,
+    interval,
     pooled,
     seeds_needed,
     smallest_effect,
@@ -236,7 +237,7 @@ def table_of_guesses(found: list[Figures]) -> Table:
 def table_of_noise(base: Figures, noisy: list[Figures]) -> Table:
     rows = [noise(f.group.label, variance(f.each), f.difference.n - 1, f.difference.n) for f in noisy]
     if len(noisy) > 1:
-        (one, *_) = pooled([f.difference for f in noisy if f.difference.parts], {"pairs"})
+        (one, *_) = pooled([interval(f.each) for f in noisy], {"pairs"})  # f.difference may be pooled already
         rows.append(noise("all, pooled", one.parts[0].variance, one.parts[0].freedom, min(len(f.each) for f in noisy)))
     return Table("Noise, and what it takes to see through it",
                  ["set-up", "pairs", "deviation", "its interval", "seen", *(f"for {x:g}" for x in EFFECTS)], rows,

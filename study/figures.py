@@ -125,7 +125,7 @@ def figures(groups: list[Group], ratios: list[StepRatio], steps: list[int], last
         f.passed = {goal: passed(f.group, groups[0], goal) for goal in goals}
         f.judged = {key: judged(f.group, groups, step, Ends(groups[0], last, best, key)) for key in judge}
     if pool:
-        pool_deviations(found)
+        pool_deviations(found[1:])
     return found
 
 
@@ -162,15 +162,15 @@ def figures_of(group: Group, groups: list[Group], step: StepRatio, steps: list[i
         judged={})
 
 
-def pool_deviations(found: list[Figures]) -> None:
-    """One deviation of paired differences for all set-ups, at the end, at each step and at equal seconds."""
+def pool_deviations(others: list[Figures]) -> None:
+    """One deviation of paired differences for all set-ups, without the baseline's to itself, which are 0."""
     sources = {"pairs", "pairs and gains"}
-    for f, d in zip(found, pooled([f.difference for f in found], sources), strict=True):
+    for f, d in zip(others, pooled([f.difference for f in others], sources), strict=True):
         f.difference = d
-    for f, d in zip(found, pooled([f.equal_seconds for f in found], sources), strict=True):
+    for f, d in zip(others, pooled([f.equal_seconds for f in others], sources), strict=True):
         f.equal_seconds = d
-    for at in found[0].differences:
-        for f, d in zip(found, pooled([f.differences[at] for f in found], sources), strict=True):
+    for at in others[0].differences if others else ():
+        for f, d in zip(others, pooled([f.differences[at] for f in others], sources), strict=True):
             f.differences[at] = d
 
 

@@ -1,6 +1,6 @@
 """What the runs are: set-ups by the settings in which they differ, and on what, where and with what they ran."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from study.groups import Group, differences
 from study.runs import Run
@@ -71,26 +71,31 @@ PROPERTIES: dict[str, Callable[[Run], str]] = {
 
 
 def tables_of_what_was_run(set_ups: list[Group], every: list[Group] | None = None) -> list[Table]:
-    """The set-ups, the first of which is the baseline; and of all groups on what, where and with what they ran."""
-    runs = table_of_runs(every or set_ups)
-    return [table_of_set_ups(set_ups), *([runs] if runs.rows else [])]
+    """The set-ups, the first of which is the baseline; and of all groups on what, where and with what they ran.
+
+    every: the groups of all values of a setting, those of one set-up under one label.
+    """
+    every = every or set_ups
+    runs = table_of_runs(every)
+    return [table_of_set_ups(set_ups, every), *([runs] if runs.rows else [])]
 
 
-def table_of_set_ups(groups: list[Group]) -> Table:
-    """Each set-up with the settings in which it differs from the first."""
+def table_of_set_ups(groups: list[Group], every: list[Group]) -> Table:
+    """Each set-up with the settings in which it differs from the first, and the seeds of all groups of its label."""
     base, rows = groups[0], []
     for group in groups:
         differ = [UNBROKEN.join((shown(key, 40), shown(old, 40), "→", shown(new, 40)))
                   for key, old, new in differences(group, base)]
         own = "the baseline" if group is base else ", ".join(differ) or "no setting that their logs have"
-        rows.append([group.label, own, seeds(group), f"{group.length:,}", number(group.first.last("tokens"), 0)])
+        own_seeds = {seed for other in every if other.label == group.label for seed in other.runs}
+        rows.append([group.label, own, seeds(own_seeds), f"{group.length:,}", number(group.first.last("tokens"), 0)])
     return Table("Set-ups", ["set-up", "setting: baseline → here", "seeds", "steps", "tokens"], rows,
                  words=("setting: baseline → here",))
 
 
-def seeds(group: Group) -> str:
-    """1337-1341, 2001: consecutive ones as a range."""
-    numbers = sorted(key for key in group.runs if isinstance(key, int))
+def seeds(keys: Collection) -> str:
+    """1337-1341, 2001: consecutive ones as a range. keys: of Group.runs, seeds or, where one is unknown, names."""
+    numbers = sorted(key for key in keys if isinstance(key, int))
     ranges: list[list[int]] = []
     for seed in numbers:
         if ranges and seed == ranges[-1][-1] + 1:
@@ -98,7 +103,7 @@ def seeds(group: Group) -> str:
         else:
             ranges.append([seed])
     words = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in ranges]
-    unknown = len(group.runs) - len(numbers)
+    unknown = len(keys) - len(numbers)
     return ", ".join(words + ([f"{unknown} unknown"] if unknown else []))
 
 

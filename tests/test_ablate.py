@@ -134,6 +134,9 @@ def test_a_run_goes_by_its_config_its_length_and_its_seed(lab):
     base = SetUp("base", lab / "configs" / "tiny" / "base.py")
     s = run_of(base, 5, ["--dim=32"], lab / "out", longer=1.25).settings
     assert (s.seed, s.dim, s.max_iters, s.out_dir) == (5, 32, 10, str(lab / "out" / "base10-5"))
+    for name, longer in (("learning_rate=1e-3", "learning_rate=1e-3,max_iters=10"), ("mtp8", "mtp8_10")):
+        s = run_of(base._replace(name=name), 5, [], lab / "out", longer=1.25).settings
+        assert s.out_dir == str(lab / "out" / f"{longer}-5")
 
 
 def test_set_ups_from_one_config(lab, capsys):

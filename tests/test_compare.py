@@ -319,11 +319,22 @@ def test_holms_column_and_the_order_by_difference(tmp_path, capsys):
     assert "corrected for how many are compared" in table.replace("\n", " ")
 
 
-def test_a_pooled_deviation_gives_all_set_ups_one_interval(tmp_path, capsys):
+def test_a_pooled_deviation_is_that_of_all_set_ups_but_the_baseline(tmp_path, capsys):
+    """The right value: three set-ups of four pairs have 9 degrees of freedom, and t at 97.5% is 2.262."""
     many(tmp_path, 4)
-    halves = [{row["difference_end_half_interval"] for row in list(rows(capsys, tmp_path, *words).values())[1:]}
-              for words in ([], ["--pool"])]
-    assert len(halves[0]) == 3 and len(halves[1]) == 1
+    ends = {path.name: json.loads((path / "log.jsonl").read_text().splitlines()[-1])["val/ntp"]
+            for path in tmp_path.iterdir()}
+    base, *others = ([ends[f"a_rather_long_name_of_a_set_up_{k:02}-{seed}"] for seed in range(1, 5)] for k in range(4))
+    variances = [np.var(np.subtract(other, base), ddof=1) for other in others]
+    half = 2.262157 * math.sqrt(np.mean(variances) / 4)
+    found = [[float(row["difference_end_half_interval"]) for row in list(rows(capsys, tmp_path, *words).values())[1:]]
+             for words in ([], ["--pool"])]
+    assert len(set(found[0])) == 3 and found[1] == pytest.approx([half] * 3, rel=1e-5)
+    noise = []
+    for words in ([], ["--pool"]):
+        compare.main([str(tmp_path), *words])
+        noise.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("all, pooled")])
+    assert noise[0] and noise[0] == noise[1]
 
 
 def test_no_verdict_below_three_pairs(runs, capsys):
@@ -1011,6 +1022,13 @@ def test_a_single_seed_has_no_bar(little, tmp_path, monkeypatch):
     alone = [[True, False]] * 2
     assert drawn[:2] == [("base", [0.1, 1.0], alone), ("nitp", [0.1, 1.0], alone)]
     assert ("nitp", [0.1, 1.0], alone) in drawn[2:]  # of differences
+
+
+def test_set_ups_along_a_setting_have_the_seeds_of_all_values(little, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "at1.0" / "nitp-3")
+    assert compare.main([*little, "--along", "train_fraction", "--markdown"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "→" in line and line.startswith("| nitp")]
+    assert [line.split(" | ")[2] for line in lines] == ["1-3"]
 
 
 def test_a_setting_that_runs_do_not_have(little, tmp_path, capsys):
