@@ -246,7 +246,10 @@ def run_all(runs: list[Run], jobs: int) -> None:
 
 
 def step_seconds(setups: dict[str, Settings], rounds: int) -> dict[str, list[float]]:
-    """{set-up: seconds of a step in each round}, averaged over ten points of a run; one thread, in turns."""
+    """{set-up: seconds of a step in each round}, averaged over ten points of a run; one thread, in turns.
+
+    Seconds of CPU time, as a free core would take: what other programs do on it does not count.
+    """
     torch.set_num_threads(1)
     steps, found = {}, {name: [] for name in setups}
     for name, s in setups.items():
@@ -259,9 +262,9 @@ def step_seconds(setups: dict[str, Settings], rounds: int) -> dict[str, list[flo
         spent = dict.fromkeys(setups, 0.0)
         for share in points if turn else points[::5]:
             for name, step in steps.items():  # step by step in turns: these machines drift within seconds
-                began = time.perf_counter()
+                began = time.process_time()
                 step(share)
-                spent[name] += (time.perf_counter() - began) / len(points)
+                spent[name] += (time.process_time() - began) / len(points)
         if turn:
             for name in setups:
                 found[name].append(spent[name])

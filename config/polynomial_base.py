@@ -1,4 +1,4 @@
-"""Polynomials over F7[X]/(X^5), next-token prediction only: it learns negation and nothing else; 2.5 minutes."""
+"""Polynomials over F7[X]/(X^5), next-token prediction only: it learns negation, and seldom more; 2.5 minutes."""
 out_dir = "out/polynomial_base"
 # data
 dataset = "polynomial"  # python synthetic.py polynomial
