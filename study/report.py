@@ -202,7 +202,8 @@ def curves(groups: list[Group], key: str, axis: str) -> Draw:
         if key in FALLING:  # of its fall from ln V nothing could be seen but the fall
             tops, bottom = sorted(tops), min(lows)
             top = tops[-1] if key == "train/total" else tops[len(tops) // 2]  # totals differ by their weights
-            axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom))
+            if top > bottom:
+                axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom))
         if axis == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter())  # 10 M
         axes.set_xlabel({"iter": "step", "tokens": "tokens", "seconds": "seconds of training"}[axis])
