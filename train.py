@@ -514,6 +514,15 @@ def main(argv: list[str]) -> int:
         print(help_text(Settings, __doc__))
         return 0
     try:
+        return outcome(argv)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def outcome(argv: list[str]) -> int:
+    """The exit status of a run; what stopped it is told, before a group whose other end is gone is given up."""
+    try:
         s = settings_from(argv)
         check(s)
         writes = is_first() and not s.eval_only
@@ -530,9 +539,6 @@ def main(argv: list[str]) -> int:
             complaint = f"out of memory ({shown(what)}); try a smaller batch_size and more gradient_accumulation_steps"
         else:
             raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     tell(f"train.py: {shown_message(complaint)}", sys.stderr)
     return 1
 
