@@ -173,15 +173,14 @@ def flops(s: Settings) -> float:
 # what is compared
 
 def cases_by_path(model: str, threads: list[int]) -> dict[str, Case]:
-    folder, cases = os.environ.get("LLAMA2C", ""), {}
+    folder = os.environ.get("LLAMA2C", "")
     if folder and not (Path(folder) / "model.py").exists():
         raise ValueError(f"LLAMA2C: expected a folder with llama2.c's model.py, found {folder}")
-    for n in threads:
-        ours = {path: Case(Settings(**MODELS[model], **more), n, f"plain; {n}") for path, more in PATHS.items()}
-        theirs = {path: Case(Settings(**MODELS[model], **more), n, f"plain; {n}", llama2c=folder)
-                  for path, more in PEERS.items() if folder}
-        cases |= {f"{path}; {n}": case for path, case in (ours | theirs).items()}
-    return cases
+    ways = {path: (more, "") for path, more in PATHS.items()}
+    if folder:
+        ways |= {path: (more, folder) for path, more in PEERS.items()}
+    return {f"{path}; {n}": Case(Settings(**MODELS[model], **more), n, f"plain; {n}", llama2c=where)
+            for n in threads for path, (more, where) in ways.items()}
 
 
 def cases_by_heads(n_threads: int) -> dict[str, Case]:

@@ -850,6 +850,10 @@ def test_settings_that_contradict_each_other_are_refused_by_name(changes, says):
 # ---------------------------------------------------------------------------------------------
 # several processes, and wandb
 
+def start_two(*argv) -> subprocess.Popen:
+    """torchrun with two processes."""
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv)
+
 
 @pytest.mark.parametrize("accumulate,changes", [
     (1, {"aux_schedule": "linear", "aux_end": 0.6}), (2, {"aux_schedule": "linear", "aux_end": 0.6}),
@@ -859,8 +863,7 @@ def test_two_processes_learn_what_one_learns(words, tmp_path, accumulate, change
     common = HEADS | {"mask_document_ends": True, "max_iters": 20, "dtype": "float32",
                       "gradient_accumulation_steps": accumulate} | changes
     run(words(out_dir=tmp_path / "one", batch_size=4, **common))
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-                    *words(out_dir=tmp_path / "two", batch_size=2, **common))
+    process = start_two("train.py", *words(out_dir=tmp_path / "two", batch_size=2, **common))
     _, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
     one, two = (log_lines(tmp_path / out) for out in ("one", "two"))
@@ -886,8 +889,8 @@ sys.stdout.write(" ".join(["threads", *names]) + "\\n")  # in one piece: two pro
 def test_a_finished_process_has_no_thread_of_gloo(words, tmp_path):
     """One that outlives destroy_process_group can abort its process while the interpreter ends, one run in 20."""
     (tmp_path / "program.py").write_text(NAMES_OF_THREADS)
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "program.py",
-                    *words(batch_size=2, head="block", n_future_heads=1, nitp_weight=0.3, freeze_trunk_iters=4))
+    process = start_two(tmp_path / "program.py",
+                        *words(batch_size=2, head="block", n_future_heads=1, nitp_weight=0.3, freeze_trunk_iters=4))
     output, error = process.communicate(timeout=180)
     assert process.returncode == 0, error
     threads = [line for line in output.splitlines() if line.startswith("threads ")]
@@ -896,8 +899,7 @@ def test_a_finished_process_has_no_thread_of_gloo(words, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(words, tmp_path, victim):
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-                    *words(batch_size=2, max_iters=100_000))
+    process = start_two("train.py", *words(batch_size=2, max_iters=100_000))
     for line in process.stdout:
         if line.startswith("iter 9/"):
             break
@@ -914,8 +916,8 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_checkpoint(words,
 
 def test_torchrun_starts_again_what_was_killed(words, tmp_path):
     """One command line, with auto: the second attempt goes on from the last evaluation."""
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "train.py",
-                    *words(batch_size=2, max_iters=60, eval_interval=10, init_from="auto", **HEADS))
+    process = start_two("--max-restarts=1", "train.py",
+                        *words(batch_size=2, max_iters=60, eval_interval=10, init_from="auto", **HEADS))
     wait_for(process, "iter 25/")
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)

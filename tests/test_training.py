@@ -21,6 +21,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(training, "VOCABULARIES", (512,))
     monkeypatch.setattr(training, "LENGTHS", (16,))
     monkeypatch.setattr(training, "HEADS", (0, 2))
+    monkeypatch.delenv("LLAMA2C", raising=False)
 
 
 def test_a_table_and_a_plot(tiny, tmp_path, capsys):
