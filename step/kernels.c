@@ -18,7 +18,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #ifdef __GLIBC__
@@ -66,6 +66,8 @@ static inline Floats either(Ints mask, Floats yes, Floats no) {
 static inline Floats larger(Floats a, Floats b) {  // b where one of them is a NaN
 #ifdef __AVX512F__
     return (Floats)_mm512_max_ps((__m512)a, (__m512)b);  // which compilers do not find in the other line
+#elif defined(__AVX__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return either(a > b, a, b);
 #endif
@@ -74,6 +76,8 @@ static inline Floats larger(Floats a, Floats b) {  // b where one of them is a N
 static inline int any_larger(Floats a, Floats b) {
 #ifdef __AVX512F__
     return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
 #else
     const Ints larger = a > b;
     int32_t found = 0;
@@ -357,6 +361,19 @@ INLINE void transpose(__m512i t[4]) {
     t[0] = _mm512_shuffle_i64x2(a, b, 0x44), t[1] = _mm512_shuffle_i64x2(a, b, 0xee);
     t[2] = _mm512_shuffle_i64x2(c, d, 0x44), t[3] = _mm512_shuffle_i64x2(c, d, 0xee);
 }
+#elif defined(__AVX__)
+// Four words from each of two places.
+INLINE __m256 fours(const Word *a, const Word *b) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)a)), _mm_loadu_ps((const float *)b), 1);
+}
+
+// 8 rows of 4 words, rows i and i + 4 in register i, become 4 columns of 8, and the other way round.
+INLINE void transpose(__m256 t[4]) {
+    const __m256 a = _mm256_unpacklo_ps(t[0], t[2]), b = _mm256_unpackhi_ps(t[0], t[2]);
+    const __m256 c = _mm256_unpacklo_ps(t[1], t[3]), d = _mm256_unpackhi_ps(t[1], t[3]);
+    t[0] = _mm256_unpacklo_ps(a, c), t[1] = _mm256_unpackhi_ps(a, c);
+    t[2] = _mm256_unpacklo_ps(b, d), t[3] = _mm256_unpackhi_ps(b, d);
+}
 #endif
 
 // Of LANES rows, `stride` words apart, the first `words`, a multiple of 4.
@@ -368,6 +385,13 @@ INLINE void to_columns(Bits *columns, const Word *rows, int64_t stride, int64_t 
             const Word *from = rows + 4 * i * stride + w;
             t[i] = fours(from, from + stride, from + 2 * stride, from + 3 * stride);
         }
+        transpose(t);
+        for (int i = 0; i < 4; i++) columns[w + i] = (Bits)t[i];
+    }
+#elif defined(__AVX__)
+    for (int64_t w = 0; w < words; w += 4) {
+        __m256 t[4];
+        for (int i = 0; i < 4; i++) t[i] = fours(rows + i * stride + w, rows + (i + 4) * stride + w);
         transpose(t);
         for (int i = 0; i < 4; i++) columns[w + i] = (Bits)t[i];
     }
@@ -386,6 +410,14 @@ INLINE void to_rows(Word *rows, const Bits *columns, int64_t stride, int n, Head
         transpose(t);
         const size_t bytes = is.used - w < 4 ? (size_t)(is.used - w) * 4 : 16;
         for (int r = 0; r < n; r++) memcpy(rows + r * stride + w, (Word *)t + 4 * r, bytes);
+    }
+#elif defined(__AVX__)
+    for (int64_t w = 0; w < is.used; w += 4) {
+        __m256 t[4];
+        for (int i = 0; i < 4; i++) t[i] = (__m256)columns[w + i];
+        transpose(t);
+        const size_t bytes = is.used - w < 4 ? (size_t)(is.used - w) * 4 : 16;
+        for (int r = 0; r < n; r++) memcpy(rows + r * stride + w, (Word *)t + r % 4 * 8 + r / 4 * 4, bytes);
     }
 #else
     for (int r = 0; r < n; r++)
@@ -484,6 +516,12 @@ INLINE void add_weighted(Floats *out, const Floats weight[KEYS], const Word *pai
 // to[j] = the words (p[j][0], ds[j][0], p[j][1], ds[j][1], ..); of bfloat16 queries 0 and 1, 2 and 3, .. share one.
 INLINE void side_by_side(Word *to, Floats p, Floats ds, Head is) {
     if (!is.bf16) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+        const __m256 low = _mm256_unpacklo_ps((__m256)p, (__m256)ds), high = _mm256_unpackhi_ps((__m256)p, (__m256)ds);
+        _mm256_storeu_ps((float *)to, _mm256_permute2f128_ps(low, high, 0x20));
+        _mm256_storeu_ps((float *)to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+        return;
+#endif
         for (int r = 0; r < LANES; r++) {
             to[2 * r] = ((Bits)p)[r];
             to[2 * r + 1] = ((Bits)ds)[r];

@@ -85,10 +85,13 @@ def dropout_of(B, T, H, dropout, seed=0):
     return y.unflatten(-1, (H, T)).transpose(1, 2) * torch.arange(1.0, T + 1)[:, None]
 
 
-@dtypes
-@pytest.mark.parametrize("B,T,H,G,hd,dropout", [
+ATTENTIONS = [
     (2, 37, 8, 4, 8, 0.0), (1, 1, 2, 1, 2, 0.0), (3, 16, 4, 4, 6, 0.0), (1, 65, 6, 2, 48, 0.0), (2, 8, 2, 2, 10, 0.0),
-    (1, 300, 3, 1, 16, 0.0), (2, 38, 8, 4, 8, 0.3), (1, 66, 6, 2, 48, 0.5), (2, 30, 1, 1, 16, 0.9)])
+    (1, 300, 3, 1, 16, 0.0), (2, 38, 8, 4, 8, 0.3), (1, 66, 6, 2, 48, 0.5), (2, 30, 1, 1, 16, 0.9)]
+
+
+@dtypes
+@pytest.mark.parametrize("B,T,H,G,hd,dropout", ATTENTIONS)
 def test_attention(B, T, H, G, hd, dropout, dtype):
     kept = dropout_of(B, T, H, dropout).double() if dropout else 1.0
     torch.manual_seed(0)
@@ -140,13 +143,20 @@ def test_attention_errs_no_more_than_torchs_own():
     assert max(errors_of_attention(CausalAttention.apply, torch.float32)) < 1e-6
 
 
-def test_without_the_processors_own_instructions_attention_errs_as_little(monkeypatch, tmp_path):
-    """The lines that stand in for those of AVX-512, in the narrowest registers."""
+@pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"]], ids=["none", "AVX2"])
+def test_without_the_processors_own_instructions_attention_errs_as_little(flags, monkeypatch, tmp_path):
+    """The lines that stand in for those of AVX-512, in the narrowest registers and in AVX2's."""
+    if flags and not torch.cpu.get_capabilities().get("avx2"):
+        pytest.skip("this processor has no AVX2")
     built = tmp_path / "kernels.so"
-    subprocess.run(["cc", "-std=c11", "-O1", "-shared", "-fPIC", kernels.SOURCE, "-o", built, "-lm"], check=True)
-    portable = kernels._load(built, False)
-    monkeypatch.setattr(kernels, "library", lambda: portable)
+    command = ["cc", "-std=c11", "-O1", *flags, "-shared", "-fPIC"]
+    subprocess.run([*command, kernels.SOURCE, "-o", built, "-lm"], check=True)
+    other = kernels._load(built, False)
+    monkeypatch.setattr(kernels, "library", lambda: other)
     test_attention_errs_no_more_than_torchs_own()
+    for shape in ATTENTIONS:
+        for dtype in TOLERANCE:
+            test_attention(*shape, dtype)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 1 - 2**-53])
