@@ -26,6 +26,7 @@ What this leaves out on purpose: what is reported of the runs (compare.py), and 
 from system.program import positive, program
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -51,12 +52,14 @@ from system.lock import hold
 from system.shown import shown
 from text.letters import token_texts
 from text.tokenizer import load_tokenizer, vocab_folder
+from tinystories import need_tokens
 from train import step_on_random_tokens
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "config"
 BASE = "base"
 SEEDS = [1337, 1338, 1339, 1340, 1341]
+REPORT_NEEDS = ("matplotlib", "scipy")  # libraries; one that is missing is reported before the runs, not after them
 
 
 class SetUp(NamedTuple):
@@ -162,7 +165,8 @@ def run_of(s: SetUp, seed: int, words: list[str], out: Path, source: SetUp | Non
         own.append(f"--init_from={Path(start) / Path(s.settings(words).init_from).name}")
     settings = configure(Settings, [str(s.config), *own])
     check(settings)
-    return Run(settings, [str(s.config), *own], start)
+    shown = s.config.relative_to(ROOT) if s.config.is_relative_to(ROOT) else s.config  # fit for other machines
+    return Run(settings, [str(shown), *own], start)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -319,6 +323,12 @@ def main(argv: list[str]) -> None:
         check_same(run.settings)
     if args.print:
         return print_command_lines(runs)
+    for name in REPORT_NEEDS:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
+    if not args.no_runs:
+        for s in (run.settings for run in runs):
+            need_tokens(vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size) / "train.bin", s.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
     with hold(args.out / "lock"):
         train_and_compare(args, made, sources, runs, words)

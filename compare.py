@@ -23,6 +23,7 @@ import math
 import shlex
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 from study.comparison import csv_rows, summary, table_along, tables
@@ -60,8 +61,25 @@ def deliver(text: str, where: str) -> None:
         f.write(text if text.endswith("\n") else text + "\n")
 
 
+def refuse_to_lose_runs(path: Path, runs: list[Run]) -> None:
+    """ValueError if the log at `path` has a run that is not among `runs`, or is no log at all."""
+    there = Reader()
+    with suppress(ValueError):
+        there.read(str(path))
+    if not there.runs:
+        raise ValueError(f"--keep: {path} exists and is no log of runs; choose another file, or delete it")
+    lost = sorted({run.name for run in there.runs} - {run.name for run in runs})
+    if lost:
+        names = ", ".join(shown(name) for name in lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise ValueError(f"--keep: {path} has {len(lost)} runs that would be lost ({names}); choose another file, or "
+                         "name it among the runs to be read and keep all in a new one")
+
+
 def keep(runs: list[Run], path: Path) -> None:
     """Headers, evaluations and each 50th other line of all runs in one small file, which can be compared again."""
+    if path.exists():
+        refuse_to_lose_runs(path, runs)
+
     def short(value: float) -> float:
         return float(f"{value:.{KEPT_DIGITS}g}") if isinstance(value, float) else value
 

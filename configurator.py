@@ -69,7 +69,9 @@ def configure(settings_class: type, argv: list[str], saved: dict[str, Any] | Non
             if takes_a_value(settings_class, before):
                 raise ValueError(f"{before} {shown(word)}: expected {before}={word[:80]}, with an equals sign")
             if config_file is not None:
-                raise ValueError(f"{word}: a second config file after {config_file}; a run takes one, then --key=value")
+                setting = f"; did you mean --{word}?" if "=" in word else ""
+                raise ValueError(f"{word}: a second config file after {config_file}; a run takes one, then --key=value"
+                                 f"{setting}")
             config_file = word
             values |= read_config_file(settings_class, word)
     for word in argv:

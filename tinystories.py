@@ -437,6 +437,14 @@ def token_files(path: Path) -> list[Path]:
     return shards[:1] if path.stem == "val" else shards[1:]
 
 
+def need_tokens(path: Path, vocab_size: int) -> list[Path]:
+    """token_files(path). Errors: ValueError naming the command that makes them, if there are none."""
+    files = token_files(path)
+    if not files:
+        raise ValueError(f"{path}: no such data set; {how_to_make(path.parent.parent, vocab_size)}")
+    return files
+
+
 def map_tokens(path: Path, vocab_size: int) -> np.ndarray:
     """The tokens of a file, memory-mapped. Errors: ValueError naming the file."""
     if not path.is_file():
@@ -500,10 +508,7 @@ class Windows:
 
     def __init__(self, path: Path, vocab_size: int, T: int, fraction: float = 1.0, pack: bool = False):
         self.path, self.T = path, T
-        files = token_files(path)
-        if not files:
-            raise ValueError(f"{path}: no such data set; {how_to_make(path.parent.parent, vocab_size)}")
-        parts = [map_tokens(file, vocab_size) for file in files]
+        parts = [map_tokens(file, vocab_size) for file in need_tokens(path, vocab_size)]
         kept = int(sum(map(len, parts)) * fraction)
         part = f"{fraction:g} of it" if fraction < 1.0 else "it"
         self.tokens = parts[0][:kept] if len(parts) == 1 else Joined(parts, kept)

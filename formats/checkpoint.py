@@ -26,9 +26,9 @@ from formats import huggingface, llama2c
 from formats.torch_file import read_torch
 from model import HEADS, ModelArgs, Transformer
 from settings import with_names_of_today
-from system.files import refuse_irregular
+from system.files import fingerprint_of, refuse_irregular
 from system.shown import shown
-from text.tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, open_tokenizer, vocab_folder
+from text.tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, bin_bytes, open_tokenizer, vocab_folder
 
 MOST = llama2c.SIZES | {"recurrence": 1 << 10, "n_future_heads": 1 << 10, "head_dim": llama2c.SIZES["dim"]}
 MOST_OTHERS = 1 << 24  # of any other whole number in model_args
@@ -194,6 +194,13 @@ def find_tokenizer(path: str | Path, checkpoint: dict, vocab_size: int, given: s
             return open_tokenizer(place, vocab_size)
     raise ValueError(f"{path}: no tokenizer.model, tokenizer.json or tokenizer.bin in {' or '.join(map(str, places))}; "
                      "name one with --tokenizer")
+
+
+def was_trained_with_another(checkpoint: dict, tokenizer: Tokenizer) -> bool:
+    """Does a checkpoint say that its run had another vocabulary than this? Few but those of this lab say which."""
+    files = checkpoint.get("data")
+    trained = files.get("tokenizer.bin") if isinstance(files, dict) else None
+    return isinstance(trained, str) and trained != fingerprint_of(bin_bytes(tokenizer))
 
 
 def has_another_vocabulary(path: str | Path, checkpoint: dict, vocab_size: int, folder: Path) -> bool:

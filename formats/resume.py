@@ -21,7 +21,7 @@ from formats.checkpoint import has_another_vocabulary, model_args_of, read_check
 from model import ModelArgs
 from settings import Heads, Settings, Shape, names_of, shape_of
 from step.machine import Machine, note
-from system.files import atomic_write, fingerprint
+from system.files import atomic_write, fingerprint, read_text
 from system.shown import shown
 from text.tokenizer import vocab_folder
 from text.tokenizer_json import TOKENIZER
@@ -50,13 +50,12 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
     shape (not its heads) into `s`. Errors: ValueError.
     """
     last = Path(s.out_dir) / "last.pt"
-    if s.init_from != "resume" and not s.eval_only and last.exists():
-        raise ValueError(f"{last}: this out_dir holds a run; --init_from=resume continues it, "
-                         "or choose another --out_dir, or delete it")
+    if s.init_from != "resume" and not s.eval_only:
+        refuse_to_overwrite(Path(s.out_dir))
     if s.init_from == "scratch":
         return None, last
     path = last if s.init_from == "resume" else Path(s.init_from)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_last(path) if s.init_from == "resume" else read_checkpoint(path)
     if s.init_from == "resume":
         check_resumable(checkpoint, path, s)
     else:
@@ -64,12 +63,50 @@ def load_start(s: Settings) -> tuple[dict | None, Path]:
     return checkpoint, path
 
 
+def refuse_to_overwrite(out_dir: Path) -> None:
+    """ValueError if a new run in out_dir would replace another's checkpoints or log, this lab's or llama2.c's."""
+    last, best, log = (out_dir / name for name in ("last.pt", "ckpt.pt", "log.jsonl"))
+    if last.exists():
+        raise ValueError(f"{last}: this out_dir holds a run; --init_from=resume continues it, "
+                         "or choose another --out_dir, or delete it")
+    if best.exists() and not is_untrained(best):
+        raise ValueError(f"{best}: this out_dir holds a run without the last.pt that continues it; "
+                         f"--init_from={best} with another --out_dir starts from it; or delete it")
+    if log.exists() and has_iterations(log):
+        raise ValueError(f"{log}: this out_dir holds the log of a run; choose another --out_dir, or delete it")
+
+
+def is_untrained(path: Path) -> bool:
+    """Is a checkpoint that of iteration 0? A run that is killed between its first ckpt.pt and last.pt leaves it."""
+    try:
+        return read_checkpoint(path, mapped=True).get("iter_num") == 0
+    except ValueError:  # whatever it is, it is not ours to replace
+        return False
+
+
+def has_iterations(log: Path) -> bool:
+    """Does a log have more than the header, which is all that a run writes before its first checkpoint?"""
+    lines = [line for line in read_text(log, errors="replace").splitlines() if line.strip()]
+    return any('"config"' not in line for line in lines)
+
+
+def read_last(path: Path, mapped: bool = False) -> dict:
+    """The checkpoint in last.pt. Errors: ValueError, which names the best checkpoint if there is one."""
+    try:
+        return read_checkpoint(path, mapped)
+    except ValueError as error:
+        best = path.with_name("ckpt.pt")
+        if not (path.exists() and best.exists()):
+            raise
+        raise ValueError(f"{error}; --init_from={best} with another --out_dir starts from the best one") from error
+
+
 def saved_settings(path: Path) -> dict:
     """The settings of the run in a checkpoint. Errors: ValueError.
 
     Not its folder, which may have been moved; nor leave to go on with other data, which counts for one resume.
     """
-    config = read_checkpoint(path, mapped=True).get("config")  # only this; the tensors stay on the disk
+    config = read_last(path, mapped=True).get("config")  # only this; the tensors stay on the disk
     if not isinstance(config, dict):
         return {}
     return {name: value for name, value in config.items() if name not in ("out_dir", "allow_other_data")}
@@ -180,7 +217,8 @@ def restore_rng(states: list[dict], machine: Machine) -> None:
 def restore(checkpoint: dict, path: Path, run) -> Progress:
     """Put everything but the weights back as it was saved; returns how far the run had come. Errors: ValueError."""
     if not 0 <= checkpoint["iter_num"] <= run.s.max_iters:
-        raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}, max_iters={run.s.max_iters}")
+        raise ValueError(f"{path}: the run is at iteration {checkpoint['iter_num']}; expected one from 0 to "
+                         f"max_iters={run.s.max_iters}")
     ours = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])

@@ -27,6 +27,7 @@ EFFECTS = (0.005, 0.01, 0.02)  # nats, for which the number of seeds is reported
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 IN_WORDS = {"better": "better", "worse": "worse", "tie": "no difference seen", "too few": "too few seeds to say",
             "–": "not compared"}
+ORDER = (*IN_WORDS, "not comparable")  # of verdicts in a summary
 MOST_SENTENCES = 6  # set-ups in a summary that have a sentence each
 
 
@@ -38,26 +39,37 @@ def summary(found: list[Figures]) -> list[str]:
     base, others = found[0], [f for f in found[1:] if f.difference.n or f.equal_seconds.n or not f.comparable]
     if not others:
         return [f"Nothing was compared with {base.group.label}."]
+    steps, seconds = holm([f.difference.p for f in others]), holm([f.equal_seconds.p for f in others])
     if len(others) <= MOST_SENTENCES:
-        return [f"{sentence(f)}." for f in others]
+        return [f"{sentence(f, *corrected)}." for f, *corrected in zip(others, steps, seconds, strict=True)]
     alike: dict[str, list[str]] = {}
-    for f in others:
-        alike.setdefault(verdict(f, f.difference), []).append(f.group.label)
-    return [f"Against {base.group.label} at equal steps, {IN_WORDS.get(what, what)}: {', '.join(alike[what])}."
-            for what in (*IN_WORDS, "not comparable") if what in alike]
+    for what in ORDER:
+        for f, p in zip(others, steps, strict=True):
+            if verdict(f, f.difference) == what:
+                alike.setdefault(in_words(what, p), []).append(f.group.label)
+    return [f"Against {base.group.label} at equal steps, {words}: {', '.join(labels)}."
+            for words, labels in alike.items()]
 
 
-def sentence(f: Figures) -> str:
+def in_words(verdict: str, p: float) -> str:
+    """A verdict, and whether it stands among all that are compared. p: after Holm's correction."""
+    words = IN_WORDS.get(verdict, verdict)
+    if verdict in ("better", "worse") and p >= 0.05:
+        words += " by itself but not after Holm's correction"
+    return words
+
+
+def sentence(f: Figures, p_steps: float, p_seconds: float) -> str:
     """nitp: no difference seen, -0.002 ± 0.012, five seeds; at equal seconds worse, +0.013 ± 0.011"""
     if not f.comparable:
         return f"{f.group.label}: cannot be compared, other validation tokens"
     d, e = f.difference, f.equal_seconds
     seeds = NUMBERS[d.n] if d.n < len(NUMBERS) else str(d.n)
-    said = f"{f.group.label}: {IN_WORDS[d.verdict]}"
+    said = f"{f.group.label}: {in_words(d.verdict, p_steps)}"
     if d.n:
         said += f", {short(d)}, {seeds} seed{'' if d.n == 1 else 's'}"
     if e.verdict in ("better", "worse", "tie"):
-        said += f"; at equal seconds {IN_WORDS[e.verdict]}, {short(e)}"
+        said += f"; at equal seconds {in_words(e.verdict, p_seconds)}, {short(e)}"
     return said
 
 

@@ -87,7 +87,9 @@ def settings_in(folder: Path) -> dict:
 
 
 def complaint(folder: Path, code: int) -> str:
-    """Why a process failed: the last message that it printed."""
+    """Why a process failed: the last message that it printed, with the lines that belong to it."""
     lines = read_text(folder / "stderr.txt", errors="replace").strip().splitlines()
-    said = [line for line in lines if line.startswith("train.py: ")] or lines or [f"exit code {code}, without a word"]
-    return shown_message(said[-1])
+    if not lines:
+        return f"exit code {code}, no message"
+    starts = [i for i, line in enumerate(lines) if line.startswith("train.py: ")]
+    return shown_message("\n".join(lines[starts[-1] if starts else -1 :]))

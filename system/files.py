@@ -91,6 +91,11 @@ def fingerprint(path: str | Path) -> str:
     return f"{size} bytes, crc32 {crc:08x}"
 
 
+def fingerprint_of(content: bytes) -> str:
+    """The same of a file with this content, of at most 16 MiB."""
+    return f"{len(content)} bytes, crc32 {zlib.crc32(content):08x}"
+
+
 def is_at(path: str | Path, f: IO) -> bool:
     """True while the open file `f` is what `path` names: not removed, not replaced."""
     try:

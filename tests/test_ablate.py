@@ -1,5 +1,6 @@
 """Whole comparisons: what is run, what is skipped, what is refused."""
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -93,11 +94,21 @@ def test_a_run_of_an_older_config_is_not_taken_for_one_of_this(lab):
         ablate.main(words(lab, "--no_runs", "--dropout=0.1"))
 
 
+def test_what_all_runs_need_is_asked_for_before_the_first(lab, monkeypatch):
+    with pytest.raises(ValueError, match="no such data set; make it with one of\n    python tinystories.py down"):
+        ablate.main(words(lab, "--dataset=tinystories"))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    with pytest.raises(ModuleNotFoundError) as missing:
+        ablate.main(words(lab))
+    assert missing.value.name == "matplotlib" and not (lab / "out").exists()
+
+
 def test_what_cannot_be_compared_is_said(lab):
     with pytest.raises(ValueError, match="out: no run there yet"):
         ablate.main(words(lab, "--no_runs", "--rounds", "0"))
-    with pytest.raises(ValueError, match="some runs failed(.|\n)*base-1: train.py: .*nowhere"):
-        ablate.main(words(lab, "--only", "base", "--dataset=nowhere"))
+    with pytest.raises(ValueError, match="some runs failed(.|\n)*base-1: train.py: .*expected more than 32"):
+        ablate.main(words(lab, "--only", "base", "--train_fraction=0.0001"))
     with pytest.raises(ValueError, match="--only nitp: expected some of base, spelling"):
         ablate.main(words(lab, "--only", "nitp"))
     for word, says in (("--max_iter=3", "--max_iter: no such setting; did you mean max_iters"),
@@ -218,7 +229,7 @@ def test_runs_start_from_runs_of_their_own_seed(two_stages, capsys):
 
 def test_runs_whose_source_failed_do_not_start(two_stages, monkeypatch):
     (two_stages / "configs" / "tiny" / "first.py").write_text(
-        (two_stages / "configs" / "tiny" / "first.py").read_text() + 'dataset = "nowhere"\n')
+        (two_stages / "configs" / "tiny" / "first.py").read_text() + "train_fraction = 0.0001\n")
     with pytest.raises(ValueError, match="some runs failed") as error:
         ablate.main(words(two_stages, "--rounds", "0"))
     assert "first-1: train.py: " in str(error.value) and "base-1" not in str(error.value)

@@ -210,6 +210,19 @@ def test_kept_runs_of_one_name_stay_two(tmp_path, capsys):
     assert set(rows(capsys, tmp_path / "kept.jsonl")) == {"nitp", "nitp (nitp_weight=0.2)"}
 
 
+def test_runs_that_were_kept_are_not_lost(runs, tmp_path, capsys):
+    kept, other = tmp_path / "kept.jsonl", tmp_path / "notes.jsonl"
+    compare.main([str(runs), "--keep", str(kept)])
+    compare.main([str(runs), "--keep", str(kept)])  # the same again
+    before = kept.read_bytes()
+    with pytest.raises(ValueError, match="kept.jsonl has [0-9]+ runs that would be lost .*nitp-1"):
+        compare.main([*map(str, runs.glob("base-*")), "--keep", str(kept)])
+    other.write_text("not a log\n")
+    with pytest.raises(ValueError, match="notes.jsonl exists and is no log of runs"):
+        compare.main([str(runs), "--keep", str(other)])
+    assert kept.read_bytes() == before and other.read_text() == "not a log\n"
+
+
 def test_nothing_is_said_of_steps_that_a_run_has_not_come_to(runs, capsys):
     found = rows(capsys, runs, "--steps", 300, 500)
     assert found["base"]["ntp_at_500"] == "" and found["nitp"]["difference_at_500"] == ""
@@ -254,6 +267,23 @@ def test_kept_logs_tell_the_same(runs, tmp_path, capsys):
     assert whole == again and "train/" not in kept.read_text()
     assert str(tmp_path) not in kept.read_text()  # where they lay is nobody's business
     assert kept.stat().st_size < sum(path.stat().st_size for path in runs.glob("*/log.jsonl"))
+
+
+def test_a_verdict_among_several_says_whether_it_survives_correction(runs, capsys):
+    """nitp's p is just below 0.05: enough for one set-up, too much for two."""
+    for seed, values in BASE.items():
+        write_log(runs / f"tie-{seed}", [v + 0.01 * (-1) ** seed for v in values], seed, variant(0.2))
+    compare.main([str(runs)])
+    first = capsys.readouterr().out.split("\n\n")[0].replace("\n    ", " ")
+    assert "nitp: better by itself but not after Holm's correction, -0.100 ± 0.099, three seeds." in first
+    assert "tie: no difference seen" in first
+    for k in range(6):
+        for seed, values in BASE.items():
+            write_log(runs / f"far{k}-{seed}", [v + k + 1 + 0.001 * seed for v in values], seed, variant(k + 1.0))
+    compare.main([str(runs)])
+    first = capsys.readouterr().out.split("\n\n")[0].replace("\n    ", " ")
+    assert "Against base at equal steps, better by itself but not after Holm's correction: nitp." in first
+    assert "equal steps, worse: far0, far1, far2, far3, far4, far5." in first
 
 
 def test_the_set_ups_and_what_they_ran_on_come_first(runs, capsys):

@@ -139,6 +139,8 @@ def test_missing_file_second_file_and_binary_file(tmp_path):
     path = write(tmp_path, "batch_size = 3")
     with pytest.raises(ValueError, match="second config file"):
         configure(Knobs, [path, path])
+    with pytest.raises(ValueError, match="second config file .*; did you mean --batch_size=5?"):
+        configure(Knobs, [path, "batch_size=5"])
     for words in (["--batch_size", "5"], [path, "--batch_size", "5"], ["--batch-size", "5", path]):
         with pytest.raises(ValueError, match="--batch.size '5': expected --batch.size=5, with an equals sign"):
             configure(Knobs, words)

@@ -5,6 +5,9 @@ import struct
 import pytest
 import sentencepiece
 
+import export
+import sample
+import train
 from formats.checkpoint import find_tokenizer
 from text import tokenizer
 from text.tokenizer import BOS, EOS, ByteTokenizer, SentencePieceTokenizer, load_tokenizer, open_tokenizer, write_bin
@@ -155,6 +158,23 @@ def test_a_tokenizer_that_is_named_is_opened_for_bytes_too(data_dir, tmp_path):
         with pytest.raises(ValueError, match=says):
             find_tokenizer("x", {}, 259, path)
     assert isinstance(find_tokenizer("x", {}, 259, data_dir / "toy" / "tok259"), ByteTokenizer)
+
+
+def test_a_vocabulary_of_another_text_is_noticed(data_dir, tmp_path, capsys, words):
+    """A checkpoint has the checksum of its vocabulary; one of the same size is not enough."""
+    assert train.main(words(max_iters=1)) == 0
+    pieces = list(load_tokenizer(data_dir / "toy" / "tok512", 512).pieces())
+    pieces[300], pieces[301] = pieces[301], pieces[300]
+    other = tmp_path / "other.bin"
+    write_bin(SentencePieceTokenizer.from_pieces(pieces, other), other)
+    checkpoint = tmp_path / "out" / "ckpt.pt"
+    capsys.readouterr()
+    for path, noticed in ((other, True), (data_dir / "toy" / "tok512" / "tokenizer.bin", False),
+                          (data_dir / "toy" / "tok512" / "tokenizer.model", False)):
+        export.main([str(checkpoint), str(tmp_path / f"{noticed}" / "m.bin"), f"--tokenizer={path}"])
+        assert (f"{path}: the tokenizer's pieces are not those" in capsys.readouterr().err) == noticed
+        sample.main([f"--checkpoint={checkpoint}", f"--tokenizer={path}", "--max_new_tokens=1", "--device=cpu"])
+        assert (f"{path}: the tokenizer's pieces are not those" in capsys.readouterr().err) == noticed
 
 
 def test_the_tokenizer_is_looked_for_with_the_data_then_beside_the_model(data_dir, tmp_path):

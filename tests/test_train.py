@@ -388,10 +388,48 @@ def test_a_run_is_not_overwritten(words, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
+def test_what_is_left_of_a_run_is_not_overwritten(words, tmp_path, capsys):
+    """Not its best checkpoint, nor its log, whichever program wrote them and whatever is in them."""
+    run(words())
+    out = tmp_path / "out"
+    (out / "last.pt").unlink()
+    for name in ("ckpt.pt", "log.jsonl"):
+        for content in ((out / name).read_bytes(), b'{"somebody": "else"}\n'):
+            (out / name).write_bytes(content)
+            for init_from in ("auto", "scratch"):
+                assert train.main(words(init_from=init_from)) == 1
+                assert f"out/{name}: this out_dir holds" in capsys.readouterr().err
+            assert (out / name).read_bytes() == content
+        (out / name).unlink()
+    run(words())
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(words, tmp_path):
+    run(words())
+    out = tmp_path / "out"
+    (out / "last.pt").unlink()  # ckpt.pt is written first
+    torch.save(torch.load(out / "ckpt.pt", weights_only=True) | {"iter_num": 0}, out / "ckpt.pt")
+    header = (out / "log.jsonl").read_text().splitlines(keepends=True)[0]
+    (out / "log.jsonl").write_text(header)
+    run(words(init_from="auto"))
+    assert weights(out) and len(log_lines(out)) > 1
+
+
+def test_a_broken_checkpoint_is_reported_with_the_best_one(words, tmp_path, capsys):
+    run(words())
+    last = tmp_path / "out" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    for argv in (words(init_from="auto"), [f"--out_dir={tmp_path / 'out'}", "--init_from=resume"]):
+        assert train.main(argv) == 1
+        said = capsys.readouterr().err
+        assert "out/last.pt: " in said and f"--init_from={tmp_path / 'out' / 'ckpt.pt'} with another --out_dir" in said
+    run(words(init_from=tmp_path / "out" / "ckpt.pt", out_dir=tmp_path / "new"))
+
+
 def test_a_run_that_is_further_than_max_iters_is_not_resumed(words, capsys):
     run(words())
     assert train.main(words(init_from="resume", max_iters=3)) == 1
-    assert "at iteration 8, max_iters=3" in capsys.readouterr().err
+    assert "at iteration 8; expected one from 0 to max_iters=3" in capsys.readouterr().err
 
 
 def test_a_stop_after_divergence_keeps_the_better_checkpoint(words, tmp_path, capsys, monkeypatch):

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from system.files import refuse_irregular
+from system.shown import shown
 
 END = "<|endoftext|>"
 SEPARATORS = ("auto", "marks", "blank_lines", "lines")
@@ -36,6 +37,7 @@ COMPRESSED = (".gz", ".zst")
 FORMATS = (".txt", ".json", ".jsonl", ".parquet")  # what is taken from a folder
 ANSWERS = ("answer", "completion", "response")  # besides `prompt`
 STORY_FIELDS = ("text", "story")
+NUL_SHARE = 4  # a story of which a NUL is more than one character in so many is no UTF-8 text
 BLOCK = 1 << 16  # characters of a .json file that are read at a time
 LONGEST_ITEM = 1 << 26  # characters of one object in a .json list
 
@@ -111,6 +113,9 @@ class StoryFile:
         try:
             for story in self._all(advance):
                 if isinstance(story, str):
+                    if story.count("\0") * NUL_SHARE > len(story):
+                        raise ValueError(f"{self.path}: expected UTF-8 text, found NUL bytes, as UTF-16 has them; "
+                                         f"convert it: iconv -f UTF-16LE -t UTF-8 {self.path}")
                     self.marks += story.count(END)
                     # A mark inside a story would end it early once written out.
                     story = story.replace("\r\n", "\n").replace(END, " ").strip()
@@ -118,8 +123,9 @@ class StoryFile:
                     self.count += 1
                     yield story
         except UnicodeDecodeError as error:
-            found = error.object[error.start]
-            raise ValueError(f"{self.path}: expected UTF-8 text, found byte 0x{found:02x}") from error
+            before = error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "replace")
+            raise ValueError(f"{self.path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} after "
+                             f'"{shown(before)}"') from error
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{self.path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
         if self.count == 0:

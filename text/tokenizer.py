@@ -69,7 +69,7 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.file)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model: {error}") from error
+            raise ValueError(f"{path}: not a SentencePiece model; expected a tokenizer.model, .bin or .json") from error
         self.vocab_size = self._model.vocab_size()
         if (self._model.unk_id(), self._model.bos_id(), self._model.eos_id()) != (UNK, BOS, EOS):
             raise ValueError(f"{path}: expected <unk>, BOS, EOS at ids 0, 1, 2, found them at "
