@@ -1,4 +1,4 @@
-"""260K parameters on TinyStories, next-token prediction at its own best rate and decay: the fair baseline."""
+"""260K parameters on TinyStories, next-token prediction: the baseline of the fair comparison (doc/experiments.md)."""
 out_dir = "out/fair/base"
 # data
 dataset = "tinystories"
