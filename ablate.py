@@ -165,8 +165,8 @@ def run_of(s: SetUp, seed: int, words: list[str], out: Path, source: SetUp | Non
         own.append(f"--init_from={Path(start) / Path(s.settings(words).init_from).name}")
     settings = configure(Settings, [str(s.config), *own])
     check(settings)
-    shown = s.config.relative_to(ROOT) if s.config.is_relative_to(ROOT) else s.config  # fit for other machines
-    return Run(settings, [str(shown), *own], start)
+    config = s.config.relative_to(ROOT) if s.config.is_relative_to(ROOT) else s.config  # as other machines have it
+    return Run(settings, [str(config), *own], start)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def main(argv: list[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
     if not args.no_runs:
-        for s in (run.settings for run in runs):
+        for s in (run.settings for run in runs if not finished(run.settings.out_dir, runs)):
             need_tokens(vocab_folder(Path(s.data_dir) / s.dataset, s.vocab_size) / "train.bin", s.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
     with hold(args.out / "lock"):
