@@ -42,7 +42,8 @@ def test_text_formats(tmp_path, name, text, stories):
 @pytest.mark.parametrize("name,content,says", [
     ("a.txt", b"", "holds no story"),
     ("a.txt", f"\n{END}\n".encode(), "holds no story"),
-    ("a.txt", b"One story.\nIn the caf\xe9", 'found byte 0xe9 after "One story.\\nIn the caf"'),
+    ("a.txt", b"caf\xe9", "found byte 0xe9"),
+    ("a.txt", b"One day.\nIn the caf\xe9 she sat.", 'found byte 0xe9 after "One day.\\nIn the caf"'),
     ("a.txt", "Once upon a time.".encode("utf-16-le"), "as UTF-16 has them"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "a.jsonl:2"),
     ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1"),

@@ -123,9 +123,10 @@ class StoryFile:
                     self.count += 1
                     yield story
         except UnicodeDecodeError as error:
-            before = error.object[max(error.start - 20, 0) : error.start].decode("utf-8", "replace")
-            raise ValueError(f"{self.path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} after "
-                             f'"{shown(before)}"') from error
+            found = f"byte 0x{error.object[error.start]:02x}"
+            if before := error.object[max(error.start - 20, 0) : error.start]:  # none where a block begins with it
+                found += f' after "{shown(before.decode("utf-8", "replace"))}"'
+            raise ValueError(f"{self.path}: expected UTF-8 text, found {found}") from error
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{self.path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
         if self.count == 0:
