@@ -21,7 +21,13 @@ import sys
 from pathlib import Path
 
 from formats import huggingface
-from formats.checkpoint import find_tokenizer, model_of, read_checkpoint, was_trained_with_another
+from formats.checkpoint import (
+    TEXT_WILL_BE_WRONG,
+    find_tokenizer,
+    model_of,
+    read_checkpoint,
+    was_trained_with_another,
+)
 from formats.gguf import KINDS, kind_of, need_gguf, write_gguf
 from formats.huggingface import need_safetensors, write_folder
 from formats.llama2c import check_heads, write_heads, write_trunk
@@ -110,8 +116,7 @@ def main(argv: list[str]) -> None:
         tokenizer = None
         say(f"{error}; without one nothing but token ids goes in and out (run: -z)")
     if tokenizer and was_trained_with_another(checkpoint, tokenizer):
-        say(f"{args.tokenizer or args.checkpoint}: the tokenizer's pieces are not those that the model was trained "
-            "with: its text will be wrong")
+        say(f"{args.tokenizer or args.checkpoint}: {TEXT_WILL_BE_WRONG}")
     write_all(args, model, tokenizer, checkpoint.get("special_tokens"))
 
 

@@ -37,7 +37,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from formats.checkpoint import find_tokenizer, model_of, read_checkpoint, was_trained_with_another
+from formats.checkpoint import (
+    TEXT_WILL_BE_WRONG,
+    find_tokenizer,
+    model_of,
+    read_checkpoint,
+    was_trained_with_another,
+)
 from model import KVCache, States, Transformer
 from step.machine import find_machine
 from text.tokenizer import BOS, EOS, Tokenizer
@@ -296,8 +302,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     check_model(model, args.checkpoint, args.speculative)
     tokenizer = find_tokenizer(args.checkpoint, checkpoint, model.args.vocab_size, args.tokenizer)
     if was_trained_with_another(checkpoint, tokenizer):
-        tell(f"{args.tokenizer or args.checkpoint}: the tokenizer's pieces are not those that the model was trained "
-             "with: its text will be wrong")
+        tell(f"{args.tokenizer or args.checkpoint}: {TEXT_WILL_BE_WRONG}")
     return model.to(find_machine(args.device).device).float(), tokenizer
 
 

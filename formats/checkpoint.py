@@ -33,6 +33,7 @@ from text.tokenizer import BYTE_VOCAB_SIZE, ByteTokenizer, Tokenizer, bin_bytes,
 MOST = llama2c.SIZES | {"recurrence": 1 << 10, "n_future_heads": 1 << 10, "head_dim": llama2c.SIZES["dim"]}
 MOST_OTHERS = 1 << 24  # of any other whole number in model_args
 MOST_ROPE = 1 << 28  # max_seq_len * head dim: tables of a gigabyte
+TEXT_WILL_BE_WRONG = "the tokenizer's pieces are not those that the model was trained with: its text will be wrong"
 
 
 def read_checkpoint(path: str | Path, mapped: bool = False) -> dict:

@@ -41,7 +41,8 @@ def summary(found: list[Figures]) -> list[str]:
         return [f"Nothing was compared with {base.group.label}."]
     steps, seconds = holm([f.difference.p for f in others]), holm([f.equal_seconds.p for f in others])
     if len(others) <= MOST_SENTENCES:
-        return [f"{sentence(f, *corrected)}." for f, *corrected in zip(others, steps, seconds, strict=True)]
+        return [f"{sentence(f, p_steps, p_seconds)}."
+                for f, p_steps, p_seconds in zip(others, steps, seconds, strict=True)]
     alike: dict[str, list[str]] = {}
     for what in ORDER:
         for f, p in zip(others, steps, strict=True):
