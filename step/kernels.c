@@ -11,7 +11,7 @@
 //
 // B batch, T positions, N = B T rows, D dim, H query heads, G key/value heads, hd head dim, V vocabulary.
 //
-// What this leaves out on purpose: matrix products, dropout but that of attention, devices that are not CPUs.
+// What this leaves out on purpose: matrix products, dropout of embeddings, devices that are not CPUs.
 
 #define _DEFAULT_SOURCE  // madvise
 #include <math.h>
@@ -259,6 +259,54 @@ void keep_freed_memory(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Dropout: a share of numbers, in [0, 1), is set to 0, and the others grow by 1 / (1 - share). Which ones, a hash of `seed`
+// and their row and column says: so no mask is kept, and backward finds the same.
+
+typedef struct {
+    uint64_t seed;
+    uint32_t dropped;  // hashes below it are: share * 2^32
+    float kept;        // 1 / (1 - share)
+} Dropout;
+
+static Dropout dropout_by(double share, int64_t seed) {
+    return (Dropout){(uint64_t)seed, (uint32_t)(share * 0x1p32), (float)(1.0 / (1.0 - share))};
+}
+
+// Bits that look random for any x: lowbias32 (Wellons, "Prospecting for hash functions").
+static inline Bits hashed(Bits x) {
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+static inline Bits hash_of_rows(const Dropout *of, Bits rows) {
+    return hashed(rows + (uint32_t)of->seed) ^ (uint32_t)(of->seed >> 32);
+}
+
+static inline uint32_t column_hash(int64_t column) { return (uint32_t)column * 0x9e3779b9u; }  // odd: no two are one
+
+// What the numbers in places row hash ^ column hash are multiplied by.
+static inline Floats dropout_of(const Dropout *of, Bits places) {
+    return either((Ints)(hashed(places) >= of->dropped), all(of->kept), all(0.0f));
+}
+
+// x: (N, D) activations -> out, which may be x. The gradient of out's is x's by the same call.
+int drop(const void *x, void *out, int64_t N, int64_t D, int64_t bf16, int64_t seed, double share) {
+    const Dropout dropout = dropout_by(share, seed);
+    Bits lanes = {0};
+    for (int i = 0; i < LANES; i++) lanes[i] = column_hash(i);  // those of d + i are the sum of d's and these
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const Bits row = hash_of_rows(&dropout, (Bits){0} + (uint32_t)n);
+        for (int64_t d = 0; d < D; d += LANES) {
+            const Floats factor = dropout_of(&dropout, row ^ (lanes + column_hash(d)));
+            store(out, n * D + d, load(x, n * D + d, D - d, (int)bf16) * factor, D - d, (int)bf16);
+        }
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Causal attention with rotary embedding and grouped heads (model.Attention), never holding a T x T matrix
 // (FlashAttention, arXiv 2205.14135 and 2307.08691)
 //
@@ -275,8 +323,7 @@ void keep_freed_memory(void) {
 //     columns   (words, LANES queries)  rows, transposed: a register is word w of all queries
 //     pairs     (positions, width)      number d of row t; of bfloat16 (positions / 2, width), of rows 2 t and 2 t + 1
 //
-// dropout, in [0, 1): the share of probabilities that are set to 0, the others growing by 1 / (1 - dropout). Which ones, a
-// hash of `seed` and their place says: so no mask is kept, and backward finds the same.
+// Dropout is of probabilities.
 
 typedef uint32_t Word __attribute__((may_alias));
 
@@ -284,10 +331,8 @@ typedef struct {
     const Word *qkv;
     float *cos, *sin;  // transposed: (hd / 2, padded(T))
     int64_t T, H, G;
-    uint64_t seed;
-    uint32_t dropped;  // hashes below it are: dropout * 2^32
-    float kept;        // 1 / (1 - dropout)
-    float scale;       // of scores, to units of log2
+    Dropout dropout;
+    float scale;  // of scores, to units of log2
 } Attention;
 
 // What the compiler makes a version of the loops below for: the type, and how long a row is.
@@ -592,25 +637,12 @@ static inline Ints sees(int64_t t0, int64_t key) {
     return first >= (int32_t)(key - t0);
 }
 
-// Bits that look random for any x: lowbias32 (Wellons, "Prospecting for hash functions").
-static inline Bits hashed(Bits x) {
-    x = (x ^ x >> 16) * 0x7feb352du;
-    x = (x ^ x >> 15) * 0x846ca68bu;
-    return x ^ x >> 16;
-}
-
-// The hash of query t0 + r of head h, for all r.
+// The hashes of queries t0 + r of head h, for all r.
 static inline Bits hash_of_queries(const Attention *a, int64_t b, int64_t h, int64_t t0) {
     Bits row = {0};
-    if (!a->dropped) return row;  // nobody asks
+    if (!a->dropout.dropped) return row;  // nobody asks
     for (int r = 0; r < LANES; r++) row[r] = (uint32_t)((b * a->H + h) * a->T + t0 + r);
-    return hashed(row + (uint32_t)a->seed) ^ (uint32_t)(a->seed >> 32);
-}
-
-// What the probability of `key` is multiplied by: 0 where it is dropped.
-static inline Floats dropout_of(const Attention *a, Bits queries, int64_t key) {
-    Bits bits = hashed(queries ^ (uint32_t)key * 0x9e3779b9u);  // an odd number, so no two keys of a row are one
-    return either((Ints)(bits >= a->dropped), all(a->kept), all(0.0f));
+    return hash_of_rows(&a->dropout, row);
 }
 
 // Scratch of one thread, forward:
@@ -653,8 +685,8 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
                 if (k + KEYS > t0 + 1)  // nothing, where 2^LOWEST is next to nothing
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
                 sum += sum_of_keys(p);
-                if (a->dropped)  // after the sum: what is left of the probabilities need not add up to 1
-                    for (int j = 0; j < KEYS; j++) p[j] *= dropout_of(a, queries, k + j);
+                if (a->dropout.dropped)  // after the sum: what is left of the probabilities need not add up to 1
+                    for (int j = 0; j < KEYS; j++) p[j] *= dropout_of(&a->dropout, queries ^ column_hash(k + j));
                 add_weighted(Y, p, Vp + k * is.words, is);
             }
             const Floats share = 1.0f / sum, log = max + log2_of(sum);
@@ -706,15 +738,15 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
             const Bits queries = hash_of_queries(a, b, h, t0);
             for (int64_t k = 0; k < t0 + n; k += KEYS) {
                 Floats p[KEYS], ds[KEYS];
-                for (int j = 0; j < KEYS; j++) p[j] = -lse, ds[j] = a->dropped ? all(0.0f) : -delta;
+                for (int j = 0; j < KEYS; j++) p[j] = -lse, ds[j] = a->dropout.dropped ? all(0.0f) : -delta;
                 products(p, Q, K + k * is.words, is);
                 products(ds, O, V + k * is.words, is);
                 for (int j = 0; j < KEYS; j++) p[j] = power_of(p[j], is.bf16);
                 if (k + KEYS > t0 + 1)
                     for (int j = 0; j < KEYS; j++) p[j] = either(sees(t0, k + j), p[j], all(0.0f));
-                for (int j = 0; j < KEYS && !a->dropped; j++) ds[j] *= p[j];
-                for (int j = 0; j < KEYS && a->dropped; j++) {
-                    const Floats factor = dropout_of(a, queries, k + j);
+                for (int j = 0; j < KEYS && !a->dropout.dropped; j++) ds[j] *= p[j];
+                for (int j = 0; j < KEYS && a->dropout.dropped; j++) {
+                    const Floats factor = dropout_of(&a->dropout, queries ^ column_hash(k + j));
                     ds[j] = p[j] * (ds[j] * factor - delta);
                     p[j] *= factor;
                 }
@@ -749,8 +781,8 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
 static Attention attention_of(const void *qkv, const float *cos, const float *sin, float *tables, int64_t T, int64_t H,
                               int64_t G, int64_t hd, int64_t seed, double dropout) {
     const int64_t half = hd / 2;
-    Attention a = {qkv, tables, tables + half * padded(T), T, H, G, (uint64_t)seed, (uint32_t)(dropout * 0x1p32),
-                   (float)(1.0 / (1.0 - dropout)), LOG2E / sqrtf((float)hd)};
+    Attention a = {qkv, tables, tables + half * padded(T), T, H, G, dropout_by(dropout, seed),
+                   LOG2E / sqrtf((float)hd)};
     for (int64_t t = 0; t < T; t++)
         for (int64_t i = 0; i < half; i++) {
             a.cos[i * padded(T) + t] = cos[t * half + i];

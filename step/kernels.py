@@ -42,7 +42,7 @@ FLAGS = ["-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", 
 MACHINE_FLAGS = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"], [])
 SIGNATURES = {  # p: pointer, i: int64, f: float, d: double
     "attention_forward": "pppppiiiiiiid", "attention_backward": "pppppppiiiiiiid", "norm_forward": "pppppiifi",
-    "norm_backward": "pppppppiifi", "swiglu_forward": "ppiii", "swiglu_backward": "pppiii",
+    "norm_backward": "pppppppiifi", "swiglu_forward": "ppiii", "swiglu_backward": "pppiii", "drop": "ppiiiid",
     "head_losses": "ppppppp" "f" "pppp" "iiii", "clip": "ppidp", "adamw": "ppppppi" "ddddd"}
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
@@ -169,12 +169,12 @@ def _activation_dtype() -> torch.dtype:
 # the trunk
 
 class Shape(NamedTuple):
-    """The sizes and options of attention."""
+    """The sizes of attention, and what is dropped in a block."""
 
     n_heads: int
     n_kv_heads: int
-    dropout: float = 0.0  # the share of probabilities that are set to 0
-    seed: int = 0  # says which
+    dropout: float = 0.0  # the share of numbers that are set to 0
+    seeds: tuple[int, ...] = (0, 0, 0)  # say which: of attention's probabilities, of its output, of the feed-forward's
 
 
 def attention(qkv: Tensor, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def attention(qkv: Tensor, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tens
     hd = width // (shape.n_heads + 2 * shape.n_kv_heads)
     y, log_sum = qkv.new_empty(B, T, shape.n_heads * hd), torch.empty(B, shape.n_heads, T)
     _call("attention_forward", qkv, cos, sin, y, log_sum, B, T, shape.n_heads, shape.n_kv_heads, hd, _is_bf16(qkv),
-          shape.seed, shape.dropout)
+          shape.seeds[0], shape.dropout)
     return y, log_sum
 
 
@@ -196,7 +196,7 @@ def attention_backward(qkv: Tensor, cos: Tensor, sin: Tensor, y: Tensor, log_sum
     (B, T, width), dqkv = qkv.shape, torch.empty_like(qkv)
     hd = width // (shape.n_heads + 2 * shape.n_kv_heads)
     _call("attention_backward", qkv, cos, sin, y, log_sum, dy, dqkv, B, T, shape.n_heads, shape.n_kv_heads, hd,
-          _is_bf16(qkv), shape.seed, shape.dropout)
+          _is_bf16(qkv), shape.seeds[0], shape.dropout)
     return dqkv
 
 
@@ -240,6 +240,15 @@ def swiglu_backward(gate_up: Tensor, dout: Tensor) -> Tensor:
     return dgate_up
 
 
+def drop(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """x: (..., D), an activation, after dropout; by the same seed its gradient. x itself where nothing is dropped."""
+    if not dropout:
+        return x
+    out = torch.empty_like(x)
+    _call("drop", x, out, x.numel() // x.shape[-1], x.shape[-1], _is_bf16(x), seed, dropout)
+    return out
+
+
 class Norm(Function):
     """RMSNorm of h: (..., D) float32 -> (..., D) of `dtype`."""
 
@@ -276,20 +285,18 @@ class Block(Function):
         _, a = norm(x, None, norm_1, eps, dtype)
         qkv = F.linear(a, wqkv)
         y, log_sum = attention(qkv, cos, sin, shape)
-        branch, kept_1 = drop(F.linear(y, wo), shape.dropout)
+        branch = drop(F.linear(y, wo), shape.dropout, shape.seeds[1])
         h, f = norm(x, branch, norm_2, eps, dtype)
         gate_up = F.linear(f, w13)
         s = swiglu(gate_up)
-        branch, kept_2 = drop(F.linear(s, w2), shape.dropout)
+        branch = drop(F.linear(s, w2), shape.dropout, shape.seeds[2])
         ctx.shape, ctx.eps, ctx.rows = shape, eps, [len(wq), len(wk), len(wv)]
-        ctx.save_for_backward(x, cos, sin, norm_1, a, wqkv, qkv, y, log_sum, wo, kept_1, norm_2, h, f, w13, gate_up, s,
-                              w2, kept_2)
+        ctx.save_for_backward(x, cos, sin, norm_1, a, wqkv, qkv, y, log_sum, wo, norm_2, h, f, w13, gate_up, s, w2)
         return add(h, branch)
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        (x, cos, sin, norm_1, a, wqkv, qkv, y, log_sum, wo, kept_1, norm_2, h, f, w13, gate_up, s, w2, kept_2
-         ) = ctx.saved_tensors
+        x, cos, sin, norm_1, a, wqkv, qkv, y, log_sum, wo, norm_2, h, f, w13, gate_up, s, w2 = ctx.saved_tensors
         learns, shape, dout = ctx.needs_input_grad[6:], ctx.shape, dout.contiguous()
 
         def of_weights(wanted: tuple[bool, ...], dy: Tensor, x: Tensor, sizes: list[int]) -> tuple[Tensor | None, ...]:
@@ -298,27 +305,17 @@ class Block(Function):
                 return (None,) * len(sizes)
             return (dy.flatten(0, -2).T @ x.flatten(0, -2)).float().split(sizes)
 
-        branch = undrop(dout.to(s.dtype), kept_2, shape.dropout)
+        branch = drop(dout.to(s.dtype), shape.dropout, shape.seeds[2])
         dw2 = of_weights(learns[8:], branch, s, [len(w2)])
         dgate_up = swiglu_backward(gate_up, branch @ w2)
         dw13 = of_weights(learns[6:8], dgate_up, f, [len(w13) // 2] * 2)
         dh, branch, dnorm_2 = norm_backward(h, norm_2, ctx.eps, dgate_up @ w13, dout, True)
-        branch = undrop(branch, kept_1, shape.dropout)
+        branch = drop(branch, shape.dropout, shape.seeds[1])
         dwo = of_weights(learns[4:5], branch, y, [len(wo)])
         dqkv = attention_backward(qkv, cos, sin, y, log_sum, branch @ wo, shape)
         dwqkv = of_weights(learns[1:4], dqkv, a, ctx.rows)
         dx, _, dnorm_1 = norm_backward(x, norm_1, ctx.eps, dqkv @ wqkv, dh, False)
         return dx, None, None, None, None, None, dnorm_1, *dwqkv, *dwo, dnorm_2, *dw13, *dw2
-
-
-def drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """x after dropout, and what was kept; None where nothing can be dropped."""
-    return torch.native_dropout(x, dropout, True) if dropout else (x, None)
-
-
-def undrop(dx: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
-    """The gradient of drop."""
-    return dx if kept is None else torch.ops.aten.native_dropout_backward(dx, kept, 1.0 / (1.0 - dropout))
 
 
 class KernelNorm(RMSNorm):
@@ -336,7 +333,8 @@ class KernelBlock(TransformerBlock):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         a, f = self.attention, self.feed_forward
         dropout = a.dropout if self.training else 0.0
-        shape = Shape(a.n_heads, a.n_kv_heads, dropout, int(torch.randint(2**62, ())) if dropout else 0)
+        seeds = torch.randint(2**62, (3,)).tolist() if dropout else (0, 0, 0)
+        shape = Shape(a.n_heads, a.n_kv_heads, dropout, tuple(seeds))
         return Block.apply(x, cos, sin, shape, self.ffn_norm.eps, _activation_dtype(), self.attention_norm.weight,
                            a.wq.weight, a.wk.weight, a.wv.weight, a.wo.weight, self.ffn_norm.weight, f.w1.weight,
                            f.w3.weight, f.w2.weight)

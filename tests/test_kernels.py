@@ -38,7 +38,7 @@ def leaf(*shape, dtype, seed=0, scale=1.0):
 class CausalAttention(Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, dropout=0.0):
-        ctx.shape = kernels.Shape(n_heads, n_kv_heads, dropout, int(torch.randint(2**62, ())))
+        ctx.shape = kernels.Shape(n_heads, n_kv_heads, dropout, (int(torch.randint(2**62, ())), 0, 0))
         y, log_sum = kernels.attention(qkv, cos, sin, ctx.shape)
         ctx.save_for_backward(qkv, cos, sin, y, log_sum)
         return y
@@ -184,6 +184,33 @@ def test_dropout_of_one_place_says_nothing_of_another():
     for other in (other_seed, *(signs.roll(1, axis) for axis in range(4)), signs.roll((5, 5), (2, 3))):
         assert abs((signs * other * both).sum()) < 5 * (B * H * both.sum()) ** 0.5
     assert torch.equal(dropout_of(B, T, H, 0.5), dropout_of(B, T, H, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1 - 2**-53])
+def test_dropout_of_activations(share, dtype):
+    """As often as by chance, over all, by row and by column; the rest grows; the same seed, the same places."""
+    N, D = 512, 83  # not whole registers
+    x, _ = leaf(N, D, dtype=dtype)
+    x = torch.where(x == 0, 1, x).detach()
+    out = kernels.drop(x, share, 5)
+    dropped = out == 0
+    kept = (x.float() / (1 - share)).to(dtype)
+    torch.testing.assert_close(out[~dropped], kept[~dropped], rtol=1e-6 if dtype == torch.float32 else 0.01, atol=0)
+    for axes in ((0, 1), (0,), (1,)):
+        off, count = (dropped.double() - share).sum(axes), N * D // dropped.sum(axes).numel()
+        assert (off.abs() <= 5 * (count * share * (1 - share)) ** 0.5 + 1e-6).all()
+    assert torch.equal(kernels.drop(x, share, 5), out)
+    assert kernels.drop(x, 0.0, 5) is x
+
+
+def test_dropout_of_one_activation_says_nothing_of_another():
+    """Neighbours in a row and a column, other seeds, halves of seeds: as alike as chance makes them."""
+    x = torch.ones(512, 80)
+    signs = torch.where(kernels.drop(x, 0.5, 5) > 0, 1.0, -1.0)
+    others = [torch.where(kernels.drop(x, 0.5, seed) > 0, 1.0, -1.0) for seed in (6, 5 + 2**32, 5 + 3 * 2**40)]
+    for other in (*others, signs.roll(1, 0), signs.roll(1, 1), signs.roll(16, 1), signs.roll((1, 1), (0, 1))):
+        assert abs((signs * other).sum()) < 5 * x.numel() ** 0.5
 
 
 def test_attention_of_scores_that_overflow_an_exponential():
@@ -412,7 +439,7 @@ def test_dropout_falls_on_what_it_falls_on_in_the_plain_model(monkeypatch):
     monkeypatch.setattr(F, "dropout", dropout)
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
     monkeypatch.setattr(kernels, "attention", fast)
-    monkeypatch.setattr(kernels, "drop", lambda x, p: (dropout(x, p), None))
+    monkeypatch.setattr(kernels, "drop", lambda x, p, seed: dropout(x, p))
     x = torch.randint(2, 100, (3, 40), generator=torch.Generator().manual_seed(2))
     for training in (True, False):
         want, got = (model.train(training)(x) for model in twins(dropout=0.2))
