@@ -25,6 +25,11 @@
 #include <malloc.h>
 #include <sys/mman.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -41,6 +46,7 @@ enum { LANES = 4 };
 #endif
 enum { KEYS = 8 };         // keys that attention looks at together
 enum { SLACK = 8 };        // how far scores may lie above the maximum that it subtracts, in units of log2
+enum { STRIP = 64 };       // keys whose scores are in the first-level cache together, of tiles
 enum { ROW_BLOCK = 256 };  // rows that share a partial sum of a weight's gradient
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -771,9 +777,233 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
     }
 }
 
+#ifdef TILES
+// ---------------------------------------------------------------------------------------------------------------------
+// The same by tiles (Intel's AMX), of bfloat16: a tile is up to 16 rows of 16 words, and one instruction multiplies two of
+// them, as many products as 256 of those above.
+//
+// 16 queries at a time, in passes over the keys that they see: products, then exponentials, then products again. So none
+// waits for another; forward, a row's maximum is known before its first exponential; backward, which needs no maximum, a
+// pass is over STRIP keys. Compilers know of tiles as instructions only: between passes all must be in memory (`passed`).
+//
+//     tile   rows x words        of
+//     0      16 x 16             keys x queries: scores; keys x numbers: 8 of dv and 8 of dk
+//     1, 2   16 x w, w x 16      keys' or values' rows; columns of queries or of dy
+//     3      d x 16              numbers x queries: y or dq
+//     4, 5   d x 8, 8 x 16       numbers x pairs of keys: values or keys; pairs of keys x queries: probabilities or ds
+//     6, 7   16 x 16, 16 x 16    keys x (p of pairs of queries, ds of them); rows (dy, 0) and (0, q) of pairs of queries
+//
+// w is all of a row's words, or 16 at a time; d all of its numbers, or 16 at a time.
+
+INLINE Head tiled_head_of(int64_t hd) {
+    const int64_t width = hd <= 8 ? 8 : hd <= 16 ? 16 : (hd + 31) / 32 * 32;
+    return (Head){1, hd / 2, width / 2, width, hd / 2};
+}
+
+static int64_t tiled_keys_of(int64_t T) { return (T + 31) / 32 * 32; }
+
+// Linux lends the registers to processes that ask (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+static int tiles_are_lent(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+INLINE void shape_tiles(Head is) {
+    const int w = is.words < 16 ? (int)is.words : 16, d = is.width < 16 ? (int)is.width : 16;
+    struct {
+        uint8_t palette, start, zeros[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1,
+               .rows = {16, 16, (uint8_t)w, (uint8_t)d, (uint8_t)d, 8, 16, 16},
+               .bytes = {64, (uint16_t)(w * 4), 64, 64, 32, 64, 64, 64}};
+    _tile_loadconfig(&shape);
+}
+
+INLINE void passed(void) { __asm__ volatile("" : : : "memory"); }
+
+// to = 16 keys' rows times the columns of 16 queries.
+INLINE void tile_of_scores(Floats *to, const Word *rows, const Bits *columns, Head is) {
+    _tile_zero(0);
+    for (int64_t w = 0; w < is.words; w += 16) {
+        _tile_loadd(1, rows + w, is.words * 4);
+        _tile_loadd(2, columns + w, 64);
+        _tile_dpbf16ps(0, 1, 2);
+    }
+    _tile_stored(0, to, 64);
+}
+
+// sum[d] = the sum over n keys of weight[k], in pairs, times number d of key k; with `more` added to what is there.
+INLINE void sums_over_keys(Floats *sum, const Bits *weights, const Bits *keys, int64_t n, int more, Head is) {
+    for (int64_t d = 0; d < is.half * 2; d += 16) {
+        if (more) _tile_loadd(3, sum + d, 64);
+        else _tile_zero(3);
+        for (int64_t k = 0; k < n; k += 16) {
+            _tile_loadd(4, (const Word *)(keys + k / 32 * is.width + d) + k % 32 / 2, 64);
+            _tile_loadd(5, weights + k / 2, 64);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+        _tile_stored(3, sum + d, 64);
+    }
+}
+
+// Keys' rows, number by number: (keys / 32, width, 16), words of two keys. pairs: scratch, zeros where there is no key.
+static void number_by_number(Bits *to, Word *pairs, const Word *rows, int64_t T, Head is) {
+    pairs_of(pairs, rows, T, is);
+    for (int64_t k = 0; k < T; k += 32) to_columns(to + k / 32 * is.width, pairs + k / 2 * is.width, is.width, is.width);
+}
+
+// Rows (dy, 0) and (0, q) of the pairs of 16 queries, 8 numbers of each: (width / 8, 16, 16). The zeros are there already.
+static void apart(Word *to, const Word *q, const Word *dy, Head is) {
+    const __m512i order = _mm512_set_epi16(31, 23, 30, 22, 29, 21, 28, 20, 27, 19, 26, 18, 25, 17, 24, 16,
+                                           15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+    for (int64_t w = 0; w < is.used; w += 4, to += 256)
+        for (int r = 0; r < 8; r++) {
+            const int64_t i = 2 * r * is.words + w, next = i + is.words;
+            const __m512i both = _mm512_permutexvar_epi16(order, fours(dy + i, dy + next, q + i, q + next));
+            _mm512_mask_storeu_epi32(to + r * 16, 0x00ff, both);
+            _mm512_mask_storeu_epi32(to + (8 + r) * 16, 0xff00, both);
+        }
+}
+
+static int64_t tiled_forward_words(int64_t T, int64_t width) {
+    return (2 * tiled_keys_of(T) + 32) * width + 24 * tiled_keys_of(T);
+}
+
+INLINE void tiled_forward_task(const Attention *a, Word *scratch_, Word *y, float *log_sum, int64_t b, int64_t g, Head is) {
+    const int64_t T = a->T, H = a->H, keys = tiled_keys_of(T), size = keys * is.words;
+    Word *K = scratch_, *V = K + size, *pairs = V + size, *rows = pairs + size;
+    Bits *Q = (Bits *)(rows + 16 * is.words), *Vn = Q + is.words, *P = Vn + size / 16;
+    Floats *S = (Floats *)(P + keys / 2), *Y = S + keys;
+    shape_tiles(is);
+    read_keys(a, K, V, Q, b, g, is);
+    number_by_number(Vn, pairs, V, T, is);
+    for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
+        for (int64_t t0 = 0; t0 < T; t0 += 16) {
+            const int n = T - t0 < 16 ? (int)(T - t0) : 16;
+            read_turned(a, rows, Q, b, t0, h, a->scale, is);
+            passed();
+            for (int64_t k = 0; k <= t0; k += 16) tile_of_scores(S + k, K + k * is.words, Q, is);
+            passed();
+            for (int j = 0; j < 16; j++) S[t0 + j] = either(sees(0, j), S[t0 + j], all(LOWEST));  // 2^LOWEST is 0
+            Floats max = largest_key(S), sum = all(0.0f);
+            for (int64_t k = KEYS; k < t0 + 16; k += KEYS) max = larger(max, largest_key(S + k));
+            const Bits queries = hash_of_queries(a, b, h, t0);
+            for (int64_t k = 0; k < t0 + 16; k += KEYS) {
+                Floats p[KEYS];
+                for (int j = 0; j < KEYS; j++) p[j] = exp2_roughly(S[k + j] - max);
+                sum += sum_of_keys(p);
+                if (a->dropout.dropped)  // after the sum, as above
+                    for (int j = 0; j < KEYS; j++) p[j] *= dropout_of(&a->dropout, queries ^ column_hash(k + j));
+                for (int j = 0; j < KEYS; j += 2) P[(k + j) / 2] = two_of(p[j], p[j + 1]);
+            }
+            passed();
+            sums_over_keys(Y, P, Vn, t0 + 16, 0, is);
+            passed();
+            const Floats share = 1.0f / sum, log = max + log2_of(sum);
+            for (int64_t i = 0; i < is.half; i++) put(Q, i, Y[2 * i] * share, Y[2 * i + 1] * share, is);
+            to_rows(y + ((b * T + t0) * H + h) * is.used, Q, H * is.used, n, is);
+            memcpy(log_sum + (b * H + h) * T + t0, &log, (size_t)n * 4);
+        }
+    _tile_release();
+}
+
+static int64_t tiled_backward_words(int64_t T, int64_t width) {
+    return (4 * tiled_keys_of(T) + 128) * width + 56 * tiled_keys_of(T) + 256;
+}
+
+INLINE void tiled_backward_task(const Attention *a, Word *scratch_, const Word *y, const float *log_sum, const Word *dy,
+                                Word *dqkv, int64_t b, int64_t g, Head is) {
+    const int64_t T = a->T, H = a->H, keys = tiled_keys_of(T), size = keys * is.words, block = 16 * is.words;
+    Word *K = scratch_, *V = K + size, *pairs = V + size, *q_rows = pairs + size, *dy_rows = q_rows + block;
+    Word *y_rows = dy_rows + block, *QO = y_rows + block, *PD = QO + 32 * is.width;
+    Floats *dVK = (Floats *)(PD + 16 * keys), *S = dVK + keys * is.width / 8, *D = S + keys, *dQ = D + keys;
+    Bits *Kn = (Bits *)(dQ + is.width), *W = Kn + size / 16, *Q = W + keys / 2, *O = Q + is.words, *Y = O + is.words;
+    const int64_t parts = (is.used + 3) / 4;  // of 8 numbers
+    const float scale = a->scale / LOG2E;
+    shape_tiles(is);
+    memset(dVK, 0, (size_t)(2 * keys * is.width) * 4);
+    read_keys(a, K, V, Q, b, g, is);
+    number_by_number(Kn, pairs, K, T, is);
+    for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
+        for (int64_t t0 = 0; t0 < T; t0 += 16) {
+            const int n = T - t0 < 16 ? (int)(T - t0) : 16;
+            const int64_t i0 = ((b * T + t0) * H + h) * is.used;
+            read_turned(a, q_rows, Q, b, t0, h, a->scale, is);
+            read_rows(dy_rows, dy + i0, H * is.used, n, is);
+            read_rows(y_rows, y + i0, H * is.used, n, is);
+            to_columns(O, dy_rows, is.words, is.words);
+            to_columns(Y, y_rows, is.words, is.words);
+            to_rows(q_rows, Q, is.words, n, is);
+            apart(QO, q_rows, dy_rows, is);
+            Floats delta = all(0.0f), lse = all(0.0f);
+            for (int64_t w = 0; w < is.words; w++) delta = add_products(delta, O[w], Y[w], is);
+            memcpy(&lse, log_sum + (b * H + h) * T + t0, (size_t)n * 4);
+            const Bits queries = hash_of_queries(a, b, h, t0);
+            for (int64_t start = 0, end; start <= t0; start = end) {
+                end = start + STRIP < t0 + 16 ? start + STRIP : t0 + 16;
+                passed();
+                for (int64_t k = start; k < end; k += 16) {
+                    tile_of_scores(S + k - start, K + k * is.words, Q, is);
+                    tile_of_scores(D + k - start, V + k * is.words, O, is);
+                }
+                passed();
+                if (end > t0)
+                    for (int j = 0; j < 16; j++) S[t0 - start + j] = either(sees(0, j), S[t0 - start + j], all(LOWEST));
+                for (int64_t k = 0; k < end - start; k += 2) {
+                    Floats ds[2];
+                    for (int j = 0; j < 2; j++) {
+                        Floats p = exp2_roughly(S[k + j] - lse), factor = all(1.0f);
+                        if (a->dropout.dropped) factor = dropout_of(&a->dropout, queries ^ column_hash(start + k + j));
+                        ds[j] = p * (D[k + j] * factor - delta);
+                        p *= factor;
+                        _mm512_storeu_si512(PD + (k + j) * 16, (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[j], (__m512)p));
+                    }
+                    W[k / 2] = two_of(ds[0], ds[1]);
+                }
+                passed();
+                sums_over_keys(dQ, W, Kn + start / 32 * is.width, end - start, start > 0, is);
+                for (int64_t c = 0; c < parts; c++) {
+                    _tile_loadd(7, QO + c * 256, 64);
+                    for (int64_t k = start; k < end; k += 16) {
+                        Floats *sum = dVK + (k / 16 * is.width / 8 + c) * 16;
+                        _tile_loadd(6, PD + (k - start) * 16, 64);
+                        _tile_loadd(0, sum, 64);
+                        _tile_dpbf16ps(0, 6, 7);
+                        _tile_stored(0, sum, 64);
+                    }
+                }
+            }
+            passed();
+            for (int64_t i = 0; i < is.half; i++) turn(a, Q, i, dQ[2 * i] * scale, dQ[2 * i + 1] * scale, t0, -1.0f, is);
+            to_rows(dqkv + word_of(a, b, t0, h, is), Q, (H + 2 * a->G) * is.used, n, is);
+        }
+    for (int64_t t0 = 0; t0 < T; t0 += 16) {
+        const int n = T - t0 < 16 ? (int)(T - t0) : 16;
+        for (int64_t c = 0; c < parts; c++) {
+            const Floats *part = (const Floats *)Y;
+            to_columns(Y, (const Word *)(dVK + (t0 / 16 * is.width / 8 + c) * 16), 16, 16);
+            for (int i = 0; i < 4 && 4 * c + i < is.half; i++) {
+                put(O, 4 * c + i, part[2 * i], part[2 * i + 1], is);
+                turn(a, Q, 4 * c + i, part[8 + 2 * i] / LOG2E, part[9 + 2 * i] / LOG2E, t0, -1.0f, is);
+            }
+        }
+        to_rows(dqkv + word_of(a, b, t0, H + g, is), Q, (H + 2 * a->G) * is.used, n, is);
+        to_rows(dqkv + word_of(a, b, t0, H + a->G + g, is), O, (H + 2 * a->G) * is.used, n, is);
+    }
+    _tile_release();
+}
+#else
+static int tiles_are_lent(void) { return 0; }
+#define tiled_head_of(hd) head_of(1, hd)
+#define tiled_forward_words forward_words
+#define tiled_backward_words backward_words
+#define tiled_forward_task forward_task
+#define tiled_backward_task backward_task
+#endif
+
 // A version of `task` for heads of 8, whose sums stay in registers, and one for all others.
 #define FOR_HEAD(task, ...)                                                                             \
-    if (bf16 && hd == 8) task(__VA_ARGS__, head_of(1, 8));                                              \
+    if (tiled && hd == 8) tiled_##task(__VA_ARGS__, tiled_head_of(8));                                  \
+    else if (tiled) tiled_##task(__VA_ARGS__, tiled_head_of(hd));                                       \
+    else if (bf16 && hd == 8) task(__VA_ARGS__, head_of(1, 8));                                         \
     else if (bf16) task(__VA_ARGS__, head_of(1, hd));                                                   \
     else if (hd == 8) task(__VA_ARGS__, head_of(0, 8));                                                 \
     else task(__VA_ARGS__, head_of(0, hd))
@@ -793,7 +1023,8 @@ static Attention attention_of(const void *qkv, const float *cos, const float *si
 
 int attention_forward(const void *qkv, const float *cos, const float *sin, void *y, float *log_sum, int64_t B, int64_t T,
                       int64_t H, int64_t G, int64_t hd, int64_t bf16, int64_t seed, double dropout) {
-    const int64_t size = forward_words(T, head_of(0, hd).width);
+    const int tiled = bf16 && tiles_are_lent();
+    const int64_t size = tiled ? tiled_forward_words(T, tiled_head_of(hd).width) : forward_words(T, head_of(0, hd).width);
     float *tables = calloc((size_t)(padded(T) * hd), 4), *all_threads = scratch(1, size);
     if (tables && all_threads) {
         const Attention a = attention_of(qkv, cos, sin, tables, T, H, G, hd, seed, dropout);
@@ -813,7 +1044,8 @@ int attention_forward(const void *qkv, const float *cos, const float *sin, void 
 int attention_backward(const void *qkv, const float *cos, const float *sin, const void *y, const float *log_sum,
                        const void *dy, void *dqkv, int64_t B, int64_t T, int64_t H, int64_t G, int64_t hd, int64_t bf16,
                        int64_t seed, double dropout) {
-    const int64_t size = backward_words(T, head_of(0, hd).width);
+    const int tiled = bf16 && tiles_are_lent();
+    const int64_t size = tiled ? tiled_backward_words(T, tiled_head_of(hd).width) : backward_words(T, head_of(0, hd).width);
     float *tables = calloc((size_t)(padded(T) * hd), 4), *all_threads = scratch(1, size);
     if (tables && all_threads) {
         const Attention a = attention_of(qkv, cos, sin, tables, T, H, G, hd, seed, dropout);

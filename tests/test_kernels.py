@@ -143,11 +143,12 @@ def test_attention_errs_no_more_than_torchs_own():
     assert max(errors_of_attention(CausalAttention.apply, torch.float32)) < 1e-6
 
 
-@pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"]], ids=["none", "AVX2"])
-def test_without_the_processors_own_instructions_attention_errs_as_little(flags, monkeypatch, tmp_path):
-    """The lines that stand in for those of AVX-512, in the narrowest registers and in AVX2's."""
-    if flags and not torch.cpu.get_capabilities().get("avx2"):
-        pytest.skip("this processor has no AVX2")
+@pytest.mark.parametrize("needed,flags", [(None, []), ("avx2", ["-mavx2", "-mfma"]),
+                                          ("avx512_bf16", ["-march=native", "-mno-amx-bf16"])])
+def test_without_the_processors_own_instructions_attention_errs_as_little(needed, flags, monkeypatch, tmp_path):
+    """The lines that stand in for those of AMX and of AVX-512, in the narrowest registers and in AVX2's."""
+    if needed and not torch.cpu.get_capabilities().get(needed):
+        pytest.skip(f"this processor has no {needed}")
     built = tmp_path / "kernels.so"
     command = ["cc", "-std=c11", "-O1", *flags, "-shared", "-fPIC"]
     subprocess.run([*command, kernels.SOURCE, "-o", built, "-lm"], check=True)
