@@ -70,7 +70,9 @@ ablation: .venv/test-ready ## train SET (seeds4, objectives) with several seeds 
 results: .venv/test-ready ## redraw the tables and plots of doc/results.md and doc/objectives.md from doc/runs (a minute)
 	$(PY) compare.py doc/runs/seeds4.jsonl --markdown "doc/results.md#seeds4" --plots doc/seeds4 --draw ends difference ntp_step ntp_seconds val_consistency_1 val_nitp_1 > /dev/null
 	$(PY) compare.py doc/runs/confirm.jsonl --markdown "doc/results.md#confirm" --plots doc/confirm --draw ends ntp_step > /dev/null
-	$(PY) compare.py doc/runs/fair_grid.jsonl --along learning_rate --baseline base --markdown "doc/results.md#fair_grid" > /dev/null
+	$(PY) compare.py doc/runs/fair_pairs.jsonl --baseline base --markdown "doc/results.md#fair_pairs" --plots doc/fair --draw ends difference ntp_step > /dev/null
+	for search in grid warm; do \
+	    $(PY) compare.py doc/runs/fair_$$search.jsonl --along learning_rate --baseline base --markdown "doc/results.md#fair_$$search" > /dev/null || exit 1; done
 	for set in little little2m; do \
 	    $(PY) compare.py doc/runs/$${set}_tuned.jsonl --along train_fraction --best --baseline base --markdown "doc/results.md#$${set}_tuned" --plots doc/$$set > /dev/null || exit 1; \
 	    $(PY) compare.py doc/runs/$${set}_untuned.jsonl --along train_fraction --best --baseline base --markdown "doc/results.md#$${set}_untuned" > /dev/null || exit 1; done
