@@ -702,6 +702,23 @@ INLINE void forward_task(const Attention *a, Word *scratch_, Word *y, float *log
         }
 }
 
+// What backward needs of LANES queries: rows of q, turned, then of dy; then of y, which nobody asks for again; all as columns,
+// too. Returns the products of dy with y, which softmax takes off each score's gradient.
+INLINE Floats read_queries(const Attention *a, Word *rows, Bits *Q, const Word *dy, Bits *O, const Word *y, Bits *Y, int64_t b,
+                           int64_t t0, int64_t h, Head is) {
+    const int n = a->T - t0 < LANES ? (int)(a->T - t0) : LANES;
+    const int64_t first = ((b * a->T + t0) * a->H + h) * is.used, block = LANES * is.words;
+    Floats delta = all(0.0f);
+    read_turned(a, rows, Q, b, t0, h, a->scale, is);
+    to_rows(rows, Q, is.words, n, is);
+    read_rows(rows + block, dy + first, a->H * is.used, n, is);
+    read_rows(rows + 2 * block, y + first, a->H * is.used, n, is);
+    to_columns(O, rows + block, is.words, is.words);
+    to_columns(Y, rows + 2 * block, is.words, is.words);
+    for (int64_t w = 0; w < is.words; w++) delta = add_products(delta, O[w], Y[w], is);
+    return delta;
+}
+
 // Scratch of one thread, backward:
 //
 //     K, V         (keys, words)          rows of the keys' head        Kp  (keys, words)        K as pairs
@@ -715,10 +732,10 @@ static int64_t backward_words(int64_t T, int64_t width) {
 
 INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, const float *log_sum, const Word *dy, Word *dqkv,
                           int64_t b, int64_t g, Head is) {
-    const int64_t T = a->T, H = a->H, size = keys_of(T) * is.words, block = LANES * is.width;
+    const int64_t T = a->T, H = a->H, size = keys_of(T) * is.words, block = LANES * is.words;
     Floats *dVK = (Floats *)scratch_;
     Word *K = scratch_ + 2 * keys_of(T) * is.width, *V = K + size, *q_rows = V + 2 * size;
-    Word *dy_rows = q_rows + block, *y_rows = dy_rows + block, *QO = y_rows + block, *W = QO + 2 * block;
+    Word *QO = q_rows + 3 * block, *W = QO + 2 * block;
     Bits *Q = (Bits *)(W + 2 * KEYS * LANES), *O = Q + is.width, *Y = O + is.width;
     Floats in_registers[8], *dQ = is.width == 8 ? in_registers : (Floats *)(Y + 2 * is.width);
     const int64_t registers = 2 * is.width / LANES;
@@ -729,16 +746,9 @@ INLINE void backward_task(const Attention *a, Word *scratch_, const Word *y, con
     for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
         for (int64_t t0 = 0; t0 < T; t0 += LANES) {
             const int n = T - t0 < LANES ? (int)(T - t0) : LANES;
-            const int64_t i0 = ((b * T + t0) * H + h) * is.used;
-            read_turned(a, q_rows, Q, b, t0, h, a->scale, is);
-            read_rows(dy_rows, dy + i0, H * is.used, n, is);
-            read_rows(y_rows, y + i0, H * is.used, n, is);
-            to_columns(O, dy_rows, is.words, is.words);
-            to_columns(Y, y_rows, is.words, is.words);
-            to_rows(q_rows, Q, is.words, n, is);
-            interleave(QO, q_rows, dy_rows, is);
-            Floats delta = all(0.0f), lse = all(0.0f);  // delta: of dy with y, what softmax takes off each score
-            for (int64_t w = 0; w < is.words; w++) delta = add_products(delta, O[w], Y[w], is);
+            const Floats delta = read_queries(a, q_rows, Q, dy, O, y, Y, b, t0, h, is);
+            interleave(QO, q_rows, q_rows + block, is);
+            Floats lse = all(0.0f);
             memcpy(&lse, log_sum + (b * H + h) * T + t0, (size_t)n * 4);
             for (int64_t d = 0; d < is.width; d++) dQ[d] = all(0.0f);
             const Bits queries = hash_of_queries(a, b, h, t0);
@@ -912,8 +922,8 @@ static int64_t tiled_backward_words(int64_t T, int64_t width) {
 INLINE void tiled_backward_task(const Attention *a, Word *scratch_, const Word *y, const float *log_sum, const Word *dy,
                                 Word *dqkv, int64_t b, int64_t g, Head is) {
     const int64_t T = a->T, H = a->H, keys = tiled_keys_of(T), size = keys * is.words, block = 16 * is.words;
-    Word *K = scratch_, *V = K + size, *pairs = V + size, *q_rows = pairs + size, *dy_rows = q_rows + block;
-    Word *y_rows = dy_rows + block, *QO = y_rows + block, *PD = QO + 32 * is.width;
+    Word *K = scratch_, *V = K + size, *pairs = V + size, *q_rows = pairs + size, *QO = q_rows + 3 * block;
+    Word *PD = QO + 32 * is.width;
     Floats *dVK = (Floats *)(PD + 16 * keys), *S = dVK + keys * is.width / 8, *D = S + keys, *dQ = D + keys;
     Bits *Kn = (Bits *)(dQ + is.width), *W = Kn + size / 16, *Q = W + keys / 2, *O = Q + is.words, *Y = O + is.words;
     const int64_t parts = (is.used + 3) / 4;  // of 8 numbers
@@ -925,16 +935,9 @@ INLINE void tiled_backward_task(const Attention *a, Word *scratch_, const Word *
     for (int64_t h = g * (H / a->G); h < (g + 1) * (H / a->G); h++)
         for (int64_t t0 = 0; t0 < T; t0 += 16) {
             const int n = T - t0 < 16 ? (int)(T - t0) : 16;
-            const int64_t i0 = ((b * T + t0) * H + h) * is.used;
-            read_turned(a, q_rows, Q, b, t0, h, a->scale, is);
-            read_rows(dy_rows, dy + i0, H * is.used, n, is);
-            read_rows(y_rows, y + i0, H * is.used, n, is);
-            to_columns(O, dy_rows, is.words, is.words);
-            to_columns(Y, y_rows, is.words, is.words);
-            to_rows(q_rows, Q, is.words, n, is);
-            apart(QO, q_rows, dy_rows, is);
-            Floats delta = all(0.0f), lse = all(0.0f);
-            for (int64_t w = 0; w < is.words; w++) delta = add_products(delta, O[w], Y[w], is);
+            const Floats delta = read_queries(a, q_rows, Q, dy, O, y, Y, b, t0, h, is);
+            apart(QO, q_rows, q_rows + block, is);
+            Floats lse = all(0.0f);
             memcpy(&lse, log_sum + (b * H + h) * T + t0, (size_t)n * 4);
             const Bits queries = hash_of_queries(a, b, h, t0);
             for (int64_t start = 0, end; start <= t0; start = end) {
