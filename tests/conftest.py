@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ settings.register_profile("suite", max_examples=40, derandomize=True, **EASY)
 settings.register_profile("fuzz", max_examples=1000, print_blob=True, **EASY)
 settings.load_profile("suite")
 os.environ["WANDB_SILENT"] = "true"  # no advertisement in the tests' output
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, by what the tests start as well
 torch.set_num_threads(1)  # tiny models: a second thread would only wait for the first
 
 
