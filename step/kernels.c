@@ -1002,7 +1002,7 @@ static int tiles_are_lent(void) { return 0; }
 #define tiled_backward_task backward_task
 #endif
 
-// A version of `task` for heads of 8, whose sums stay in registers, and one for all others.
+// Of each way a version of `task` for heads of 8, whose loops the compiler unrolls, and one for all others.
 #define FOR_HEAD(task, ...)                                                                             \
     if (tiled && hd == 8) tiled_##task(__VA_ARGS__, tiled_head_of(8));                                  \
     else if (tiled) tiled_##task(__VA_ARGS__, tiled_head_of(hd));                                       \

@@ -145,7 +145,8 @@ def test_attention_errs_no_more_than_torchs_own():
 
 
 @pytest.mark.parametrize("needed,flags", [(None, []), ("avx2", ["-mavx2", "-mfma"]),
-                                          ("avx512_bf16", ["-march=native", "-mno-amx-bf16"])])
+                                          ("avx512_bf16", ["-march=native", "-mno-amx-bf16"])],
+                         ids=["none", "AVX2", "AVX-512"])
 def test_without_the_processors_own_instructions_attention_errs_as_little(needed, flags, monkeypatch, tmp_path):
     """The lines that stand in for those of AMX and of AVX-512, in the narrowest registers and in AVX2's."""
     if needed and not torch.cpu.get_capabilities().get(needed):
