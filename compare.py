@@ -41,7 +41,6 @@ KEPT_EVERY = 50  # lines without an evaluation
 NOT_KEPT = {"command", "host", "pid"}  # facts of a run that are nobody else's business
 
 
-
 # ---------------------------------------------------------------------------------------------
 # files
 
@@ -202,7 +201,21 @@ def groups_of(args: argparse.Namespace, reader: Reader) -> dict[float, list[Grou
         raise ValueError("nothing to compare: no run with an evaluation was found")
     if args.along and all(len(of_other_length(groups)) == len(groups) for groups in found.values()):
         found = {math.nan: group_runs([run for run in reader.runs if run.config.get(args.along) in runs], [])}
+    if args.baseline and len(found) > 1:
+        found = with_baseline(found, args, reader.problems)
     return {value: choose_baseline(groups, args.baseline) for value, groups in found.items()}
+
+
+def with_baseline(found: dict[float, list[Group]], args: argparse.Namespace,
+                  problems: list[Remark]) -> dict[float, list[Group]]:
+    """The values at which the baseline has runs; the others are left out with a remark. None has: all."""
+    kept = {}
+    for value, groups in found.items():
+        if any(group.label == args.baseline for group in groups):
+            kept[value] = groups
+        else:
+            problems.append(Remark(f"{shown(args.along, 40)}={value:g}", f"no run of {shown(args.baseline)}; left out"))
+    return kept or found
 
 
 def main(argv: list[str]) -> int:

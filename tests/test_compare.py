@@ -1061,6 +1061,19 @@ def test_set_ups_along_a_setting_have_the_seeds_of_all_values(little, tmp_path, 
     assert [line.split(" | ")[2] for line in lines] == ["1-3"]
 
 
+def test_a_value_without_the_baseline_is_left_out(little, tmp_path, capsys):
+    for seed in (1, 2, 3):
+        shutil.rmtree(tmp_path / "at0.1" / f"base-{seed}")
+    words = ["--along", "train_fraction", "--baseline", "base"]
+    assert compare.main([*little, *words, "--csv"]) == 0
+    told = capsys.readouterr()
+    assert [(row["set_up"], float(row["ntp_end"])) for row in csv.DictReader(io.StringIO(told.out))] == [
+        ("base", pytest.approx(2.7)), ("nitp", pytest.approx(2.7))]
+    assert told.err.count("train_fraction=0.1: no run of base; left out") == 1
+    with pytest.raises(ValueError, match="--baseline=bas: expected one of nitp"):
+        compare.main([*little, "--along", "train_fraction", "--baseline", "bas"])
+
+
 def test_a_setting_that_runs_do_not_have(little, tmp_path, capsys):
     write_log(tmp_path / "at1.0" / "odd-1", BASE[1], 1, {"train_fraction": "all"})
     assert compare.main([*little, "--along", "train_fraction"]) == 0
