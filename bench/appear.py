@@ -1,0 +1,115 @@
+"""Does a gain over next-token prediction grow with the batch? The difference in large batches minus that in small ones.
+
+    python ablate.py appear --vary vocab_size=512,4096
+    python ablate.py appear --vary vocab_size=512,4096 --gradient_accumulation_steps=8 --max_iters=400 --out=out/appear8
+    python -m bench.appear out/appear_vocab_size/* out/appear8/*
+
+For each vocabulary and each set-up: its difference to the base with the fewest and with the most micro-batches per
+step, and the second minus the first, paired by seed, in bits per byte, which all vocabularies share. Once where both
+have made as many steps, once where both have read as many tokens, each time as far as the shorter run goes; between
+two evaluations losses are interpolated. The rate must be held (lr_schedule=constant), so that each evaluation is the
+end of a shorter run.
+
+What this leaves out on purpose: verdicts on the set-ups themselves (compare.py).
+"""
+
+from system.program import program
+
+import argparse
+import sys
+from pathlib import Path
+
+from compare import deliver
+from study.groups import split_name
+from study.intervals import interval
+from study.runs import Reader, Run
+from study.tables import Table, as_markdown, as_text
+
+BASE = "base"
+KEY = "val/bits_per_byte"
+VERDICTS = {"better": "grows with the batch", "worse": "shrinks with the batch"}
+
+Runs = dict[tuple[int, str, int], dict[int, Run]]  # {(vocabulary, set-up, micro-batches): {seed: run}}
+
+
+def by_set_up(runs: list[Run]) -> Runs:
+    """Errors: ValueError for a run that cannot be placed, or is there twice."""
+    found: Runs = {}
+    for run in runs:
+        if run.config.get("lr_schedule") != "constant":
+            raise ValueError(f"{run.where}: lr_schedule={run.config.get('lr_schedule')}; expected constant")
+        if not len(run.points(KEY)[0]):
+            raise ValueError(f"{run.where}: has no {KEY}")
+        name, seed = split_name(run)
+        key = run.config["vocab_size"], name, run.config["gradient_accumulation_steps"]
+        seeds = found.setdefault(key, {})
+        if seed in seeds:
+            raise ValueError(f"{run.where}: the same set-up and seed as {seeds[seed].where}")
+        seeds[seed] = run
+    return found
+
+
+def steps_alike(small: Run, large: Run) -> tuple[float, float]:
+    """The last iteration that both have, twice: as many steps."""
+    steps = min(small.length, large.length)
+    return steps, steps
+
+
+def tokens_alike(small: Run, large: Run) -> tuple[float, float]:
+    """The iteration of each at which both have read as many tokens, as late as possible."""
+    pace = [run.at("tokens", run.length) / run.length for run in (small, large)]
+    tokens = min(small.length * pace[0], large.length * pace[1])
+    return tokens / pace[0], tokens / pace[1]
+
+
+def differences(base: dict[int, Run], ours: dict[int, Run], steps: dict[int, float]) -> dict[int, float]:
+    """{seed: the set-up's difference to the base at that seed's step}."""
+    return {seed: float(ours[seed].at(KEY, step) - base[seed].at(KEY, step)) for seed, step in steps.items()}
+
+
+def table(runs: Runs) -> Table:
+    """Errors: ValueError without two sizes of a batch."""
+    sizes = sorted({micro for _, _, micro in runs})
+    if len(sizes) < 2:
+        raise ValueError(f"gradient_accumulation_steps={', '.join(map(str, sizes))}: expected runs of two values")
+    few, many = sizes[0], sizes[-1]
+    rows = []
+    for V, name in sorted({(V, name) for V, name, _ in runs if name != BASE}):
+        base_small, base_large = runs.get((V, BASE, few), {}), runs.get((V, BASE, many), {})
+        ours_small, ours_large = runs.get((V, name, few), {}), runs.get((V, name, many), {})
+        seeds = sorted(base_small.keys() & base_large.keys() & ours_small.keys() & ours_large.keys())
+        for what, alike in (("steps", steps_alike), ("tokens", tokens_alike)):
+            at = {seed: alike(base_small[seed], base_large[seed]) for seed in seeds}
+            small = differences(base_small, ours_small, {seed: early for seed, (early, _) in at.items()})
+            large = differences(base_large, ours_large, {seed: late for seed, (_, late) in at.items()})
+            change = interval([large[seed] - small[seed] for seed in seeds])
+            rows.append([f"{V:,}", name, what, str(interval([*small.values()])), str(interval([*large.values()])),
+                         str(change), VERDICTS.get(change.verdict, change.verdict), str(change.n)])
+    return Table("Difference to base by size of the batch, bits per byte",
+                 ["vocabulary", "set-up", "as many", f"{few} micro-batch" + "es" * (few > 1), f"{many} micro-batches",
+                  f"{many} minus {few}", "verdict", "pairs"], rows,
+                 "Mean ± half of the 95% interval (Student's t) over pairs of one seed; negative is better than base, "
+                 "and in the last difference a gain that is larger in large batches.", words=("set-up", "as many"))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="out_dirs of runs, folders of them, or their logs")
+    parser.add_argument("--markdown", metavar="PAGE#NAME", help="also into that page, between <!-- NAME --> and "
+                        "<!-- /NAME -->")
+    args = parser.parse_args(argv)
+    reader = Reader()
+    for word in args.runs:
+        if not Path(word).is_file() or word.endswith(".jsonl"):  # out/appear8/* has a report too
+            reader.read(word)
+    for problem in reader.problems:
+        print(f"appear.py: {problem}", file=sys.stderr)
+    found = table(by_set_up(reader.runs))
+    print(as_text(found))
+    if args.markdown:
+        deliver(as_markdown(found), args.markdown)
+
+
+if __name__ == "__main__":
+    sys.exit(program(main))
