@@ -73,6 +73,7 @@ results: .venv/test-ready ## redraw the tables and plots of doc/results.md and d
 	$(PY) compare.py doc/runs/fair_pairs.jsonl --baseline base --markdown "doc/results.md#fair_pairs" --plots doc/fair --draw ends difference ntp_step > /dev/null
 	for search in grid warm; do \
 	    $(PY) compare.py doc/runs/fair_$$search.jsonl --along learning_rate --baseline base --markdown "doc/results.md#fair_$$search" > /dev/null || exit 1; done
+	$(PY) compare.py doc/runs/early.jsonl --baseline base --markdown "doc/results.md#early" > /dev/null
 	for set in little little2m; do \
 	    $(PY) compare.py doc/runs/$${set}_tuned.jsonl --along train_fraction --best --baseline base --markdown "doc/results.md#$${set}_tuned" --plots doc/$$set > /dev/null || exit 1; \
 	    $(PY) compare.py doc/runs/$${set}_untuned.jsonl --along train_fraction --best --baseline base --markdown "doc/results.md#$${set}_untuned" > /dev/null || exit 1; done
