@@ -15,10 +15,10 @@ n_future_heads = 0
 nitp_weight = 0.0
 consistency_weight = 0.0
 # optimisation
-learning_rate = 2e-3
+learning_rate = 8e-3
 max_iters = 5000
-warmup_iters = 100
+warmup_iters = 300
 beta2 = 0.99
-weight_decay = 0.01
+weight_decay = 0.1
 eval_interval = 250
 log_interval = 10

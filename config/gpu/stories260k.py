@@ -15,11 +15,11 @@ n_layers = 5
 n_heads = 8
 n_kv_heads = 4
 # optimisation
-learning_rate = 2e-3
+learning_rate = 8e-3
 max_iters = 10_000
-warmup_iters = 200
+warmup_iters = 300
 beta2 = 0.99
-weight_decay = 0.01
+weight_decay = 0.1
 # computing; dtype=auto is bfloat16 on cards that multiply it
 compile = True
 eval_interval = 500
