@@ -1,4 +1,4 @@
-"""The shape of llama2.c's stories15M with a 4,096-token vocabulary: 7.1M parameters; for a GPU, or a patient CPU."""
+"""The shape of llama2.c's stories15M with a 4,096-token vocabulary: 7.2M parameters; for a GPU, or a patient CPU."""
 out_dir = "out/stories15m"
 # data
 dataset = "tinystories"

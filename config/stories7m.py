@@ -1,4 +1,4 @@
-"""llama2.c's stories15M in shape, with V 4,096: 7.1M parameters for a few megabytes of stories, many epochs, dropout.
+"""llama2.c's stories15M in shape, with V 4,096: 7.2M parameters for a few megabytes of stories, many epochs, dropout.
 
 python train.py config/stories7m.py          # then its heads: config/stories7m_heads.py
 

@@ -18,9 +18,9 @@ n_future_heads = 2
 nitp_weight = 0.1
 aux_grad_scale = 0.0  # the trunk learns next-token prediction only
 # optimisation
-learning_rate = 6e-3
-max_iters = 5000
-warmup_iters = 200
+learning_rate = 8e-3
+max_iters = 10_000
+warmup_iters = 300
 beta2 = 0.99
 weight_decay = 0.1
 eval_interval = 250
