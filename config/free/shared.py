@@ -1,6 +1,6 @@
 """No head: the token after next weighs 0.1, 0 from a third of the run, over the sum of weights; base: fair/base.
 
-python ablate.py config/free/shared.py --vary nitp_weight=0.05,0.1,0.2 --vary vocab_size=512,4096 --out=out/free
+python ablate.py config/free/shared.py --vary nitp_weight=0.05,0.1,0.2 --out=out/free/vocab_size=512
 """
 out_dir = "out/free/shared"
 # data
