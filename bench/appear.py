@@ -38,6 +38,9 @@ def by_set_up(runs: list[Run]) -> Runs:
     for run in runs:
         if run.config.get("lr_schedule") != "constant":
             raise ValueError(f"{run.where}: lr_schedule={run.config.get('lr_schedule')}; expected constant")
+        for setting in ("vocab_size", "gradient_accumulation_steps"):
+            if type(run.config.get(setting)) is not int:
+                raise ValueError(f"{run.where}: does not say its {setting}")
         if not len(run.points(KEY)[0]):
             raise ValueError(f"{run.where}: has no {KEY}")
         name, seed = split_name(run)
@@ -86,10 +89,10 @@ def table(runs: Runs) -> Table:
             rows.append([f"{V:,}", name, what, str(interval([*small.values()])), str(interval([*large.values()])),
                          str(change), VERDICTS.get(change.verdict, change.verdict), str(change.n)])
     return Table("Difference to base by size of the batch, bits per byte",
-                 ["vocabulary", "set-up", "as many", f"{few} micro-batch" + "es" * (few > 1), f"{many} micro-batches",
-                  f"{many} minus {few}", "verdict", "pairs"], rows,
-                 "Mean ± half of the 95% interval (Student's t) over pairs of one seed; negative is better than base, "
-                 "and in the last difference a gain that is larger in large batches.", words=("set-up", "as many"))
+                 ["vocabulary", "set-up", "as many", f"at {few}", f"at {many}", f"{many} minus {few}", "verdict", "pairs"],
+                 rows, f"At {few}, {many}: micro-batches per step. Mean ± half of the 95% interval (Student's t) over pairs of "
+                       "one seed; negative is better than base, and in the last difference a gain that is larger in "
+                       "large batches.", words=("set-up", "as many"))
 
 
 def main(argv: list[str]) -> None:

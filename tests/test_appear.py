@@ -71,6 +71,12 @@ def test_runs_that_cannot_be_compared(folders, tmp_path):
     log.write_text(log.read_text().replace('"constant"', '"cosine"'))
     with pytest.raises(ValueError, match="nitp-3.*: lr_schedule=cosine; expected constant"):
         found(few, many)
+    log.write_text(log.read_text().replace('"cosine"', '"constant"').replace('"vocab_size": 512', '"vocab_size": null'))
+    with pytest.raises(ValueError, match="nitp-3.*: does not say its vocab_size"):
+        found(few, many)
+    log.write_text(log.read_text().replace("null", "512").replace("bits_per_byte", "bits"))
+    with pytest.raises(ValueError, match="nitp-3.*: has no val/bits_per_byte"):
+        found(few, many)
 
 
 def test_into_a_page(folders, tmp_path, capsys):
