@@ -88,11 +88,11 @@ def table(runs: Runs) -> Table:
             change = interval([large[seed] - small[seed] for seed in seeds])
             rows.append([f"{V:,}", name, what, str(interval([*small.values()])), str(interval([*large.values()])),
                          str(change), VERDICTS.get(change.verdict, change.verdict), str(change.n)])
-    return Table("Difference to base by size of the batch, bits per byte",
-                 ["vocabulary", "set-up", "as many", f"at {few}", f"at {many}", f"{many} minus {few}", "verdict", "pairs"],
-                 rows, f"At {few}, {many}: micro-batches per step. Mean ± half of the 95% interval (Student's t) over pairs of "
-                       "one seed; negative is better than base, and in the last difference a gain that is larger in "
-                       "large batches.", words=("set-up", "as many"))
+    head = ["vocabulary", "set-up", "as many", f"at {few}", f"at {many}", f"{many} minus {few}", "verdict", "pairs"]
+    return Table("Difference to base by size of the batch, bits per byte", head, rows,
+                 f"At {few}, {many}: micro-batches per step. Mean ± half of the 95% interval (Student's t) over pairs "
+                 "of one seed; negative is better than base, and in the last difference a gain larger in large "
+                 "batches.", words=("set-up", "as many"))
 
 
 def main(argv: list[str]) -> None:
