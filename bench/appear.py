@@ -20,21 +20,22 @@ import sys
 from pathlib import Path
 
 from compare import deliver
-from study.groups import split_name
+from study.groups import Group, split_name
 from study.intervals import interval
-from study.runs import Reader, Run
+from study.runs import Reader, Run, joined
 from study.tables import Table, as_markdown, as_text
+from system.shown import shown_message
 
 BASE = "base"
 KEY = "val/bits_per_byte"
 VERDICTS = {"better": "grows with the batch", "worse": "shrinks with the batch"}
 
-Runs = dict[tuple[int, str, int], dict[int, Run]]  # {(vocabulary, set-up, micro-batches): {seed: run}}
+Groups = dict[tuple[int, str, int], Group]  # by vocabulary, set-up and micro-batches
 
 
-def by_set_up(runs: list[Run]) -> Runs:
+def by_set_up(runs: list[Run]) -> Groups:
     """Errors: ValueError for a run that cannot be placed, or is there twice."""
-    found: Runs = {}
+    found: Groups = {}
     for run in runs:
         if run.config.get("lr_schedule") != "constant":
             raise ValueError(f"{run.where}: lr_schedule={run.config.get('lr_schedule')}; expected constant")
@@ -45,10 +46,10 @@ def by_set_up(runs: list[Run]) -> Runs:
             raise ValueError(f"{run.where}: has no {KEY}")
         name, seed = split_name(run)
         key = run.config["vocab_size"], name, run.config["gradient_accumulation_steps"]
-        seeds = found.setdefault(key, {})
-        if seed in seeds:
-            raise ValueError(f"{run.where}: the same set-up and seed as {seeds[seed].where}")
-        seeds[seed] = run
+        group = found.setdefault(key, Group(name))
+        if seed in group.runs:
+            raise ValueError(f"{run.where}: the same set-up and seed as {group.runs[seed].where}")
+        group.runs[seed] = run
     return found
 
 
@@ -65,29 +66,34 @@ def tokens_alike(small: Run, large: Run) -> tuple[float, float]:
     return tokens / pace[0], tokens / pace[1]
 
 
-def differences(base: dict[int, Run], ours: dict[int, Run], steps: dict[int, float]) -> dict[int, float]:
-    """{seed: the set-up's difference to the base at that seed's step}."""
-    return {seed: float(ours[seed].at(KEY, step) - base[seed].at(KEY, step)) for seed, step in steps.items()}
+def partners(groups: Groups, V: int, name: str, micro: int) -> dict[int, tuple[Run, Run]]:
+    """{seed: (a set-up's run, the base's)}; none where one of the two was not run."""
+    ours, base = groups.get((V, name, micro)), groups.get((V, BASE, micro))
+    return ours.partners(base) if ours and base else {}
 
 
-def table(runs: Runs) -> Table:
+def difference(run: Run, base: Run, step: float) -> float:
+    return float(run.at(KEY, step) - base.at(KEY, step))
+
+
+def table(groups: Groups) -> Table:
     """Errors: ValueError without two sizes of a batch."""
-    sizes = sorted({micro for _, _, micro in runs})
+    sizes = sorted({micro for _, _, micro in groups})
     if len(sizes) < 2:
         raise ValueError(f"gradient_accumulation_steps={', '.join(map(str, sizes))}: expected runs of two values")
     few, many = sizes[0], sizes[-1]
     rows = []
-    for V, name in sorted({(V, name) for V, name, _ in runs if name != BASE}):
-        base_small, base_large = runs.get((V, BASE, few), {}), runs.get((V, BASE, many), {})
-        ours_small, ours_large = runs.get((V, name, few), {}), runs.get((V, name, many), {})
-        seeds = sorted(base_small.keys() & base_large.keys() & ours_small.keys() & ours_large.keys())
+    for V, name in sorted({(V, name) for V, name, _ in groups if name != BASE}):
+        small, large = partners(groups, V, name, few), partners(groups, V, name, many)
         for what, alike in (("steps", steps_alike), ("tokens", tokens_alike)):
-            at = {seed: alike(base_small[seed], base_large[seed]) for seed in seeds}
-            small = differences(base_small, ours_small, {seed: early for seed, (early, _) in at.items()})
-            large = differences(base_large, ours_large, {seed: late for seed, (_, late) in at.items()})
-            change = interval([large[seed] - small[seed] for seed in seeds])
-            rows.append([f"{V:,}", name, what, str(interval([*small.values()])), str(interval([*large.values()])),
-                         str(change), VERDICTS.get(change.verdict, change.verdict), str(change.n)])
+            in_small, in_large = [], []
+            for seed in small.keys() & large.keys():
+                early, late = alike(small[seed][1], large[seed][1])
+                in_small.append(difference(*small[seed], early))
+                in_large.append(difference(*large[seed], late))
+            change = interval([b - a for a, b in zip(in_small, in_large, strict=True)])
+            rows.append([f"{V:,}", name, what, str(interval(in_small)), str(interval(in_large)), str(change),
+                         VERDICTS.get(change.verdict, change.verdict), str(change.n)])
     head = ["vocabulary", "set-up", "as many", f"at {few}", f"at {many}", f"{many} minus {few}", "verdict", "pairs"]
     return Table("Difference to base by size of the batch, bits per byte", head, rows,
                  f"At {few}, {many}: micro-batches per step. Mean ± half of the 95% interval (Student's t) over pairs "
@@ -106,8 +112,8 @@ def main(argv: list[str]) -> None:
     for word in args.runs:
         if not Path(word).is_file() or word.endswith(".jsonl"):  # out/appear8/* has a report too
             reader.read(word)
-    for problem in reader.problems:
-        print(f"appear.py: {problem}", file=sys.stderr)
+    for problem in joined(reader.problems):
+        print(f"appear.py: {shown_message(problem)}", file=sys.stderr)
     found = table(by_set_up(reader.runs))
     print(as_text(found))
     if args.markdown:

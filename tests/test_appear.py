@@ -61,6 +61,16 @@ def test_only_seeds_that_all_four_have(folders):
     assert steps[3] == str(interval([-GAIN[1], -GAIN[3]])) and steps[6:] == ["too few", "2"]
 
 
+def test_runs_judged_on_other_tokens_are_in_no_pair(folders):
+    few, many = folders
+    for log in few.glob("nitp-*/log.jsonl"):
+        log.write_text(log.read_text().replace('"facts": {}', '"facts": {"val_crc32": "1"}'))
+    assert found(few, many)[0][7] == "3"  # the base's logs do not say theirs
+    for log in few.glob("base-*/log.jsonl"):
+        log.write_text(log.read_text().replace('"facts": {}', '"facts": {"val_crc32": "2"}'))
+    assert [row[6:] for row in found(few, many)] == [["–", "0"], ["–", "0"]]
+
+
 def test_runs_that_cannot_be_compared(folders, tmp_path):
     few, many = folders
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1: expected runs of two values"):
