@@ -19,6 +19,7 @@ from study.intervals import (
     variance,
 )
 from study.runs import Remark
+from study.seconds import BEYOND
 from study.setups import tables_of_what_was_run
 from study.tables import Table, number
 from system.shown import shown
@@ -162,9 +163,9 @@ def table_at_equal_seconds(base: Figures, others: list[Figures], notes: list[str
     return Table(f"Difference to {base.group.label} at equal seconds",
                  ["set-up", "step time x", "difference", "verdict", "pairs", *(["p (Holm)"] if ps[0] else [])], rows,
                  " ".join(["The baseline may train as many steps more as its steps are cheaper; its loss there is "
-                           "interpolated between its runs of several lengths, or drawn out by up to 5%, for seeds "
-                           "without a longer run by the mean gain of the others. The interval has the errors of the "
-                           "pairs, of that gain and of the step ratio. In place of a number: no longer base "
+                           f"interpolated between its runs of several lengths, or drawn out by up to {BEYOND:.0%}, for "
+                           "seeds without a longer run by the mean gain of the others. The interval has the errors of "
+                           "the pairs, of that gain and of the step ratio. In place of a number: no longer base "
                            "(ablate.py --longer trains it); clocks apart: the seeds' step times in the logs disagree "
                            "(ablate.py measures them in turns).", *notes]))
 
