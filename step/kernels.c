@@ -567,16 +567,21 @@ INLINE void add_weighted(Floats *out, const Floats weight[KEYS], const Word *pai
 // to[j] = the words (p[j][0], ds[j][0], p[j][1], ds[j][1], ..); of bfloat16 queries 0 and 1, 2 and 3, .. share one.
 INLINE void side_by_side(Word *to, Floats p, Floats ds, Head is) {
     if (!is.bf16) {
-#if defined(__AVX__) && !defined(__AVX512F__)
+#ifdef __AVX512F__
+        const __m512i even = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512i next = _mm512_add_epi32(even, _mm512_set1_epi32(8));
+        _mm512_storeu_ps(to, _mm512_permutex2var_ps((__m512)p, even, (__m512)ds));
+        _mm512_storeu_ps(to + LANES, _mm512_permutex2var_ps((__m512)p, next, (__m512)ds));
+#elif defined(__AVX__)
         const __m256 low = _mm256_unpacklo_ps((__m256)p, (__m256)ds), high = _mm256_unpackhi_ps((__m256)p, (__m256)ds);
         _mm256_storeu_ps((float *)to, _mm256_permute2f128_ps(low, high, 0x20));
         _mm256_storeu_ps((float *)to + 8, _mm256_permute2f128_ps(low, high, 0x31));
-        return;
-#endif
+#else
         for (int r = 0; r < LANES; r++) {
             to[2 * r] = ((Bits)p)[r];
             to[2 * r + 1] = ((Bits)ds)[r];
         }
+#endif
         return;
     }
 #ifdef __AVX512BF16__
