@@ -99,6 +99,11 @@ class Run:
         return int(self.points("val/ntp")[0][-1])
 
     @property
+    def planned(self) -> int:
+        """Iterations that its settings ask for; without settings as many as it has."""
+        return self.config.get("max_iters", self.length)
+
+    @property
     def seconds_per_step(self) -> float:
         return float(self.at("seconds", self.length)) / self.length if self.length else math.nan
 
@@ -262,8 +267,8 @@ class Reader:
             complaints.append("no val/ntp in it, so nothing to compare; left out")
         else:
             self.runs.append(run)
-            if run.length < (planned := run.config.get("max_iters", 0)):
-                complaints.append(f"ends at iter {run.length} of {planned}")
+            if run.length < run.planned:
+                complaints.append(f"ends at iter {run.length} of {run.planned}")
         if len(complaints) > MOST_COMPLAINTS + 1:
             more = f"and {len(complaints) - MOST_COMPLAINTS} more like these"
             complaints = [*complaints[:MOST_COMPLAINTS], complaints[-1], more]

@@ -172,12 +172,14 @@ def pairs_at_equal_seconds(group: Group, groups: list[Group], step: StepRatio, e
 def gains_of(lengths: list[Group], wanted: float, end: Callable[[Run], float]) -> tuple[dict[int, float], list[float]]:
     """By how much the baseline of `wanted` steps ends lower than that of the usual length, by seed; and slopes there.
 
-    lengths: the baseline at several lengths, the usual one first. Seeds without a run as long are left out. A slope
-    is that of the loss over the logarithm of the length.
+    lengths: the baseline at several lengths, the usual one first. Seeds without a run as long are left out, and so are
+    runs that stopped on the way, where the learning rate was still high. A slope is that of the loss over the
+    logarithm of the length.
     """
     gains, slopes = {}, []
     for seed, run in lengths[0].runs.items():
-        known = sorted((g.runs[seed].length, end(g.runs[seed])) for g in lengths if seed in g.runs)
+        whole = [g.runs[seed] for g in lengths if seed in g.runs and g.runs[seed].length >= g.runs[seed].planned]
+        known = sorted((each.length, end(each)) for each in whole)
         if len(known) > 1 and (1.0 - BEYOND) * known[0][0] <= wanted <= (1.0 + BEYOND) * known[-1][0]:
             gains[seed] = end(run) - at_length(known, wanted)
             slopes.append((at_length(known, 1.01 * wanted) - at_length(known, wanted)) / math.log(1.01))

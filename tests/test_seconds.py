@@ -64,6 +64,16 @@ def test_with_all_lengths_of_all_seeds_and_an_exact_clock_it_is_a_paired_t_test(
     assert at_equal_seconds(groups[2], [groups[0], groups[2]], StepRatio(1.1, 0.0, 5), end).why == "no longer base"
 
 
+@pytest.mark.parametrize("reached", [0, 1000, 1200])
+def test_a_longer_baseline_that_stopped_on_the_way_is_none(reached):
+    ends = {1: 2.0, 2: 2.1, 3: 2.2}
+    groups = [group("base", ends, nitp_weight=0.0), group("base1250", ends, reached, nitp_weight=0.0),
+              group("v", ends, nitp_weight=0.1)]
+    for r in groups[1].runs.values():
+        r.config["max_iters"] = 1250
+    assert math.isnan(at_equal_seconds(groups[2], groups, StepRatio(1.1, 0.0, 5), end).mean)
+
+
 @pytest.mark.parametrize("longer_seeds", [range(3), range(2, 8), range(6, 9)])
 def test_the_interval_holds_the_truth_in_95_of_100_draws(longer_seeds):
     """Pairs 0 to 4; the baseline is trained longer with some of their seeds, or with others, and the clock is noisy."""
