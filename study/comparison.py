@@ -182,7 +182,7 @@ def table_of_the_way(found: list[Figures]) -> Table:
     return Table(f"The way to where {base} ends, and speed",
                  ["set-up", "steps", "seconds", "seeds that get there", "tokens/s", "peak MiB"], rows,
                  "Steps and seconds: from where the mean over seeds stays below the baseline's end with the same "
-                 "seeds, interpolated; seconds of training, without evaluations.")
+                 "seeds, interpolated; seconds of training, without evaluations, where the seeds' clocks agree.")
 
 
 def table_judged(base: Figures, others: list[Figures], key: str) -> Table:
@@ -252,21 +252,24 @@ def table_of_noise(base: Figures, noisy: list[Figures]) -> Table:
     rows = [noise(f.group.label, variance(f.each), f.difference.n - 1, f.difference.n) for f in noisy]
     if len(noisy) > 1:
         (one, *_) = pooled([interval(f.each) for f in noisy], {"pairs"})  # f.difference may be pooled already
-        rows.append(noise("all, pooled", one.parts[0].variance, one.parts[0].freedom, min(len(f.each) for f in noisy)))
+        fewest = min(len(f.each) for f in noisy)
+        rows.append(noise("all, pooled", one.parts[0].variance, one.parts[0].freedom, fewest, len(noisy)))
     return Table("Noise, and what it takes to see through it",
                  ["set-up", "pairs", "deviation", "its interval", "seen", *(f"for {x:g}" for x in EFFECTS)], rows,
                  "Standard deviation of paired differences at the end, with its 95% interval (chi-square); that of "
                  f"{base.group.label} between its {len(base.group.runs)} seeds is {number(base.spread)}. "
                  "Seen: the true difference that these pairs detect in four of five comparisons; for 0.01: the "
-                 "number of pairs that detect 0.01 nats as often.")
+                 "number of pairs that detect 0.01 nats as often. Pooled: in tests that have this one deviation, "
+                 "--pool.")
 
 
-def noise(label: str, squared: float, freedom: int, pairs: int) -> list[str]:
+def noise(label: str, squared: float, freedom: int, pairs: int, pooled_over: int = 1) -> list[str]:
     deviation = math.sqrt(squared)
     low, high = deviation_interval(deviation, freedom)
-    needed = [seeds_needed(deviation, effect) for effect in EFFECTS]
-    return [label, str(pairs), number(deviation), f"{number(low)} to {number(high)}",
-            number(smallest_effect(deviation, pairs)), *(f"{n:,}" if n < MANY else f">{n:,}" for n in needed)]
+    needed = [seeds_needed(deviation, effect, pooled_over) for effect in EFFECTS]
+    seen = smallest_effect(deviation, pairs, pooled_over)
+    return [label, str(pairs), number(deviation), f"{number(low)} to {number(high)}", number(seen),
+            *(f"{n:,}" if n < MANY else f">{n:,}" for n in needed)]
 
 
 def table_along(found: dict[float, list[Figures]], setting: str, remarks: list[Remark], notes: list[str]) -> Table:

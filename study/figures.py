@@ -150,7 +150,7 @@ def figures_of(group: Group, groups: list[Group], step: StepRatio, steps: list[i
         difference=interval(each),
         each=each,
         steps_to_reach=reach,
-        seconds_to_reach=None if reach is None else group.mean(partial(seconds_at, step=reach)),
+        seconds_to_reach=None if reach is None or step.why else group.mean(partial(seconds_at, step=reach)),
         reached=sum(staying(*run.points("val/ntp"), target) is not None for run in runs),
         cost=math.nan if step.why else step.ratio,
         equal_seconds=at_equal_seconds(group, groups, step, end),

@@ -142,37 +142,38 @@ def deviation_interval(deviation: float, freedom: int) -> tuple[float, float]:
     return deviation * math.sqrt(freedom / low), deviation * math.sqrt(freedom / high)
 
 
-def power(deviation: float, effect: float, n: int) -> float:
+def power(deviation: float, effect: float, n: int, pooled_over: int = 1) -> float:
     """How often n pairs tell a true mean difference `effect` from 0, by the noncentral t distribution.
 
-    deviation: of one pair's difference.
+    deviation: of one pair's difference, in the test that of `pooled_over` set-ups of n pairs together.
     """
     from scipy.stats import nct
 
     distance = effect * math.sqrt(n) / deviation if deviation else math.inf
     if distance > 30.0:  # beyond it SciPy's distribution is not to be trusted, and the power is 1
         return 1.0
-    edge = student(0.5 + LEVEL / 2, n - 1)
-    return float(nct.sf(edge, n - 1, distance) + nct.cdf(-edge, n - 1, distance))
+    freedom = pooled_over * (n - 1)
+    edge = student(0.5 + LEVEL / 2, freedom)
+    return float(nct.sf(edge, freedom, distance) + nct.cdf(-edge, freedom, distance))
 
 
-def seeds_needed(deviation: float, effect: float) -> int:
+def seeds_needed(deviation: float, effect: float, pooled_over: int = 1) -> int:
     """How many pairs see the effect in four of five comparisons; MANY: as many, or more."""
     low, high = 1, 2  # too few, perhaps enough
-    while high < MANY and power(deviation, effect, high) < POWER:
+    while high < MANY and power(deviation, effect, high, pooled_over) < POWER:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if power(deviation, effect, middle) >= POWER else (middle, high)
+        low, high = (low, middle) if power(deviation, effect, middle, pooled_over) >= POWER else (middle, high)
     return min(high, MANY)
 
 
-def smallest_effect(deviation: float, n: int) -> float:
+def smallest_effect(deviation: float, n: int, pooled_over: int = 1) -> float:
     """The difference that n pairs see in four of five comparisons."""
     low, high = 0.0, deviation
-    while power(deviation, high, n) < POWER:
+    while power(deviation, high, n, pooled_over) < POWER:
         low, high = high, 2.0 * high
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(deviation, middle, n) >= POWER else (middle, high)
+        low, high = (low, middle) if power(deviation, middle, n, pooled_over) >= POWER else (middle, high)
     return high

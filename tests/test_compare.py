@@ -143,6 +143,7 @@ def test_logs_whose_clocks_disagree_give_no_number_at_equal_seconds(runs, capsys
                            for line in lines))  # 50% slower than the base of its seed, the other 20%
     found = rows(capsys, runs, "--baseline", "base")
     assert found["nitp"]["equal_seconds"] == "" and found["nitp"]["equal_seconds_why_not"] == "clocks 25% apart"
+    assert found["nitp"]["steps_to_reach"] != "" == found["nitp"]["seconds_to_reach"]
     compare.main([str(runs), "--baseline", "base"])
     printed = capsys.readouterr()
     assert "nitp (25%): step times differ between seeds" in printed.err and "clocks 25% apart" in printed.out

@@ -106,6 +106,12 @@ def test_power_is_how_often_draws_are_told_from_zero():
     draws = np.random.default_rng(3).normal(0.0075, 0.0079, size=(20_000, 5))
     seen = stats.ttest_1samp(draws, 0.0, axis=1).pvalue < 0.05
     assert power(0.0079, 0.0075, 5) == pytest.approx(seen.mean(), abs=0.01)
+    arms = draws.reshape(4_000, 5, 5)  # five set-ups of five pairs, tested with one deviation
+    deviation = np.sqrt(arms.var(axis=2, ddof=1).mean(axis=1))
+    distance = np.abs(arms[:, 0].mean(axis=1)) * math.sqrt(5) / deviation
+    seen = distance > stats.t.ppf(0.975, 20)
+    assert power(0.0079, 0.0075, 5, pooled_over=5) == pytest.approx(seen.mean(), abs=0.02)
+    assert seen.mean() > power(0.0079, 0.0075, 5) + 0.05
 
 
 def test_the_interval_of_a_deviation_holds_it_in_95_of_100_draws():
