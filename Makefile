@@ -75,6 +75,7 @@ results: .venv/test-ready ## redraw the tables and plots of doc/results.md and d
 	    $(PY) compare.py doc/runs/fair_$$search.jsonl --along learning_rate --baseline base --markdown "doc/results.md#fair_$$search" > /dev/null || exit 1; done
 	$(PY) compare.py doc/runs/early.jsonl --baseline base --markdown "doc/results.md#early" > /dev/null
 	$(PY) compare.py doc/runs/free.jsonl --along vocab_size --baseline base --markdown "doc/results.md#free" > /dev/null
+	$(PY) compare.py doc/runs/bags.jsonl --baseline base --markdown "doc/results.md#bags" > /dev/null
 	$(PY) compare.py doc/runs/induction_stories.jsonl --baseline base --until val/acc_again=half val/acc_name=half --judge val/acc_again val/acc_name --markdown "doc/results.md#induction_stories" --plots doc/induction --draw val_acc_again difference > /dev/null
 	for set in little little2m; do \
 	    $(PY) compare.py doc/runs/$${set}_tuned.jsonl --along train_fraction --best --baseline base --markdown "doc/results.md#$${set}_tuned" --plots doc/$$set > /dev/null || exit 1; \
